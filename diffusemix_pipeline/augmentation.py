@@ -1,0 +1,63 @@
+"""The augmentation alone: class folders in, an ImageFolder of augmented images out.
+
+For whoever has a training loop already. Neither dagster, mlflow nor dvc is imported.
+"""
+
+from pathlib import Path
+
+from diffusemix_pipeline.datasets.ingest import ingest
+from diffusemix_pipeline.datasets.manifest import Stage
+from diffusemix_pipeline.devices import choose_device
+from diffusemix_pipeline.editing.generate import generate
+from diffusemix_pipeline.editing.store import EditStore
+from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.identity import digest
+from diffusemix_pipeline.mixing.stages import make_augmented
+from diffusemix_pipeline.progress import Progress, silent
+from diffusemix_pipeline.project import Project
+from diffusemix_pipeline.settings import Settings
+
+
+def augment_folder(
+    train_dir: Path, out: Path, settings: Settings, project: Project, progress: Progress = silent
+) -> Stage:
+    """Write `out/<class>/*.png` with `manifest.parquet`, from `train_dir/<class>/*`.
+
+    Copies of the originals, the edits and the store lie under the project's state folder. Raises
+    UserError where `out` holds something else or lies within `train_dir`.
+    """
+    _check_out(train_dir, out)
+    work = project.state / "augment" / digest(str(out.resolve()))
+    raw = ingest(
+        str(train_dir),
+        settings,
+        work / "raw",
+        aside=project.aside,
+        train_only=True,
+        progress=progress,
+    )
+    generated = generate(
+        raw,
+        settings,
+        work / "generated",
+        store=EditStore(project.edits),
+        aside=project.aside,
+        device=choose_device(settings.device),
+        progress=progress,
+    ).stage
+    return make_augmented(
+        raw,
+        generated,
+        settings,
+        out,
+        fractal_cache=project.fractals,
+        aside=project.aside,
+        progress=progress,
+    )
+
+
+def _check_out(train_dir: Path, out: Path) -> None:
+    if out.resolve().is_relative_to(train_dir.resolve()):
+        raise UserError(f"--out {out} lies inside --train-dir {train_dir}: choose another folder.")
+    if out.exists() and any(out.iterdir()) and not (out / "stage.json").exists():
+        raise UserError(f"--out {out} is not empty and no earlier result: choose another folder.")

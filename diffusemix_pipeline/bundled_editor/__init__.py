@@ -1,0 +1,10 @@
+"""The small InstructPix2Pix that the project trains itself and ships, so that everything runs offline.
+
+What belongs here: the procedural edits that it learns (`teachers`), the pictures that it learns
+them on (`sources`), its training (`training`), its figures (`evaluation`) and the trained pipeline
+folder (`weights/`, an ordinary diffusers folder with its model card).
+
+What does not: anything that loads or runs an editor for a dataset. The folder in `weights/` is
+loaded by `StableDiffusionInstructPix2PixPipeline.from_pretrained` like any other checkpoint, and
+nothing outside this package knows how it was made.
+"""

@@ -1,0 +1,341 @@
+"""What an editor is worth: five figures a set of test images and size, and a contact sheet.
+
+What belongs here: measuring an editor folder through the public pipeline call. What does not:
+training, and anything that only the bundled editor has: any InstructPix2Pix checkpoint may be
+judged, though only this one was made to imitate the teachers.
+
+The figures, each on test images that no one trained on:
+
+- autoencoder: PSNR, and the share of each chroma channel's variance that survives, of originals;
+- prompt: how often a classifier that was trained on teacher edits names the edit's prompt;
+- fidelity: PSNR between an edit and the nearest of 16 draws of its teacher, mean over edits;
+- variety: mean absolute difference between the edits of one image from two seeds, in 1/255;
+- subject: accuracy of a classifier trained on originals only, on originals and on their edits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    StableDiffusionInstructPix2PixPipeline,
+)
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+
+from diffusemix_pipeline.bundled_editor.sources import (
+    make_pictures,
+    read_digits,
+    read_image_folder,
+    to_tensor,
+)
+from diffusemix_pipeline.bundled_editor.teachers import PROMPTS, apply_teacher, apply_teachers
+from diffusemix_pipeline.bundled_editor.training import TEMPLATE
+from diffusemix_pipeline.identity import seed_from
+from diffusemix_pipeline.progress import Progress, silent
+
+STEPS = 10
+TEXT_GUIDANCE = 1.5
+IMAGE_GUIDANCE = 1.2
+DRAWS = 16
+
+
+def evaluate_editor(
+    location: str | Path,
+    *,
+    image_folders: Mapping[str, Path],
+    train_folders: Mapping[str, Path],
+    sheet: Path,
+    sizes: Sequence[int] = (32, 64),
+    images_per_set: int = 36,
+    classifier_steps: int = 1500,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Measure the editor at `location` and write its contact sheet; return all figures.
+
+    `image_folders` maps a set's name to its folder of class folders of test images,
+    `train_folders` the same names to originals of the same classes, on which the judges are
+    trained. scikit-learn's digits are always one more set. The result is plain JSON:
+    `figures[set][size]` holds the five figures, in dB, 1/255 and shares of 1.
+    """
+    editor = load_editor(location)
+    judged = _read_sets(image_folders, "test", 32)
+    taught = _read_sets(train_folders, "train", 32)
+    prompt_judge = train_prompt_judge(taught, classifier_steps, seed, progress)
+    figures: dict[str, dict[str, Any]] = {}
+    sheet_rows: list[Tensor] = []
+    for name in judged:
+        subject_judge = train_subject_judge(*taught[name], classifier_steps, seed, progress)
+        figures[name] = {}
+        for size in sizes:
+            images, labels = _spread(*_read_set(name, image_folders, size), images_per_set)
+            edits = edit(editor, images, seeds=(0, 1), progress=progress)
+            figures[name][str(size)] = {
+                "images": len(images),
+                "autoencoder": measure_autoencoder(editor.vae, images),
+                **measure_edits(images, labels, edits, prompt_judge, subject_judge, seed),
+            }
+            sheet_rows.extend(_sheet_rows(images, edits, size, sizes))
+    write_sheet(sheet, sheet_rows)
+    return {
+        "sampler": "DPMSolverMultistepScheduler",
+        "steps": STEPS,
+        "text_guidance": TEXT_GUIDANCE,
+        "image_guidance": IMAGE_GUIDANCE,
+        "figures": figures,
+    }
+
+
+# Editing
+
+
+def load_editor(location: str | Path) -> StableDiffusionInstructPix2PixPipeline:
+    """Load a pipeline folder in float32, with the sampler that the product uses."""
+    editor = StableDiffusionInstructPix2PixPipeline.from_pretrained(
+        location, use_safetensors=True, safety_checker=None, torch_dtype=torch.float32
+    )
+    editor.scheduler = DPMSolverMultistepScheduler.from_config(editor.scheduler.config)
+    editor.set_progress_bar_config(disable=True)
+    return editor
+
+
+def edit(
+    editor: StableDiffusionInstructPix2PixPipeline,
+    images: Tensor,
+    *,
+    seeds: Sequence[int],
+    prompts: Sequence[str] = PROMPTS,
+    text_guidance: float = TEXT_GUIDANCE,
+    image_guidance: float = IMAGE_GUIDANCE,
+    progress: Progress = silent,
+) -> Tensor:
+    """Edit every image under every prompt and seed.
+
+    images: float32 [N, 3, S, S] in [0, 1]. Returns [prompts, seeds, N, 3, S, S] in [0, 1].
+    """
+    batches = []
+    for prompt in prompts:
+        for seed in seeds:
+            generators = [
+                torch.Generator().manual_seed(seed_from(seed, prompt, row))
+                for row in range(len(images))
+            ]
+            with torch.autocast("cpu", torch.bfloat16):
+                edited = editor(
+                    [TEMPLATE.format(prompt=prompt)] * len(images),
+                    image=images,
+                    num_inference_steps=STEPS,
+                    guidance_scale=text_guidance,
+                    image_guidance_scale=image_guidance,
+                    generator=generators,
+                    output_type="pt",
+                ).images
+            batches.append(edited.float())
+            progress("editing test images", len(batches), len(prompts) * len(seeds))
+    return torch.stack(batches).unflatten(0, (len(prompts), len(seeds)))
+
+
+# Figures
+
+
+@torch.no_grad()
+def measure_autoencoder(autoencoder: AutoencoderKL, images: Tensor) -> dict[str, float | None]:
+    """PSNR in dB, and the share of each colour difference's variance that the decoded images keep.
+
+    The shares (blue - luminance, red - luminance) are None for grey images, which have none.
+    """
+    latents = autoencoder.encode(images * 2 - 1).latent_dist.mode()
+    decoded = (autoencoder.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+    before, after = _chroma(images).var((0, 2, 3)), _chroma(decoded).var((0, 2, 3))
+    kept: list[float | None] = [None, None]
+    if before.min() > 1e-4:
+        kept = (after / before).tolist()
+    return {"psnr": _psnr(decoded, images).mean().item(), "blue_kept": kept[0], "red_kept": kept[1]}
+
+
+def measure_edits(
+    images: Tensor,
+    labels: Tensor,
+    edits: Tensor,
+    prompt_judge: nn.Module,
+    subject_judge: nn.Module,
+    seed: int,
+) -> dict[str, Any]:
+    """The figures of edits [prompts, seeds >= 2, N, 3, S, S] of images [N, 3, S, S]."""
+    by_prompt = {}
+    for number, prompt in enumerate(PROMPTS):
+        its_edits = edits[number].flatten(0, 1)
+        draws = draw_teacher(images, prompt, DRAWS, seed)
+        nearest = torch.stack([_psnr(its_edits, draw.repeat(edits.shape[1], 1, 1, 1)) for draw in draws])
+        by_prompt[prompt] = {
+            "named": (_predict(prompt_judge, its_edits) == number).float().mean().item(),
+            "psnr": nearest.amax(0).mean().item(),
+            "variety": 255 * (edits[number, 0] - edits[number, 1]).abs().mean().item(),
+            "subject": _accuracy(subject_judge, its_edits, labels.repeat(edits.shape[1])),
+        }
+    overall = {
+        key: sum(figures[key] for figures in by_prompt.values()) / len(PROMPTS)
+        for key in ("named", "psnr", "variety", "subject")
+    }
+    subject_before = _accuracy(subject_judge, images, labels)
+    return {
+        **overall,
+        "subject_before": subject_before,
+        "subject_lost": subject_before - overall["subject"],
+        "by_prompt": by_prompt,
+    }
+
+
+def draw_teacher(images: Tensor, prompt: str, draws: int, seed: int) -> Tensor:
+    """`draws` independent teacher edits of the images: [draws, N, 3, S, S]."""
+    generator = torch.Generator().manual_seed(seed_from(seed, "draws", prompt))
+    return torch.stack([apply_teacher(images, prompt, generator) for _ in range(draws)])
+
+
+def _psnr(first: Tensor, second: Tensor) -> Tensor:
+    """PSNR in dB of each image of a batch in [0, 1]."""
+    return -10 * torch.log10((first - second).square().mean((1, 2, 3)) + 1e-10)
+
+
+def _chroma(images: Tensor) -> Tensor:
+    """The colour differences blue - luminance and red - luminance, [N, 2, H, W]."""
+    red, green, blue = images.unbind(1)
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    return torch.stack([blue - luma, red - luma], 1)
+
+
+# Judges
+
+
+class _Judge(nn.Sequential):
+    """A small convolutional classifier of images [N, 3, S, S] in [0, 1] of any size."""
+
+    def __init__(self, classes: int) -> None:
+        layers: list[nn.Module] = []
+        channels = 3
+        for width, stride in ((32, 1), (64, 2), (64, 1), (128, 2), (128, 1), (192, 2)):
+            layers += [
+                nn.Conv2d(channels, width, 3, stride, 1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+            ]
+            channels = width
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(192, classes))
+
+
+def train_prompt_judge(
+    taught: Mapping[str, tuple[Tensor, Tensor]], steps: int, seed: int, progress: Progress = silent
+) -> nn.Module:
+    """Train a classifier to name the prompt of teacher edits, at 32 and at 64 px by turns."""
+    photographs = [images for images, _ in taught.values()]
+    made = to_tensor(make_pictures(600, 32, np.random.default_rng(seed)))
+    pools = [*photographs, made]
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed_from(seed, "prompt judge", step))
+        pool = pools[step % len(pools)]
+        images = pool[torch.randint(len(pool), (72,), generator=generator)]
+        if step // len(pools) % 3 == 0:
+            images = _resize(images[:24], 64)
+        prompts = torch.randint(len(PROMPTS), (len(images),), generator=generator)
+        return apply_teachers(images, [PROMPTS[one] for one in prompts], generator), prompts
+
+    return _train_judge(len(PROMPTS), batch, steps, seed, "the prompt judge", progress)
+
+
+def train_subject_judge(
+    images: Tensor, labels: Tensor, steps: int, seed: int, progress: Progress = silent
+) -> nn.Module:
+    """Train a classifier on originals at 32 px, moved, mirrored and in shifted colours.
+
+    images: [N, 3, 32, 32] in [0, 1]. It never sees an edit.
+    """
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed_from(seed, "subject judge", step))
+        rows = torch.randint(len(images), (96,), generator=generator)
+        return _augment(images[rows], generator), labels[rows]
+
+    return _train_judge(int(labels.max()) + 1, batch, steps, seed, "the subject judge", progress)
+
+
+def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    down, right = torch.randint(0, 7, (2,), generator=generator).tolist()
+    side = images.shape[-1]
+    moved = F.pad(images, (3, 3, 3, 3), mode="reflect")
+    moved = moved[..., down : down + side, right : right + side]
+    gain = 0.7 + 0.6 * torch.rand(len(images), 3, 1, 1, generator=generator)
+    shift = 0.4 * torch.rand(len(images), 3, 1, 1, generator=generator) - 0.2
+    return (moved * gain + shift).clamp(0, 1)
+
+
+def _train_judge(
+    classes: int,
+    batch: Callable[[int], tuple[Tensor, Tensor]],
+    steps: int,
+    seed: int,
+    name: str,
+    progress: Progress,
+) -> nn.Module:
+    torch.manual_seed(seed_from(seed, name))
+    judge = _Judge(classes).to(memory_format=torch.channels_last)
+    optimiser = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
+    for step in range(steps):
+        images, labels = batch(step)
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = judge(images.contiguous(memory_format=torch.channels_last))
+        loss = F.cross_entropy(scores.float(), labels, label_smoothing=0.05)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        progress(f"training {name}, loss {loss.item():.3f}", step + 1, steps)
+    return judge.eval()
+
+
+@torch.no_grad()
+def _predict(judge: nn.Module, images: Tensor) -> Tensor:
+    return torch.cat([judge(chunk).argmax(1) for chunk in images.split(256)])
+
+
+def _accuracy(judge: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Accuracy of a judge that was trained at 32 px: larger images are averaged down to it."""
+    return (_predict(judge, _resize(images, 32)) == labels).float().mean().item()
+
+
+def _resize(images: Tensor, size: int) -> Tensor:
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+
+
+# Pictures
+
+
+def _read_sets(folders: Mapping[str, Path], split: str, size: int) -> dict[str, tuple[Tensor, Tensor]]:
+    return {name: _read_set(name, folders, size, split) for name in (*folders, "digits")}
+
+
+def _read_set(
+    name: str, folders: Mapping[str, Path], size: int, split: str = "test"
+) -> tuple[Tensor, Tensor]:
+    """Images [N, 3, size, size] in [0, 1] and labels [N] of a named folder, or of the digits."""
+    images, labels = (
+        read_image_folder(folders[name], size) if name in folders else read_digits(size, split)
+    )
+    return to_tensor(images), torch.from_numpy(labels)
+
+
+def _spread(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`count` images spread evenly over the set, and so over its sorted classes."""
+    rows = torch.linspace(0, len(images) - 1, min(count, len(images))).round().long()
+    return images[rows], labels[rows]

@@ -1,0 +1,423 @@
+"""How the bundled editor is trained: an autoencoder first, then the UNet with its text encoder.
+
+What belongs here: building the five parts of the pipeline, the two training loops, saving. What
+does not: the edits to learn (`teachers`), the pictures (`sources`), the figures (`evaluation`).
+
+Every random number of a step follows from (seed, stage, step), so a run that is killed goes on
+from its last checkpoint as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    StableDiffusionInstructPix2PixPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from diffusemix_pipeline.bundled_editor.sources import SourceBank
+from diffusemix_pipeline.bundled_editor.teachers import PROMPTS, apply_teachers
+from diffusemix_pipeline.files import replaced_folder
+from diffusemix_pipeline.identity import seed_from
+from diffusemix_pipeline.progress import Progress, silent
+
+TEMPLATE = "A transformed version of image into {prompt}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how wide to train. The defaults are the shipped weights' recipe.
+
+    A batch holds `small_batch` images of 32 px, or, in every third step, `large_batch` of 64 px.
+    """
+
+    autoencoder_steps: int = 2500
+    autoencoder_rate: float = 2e-3
+    editor_steps: int = 5000
+    editor_rate: float = 5e-4
+    small_batch: int = 40
+    large_batch: int = 10
+    made_pictures: int = 3000
+    channels: tuple[int, int] = (64, 128)
+    save_every: int = 250
+
+
+def train_editor(
+    out: Path,
+    *,
+    image_folders: Sequence[Path] = (),
+    checkpoint_dir: Path,
+    seed: int = 0,
+    recipe: Recipe = Recipe(),
+    progress: Progress = silent,
+) -> Path:
+    """Train an editor from nothing and save it as a diffusers pipeline folder; return the folder.
+
+    `image_folders` are folders of class folders of photographs, which are only read; the digits
+    and the pictures that the project makes itself are always among the sources. A killed run goes
+    on from `checkpoint_dir`, which belongs to one seed, recipe and set of folders.
+    """
+    bank = SourceBank(image_folders, made_pictures=recipe.made_pictures, seed=seed)
+    autoencoder = train_autoencoder(bank, recipe, seed, checkpoint_dir, progress)
+    text_encoder, unet = train_unet(autoencoder, bank, recipe, seed, checkpoint_dir, progress)
+    save_pipeline(out, autoencoder, text_encoder, unet, aside=checkpoint_dir)
+    return out
+
+
+# Autoencoder
+
+
+def build_autoencoder() -> AutoencoderKL:
+    """Two levels: an image of 32 px becomes 6 x 16 x 16 latents."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        latent_channels=6,
+        norm_num_groups=8,
+        sample_size=32,
+        scaling_factor=1.0,
+        mid_block_add_attention=False,
+    )
+
+
+def train_autoencoder(
+    bank: SourceBank, recipe: Recipe, seed: int, checkpoint_dir: Path, progress: Progress
+) -> AutoencoderKL:
+    """Train on originals and teacher edits, half of each, in shifted colours."""
+    torch.manual_seed(seed_from(seed, "autoencoder"))
+    autoencoder = build_autoencoder().to(memory_format=torch.channels_last)
+
+    def loss(model: nn.Module, step: int, part: int) -> Tensor:
+        [autoencoder] = model.children()
+        generator = _generator(seed, "autoencoder", step, part)
+        originals, edited, _ = _draw_pairs(bank, recipe, step, generator)
+        half = len(originals) // 2
+        images = torch.cat([originals[:half], edited[half:]]) * 2 - 1
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = autoencoder.encode(images).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator)
+            decoded = autoencoder.decode(posterior.mean + posterior.std * noise).sample
+        kl = posterior.kl().mean() / images[0].numel()
+        return _reconstruction_loss(decoded.float(), images) + 1e-4 * kl
+
+    _train(
+        "autoencoder",
+        nn.ModuleList([autoencoder]),
+        loss,
+        steps=recipe.autoencoder_steps,
+        rate=recipe.autoencoder_rate,
+        checkpoint=checkpoint_dir / "autoencoder.pt",
+        save_every=recipe.save_every,
+        progress=progress,
+    )
+    _normalise_latents(autoencoder, bank, recipe, seed)
+    return autoencoder.eval().requires_grad_(False)
+
+
+def _reconstruction_loss(decoded: Tensor, images: Tensor) -> Tensor:
+    """Squared error, and an absolute error in luminance and two colour differences.
+
+    The second term is why colour survives: under squared error alone a small autoencoder spends
+    everything on luminance, which holds nearly all of the variance.
+    """
+    error = decoded - images
+    red, green, blue = error.unbind(1)
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    colour = luma.abs() + (red - luma).abs() + (blue - luma).abs()
+    return error.square().mean() + 0.1 * colour.mean()
+
+
+@torch.no_grad()
+def _normalise_latents(
+    autoencoder: AutoencoderKL, bank: SourceBank, recipe: Recipe, seed: int
+) -> None:
+    """Fold mean 0 and deviation 1 of every latent channel into the two 1x1 convolutions.
+
+    InstructPix2Pix conditions on the latents without scaling them, so they are made of unit scale
+    themselves and `scaling_factor` stays 1.
+    """
+    originals, edited, _ = _draw_pairs(bank, recipe, 1, _generator(seed, "normalise", 0, 0))
+    latents = autoencoder.encode(torch.cat([originals, edited]) * 2 - 1).latent_dist.mean
+    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    channels = len(mean)
+    encode, decode = autoencoder.quant_conv, autoencoder.post_quant_conv
+    encode.weight[:channels] /= deviation.view(-1, 1, 1, 1)
+    encode.bias[:channels] = (encode.bias[:channels] - mean) / deviation
+    encode.bias[channels:] -= 2 * deviation.log()
+    decode.bias += decode.weight[:, :, 0, 0] @ mean
+    decode.weight *= deviation.view(1, -1, 1, 1)
+
+
+# UNet and text encoder
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer whose words are those of the template and the prompts.
+
+    Any other text falls back to characters (bytes, where they are not ASCII). The vocabulary is
+    those characters, inside and at the end of a word, and every beginning of a known word.
+    """
+    characters = sorted(ByteLevel.alphabet())
+    tokens = characters + [character + "</w>" for character in characters]
+    merges: list[tuple[str, str]] = []
+    text = TEMPLATE.format(prompt=" ".join(PROMPTS)).lower().replace("-", " ")
+    for word in sorted(set(text.split())):
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:
+            pair = (pieces[0], pieces[1])
+            if pair not in merges:
+                merges.append(pair)
+                tokens.append("".join(pair))
+            pieces[:2] = ["".join(pair)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=256,
+            projection_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=77,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_unet(channels: tuple[int, int], latent_channels: int) -> UNet2DConditionModel:
+    """Two levels, text attention on the lower one: noisy latents and image latents in."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=2 * latent_channels,
+        out_channels=latent_channels,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=channels,
+        layers_per_block=1,
+        cross_attention_dim=64,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def build_scheduler() -> DPMSolverMultistepScheduler:
+    """v-prediction, and no signal left at the last step.
+
+    Were any left, the network would read a small image's mean colour from it in training and miss
+    it when it starts from pure noise.
+    """
+    return DPMSolverMultistepScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+    )
+
+
+def train_unet(
+    autoencoder: AutoencoderKL,
+    bank: SourceBank,
+    recipe: Recipe,
+    seed: int,
+    checkpoint_dir: Path,
+    progress: Progress,
+) -> tuple[CLIPTextModel, UNet2DConditionModel]:
+    """Learn to draw teacher edits, given the original's latents and the prompt.
+
+    The prompt stands in the template for three quarters of the samples and bare for the rest; text
+    and image are each left out of a tenth, so that both guidance scales work.
+    """
+    torch.manual_seed(seed_from(seed, "unet"))
+    tokenizer = build_tokenizer()
+    text_encoder = build_text_encoder(tokenizer).train()
+    unet = build_unet(recipe.channels, autoencoder.config.latent_channels)
+    unet = unet.to(memory_format=torch.channels_last)
+    scheduler = build_scheduler()
+    signal = scheduler.alphas_cumprod.sqrt()
+    noise_level = (1 - scheduler.alphas_cumprod).sqrt()
+    texts = [*(TEMPLATE.format(prompt=prompt) for prompt in PROMPTS), *PROMPTS, ""]
+    tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+    def loss(model: nn.Module, step: int, part: int) -> Tensor:
+        text_encoder, unet = model.children()
+        generator = _generator(seed, "unet", step, part)
+        originals, edited, prompts = _draw_pairs(bank, recipe, step, generator)
+        count = len(originals)
+        text_rows = prompts + len(PROMPTS) * _chance(0.25, count, generator)
+        text_rows[_chance(0.1, count, generator)] = len(texts) - 1
+        times = torch.randint(len(signal), (count,), generator=generator)
+        keep, add = (level[times].view(-1, 1, 1, 1) for level in (signal, noise_level))
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                both = torch.cat([originals, edited]) * 2 - 1
+                latents = autoencoder.encode(both).latent_dist.mean.float()
+            condition, target = latents.chunk(2)
+            condition[_chance(0.1, count, generator)] = 0
+            noise = torch.randn(target.shape, generator=generator)
+            noisy = torch.cat([keep * target + add * noise, condition], 1)
+            embeddings = text_encoder(tokens).last_hidden_state[text_rows]
+            velocity = unet(
+                noisy.contiguous(memory_format=torch.channels_last), times, embeddings
+            ).sample
+        return nn.functional.mse_loss(velocity.float(), keep * noise - add * target)
+
+    _train(
+        "editor",
+        nn.ModuleList([text_encoder, unet]),
+        loss,
+        steps=recipe.editor_steps,
+        rate=recipe.editor_rate,
+        checkpoint=checkpoint_dir / "editor.pt",
+        save_every=recipe.save_every,
+        progress=progress,
+    )
+    return text_encoder.eval(), unet.eval()
+
+
+# What both share
+
+
+def _draw_pairs(
+    bank: SourceBank, recipe: Recipe, step: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Half a batch: originals and their edits [N, 3, S, S] in [0, 1], and the prompts' numbers [N]."""
+    large = step % 3 == 2
+    count = (recipe.large_batch if large else recipe.small_batch) // 2
+    originals = _shift_colours(bank.draw(count, 64 if large else 32, generator), generator)
+    prompts = torch.randint(len(PROMPTS), (count,), generator=generator)
+    edited = apply_teachers(originals, [PROMPTS[number] for number in prompts], generator)
+    return originals, edited, prompts
+
+
+def _shift_colours(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Scale and move the colour channels of a third of the images, and mirror half of them."""
+    count = len(images)
+    changed = _chance(1 / 3, count, generator).view(-1, 1, 1, 1)
+    gain = 1 + changed * (torch.rand(count, 3, 1, 1, generator=generator) - 0.5)
+    shift = changed * 0.3 * (torch.rand(count, 3, 1, 1, generator=generator) - 0.5)
+    mirrored = _chance(0.5, count, generator).view(-1, 1, 1, 1)
+    return torch.where(mirrored, images.flip(-1), images).mul(gain).add(shift).clamp(0, 1)
+
+
+def _chance(probability: float, count: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(count, generator=generator) < probability
+
+
+def _generator(seed: int, stage: str, step: int, part: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed_from(seed, stage, step, part))
+
+
+def _train(
+    name: str,
+    model: nn.Module,
+    loss: Callable[[nn.Module, int, int], Tensor],
+    *,
+    steps: int,
+    rate: float,
+    checkpoint: Path,
+    save_every: int,
+    progress: Progress,
+) -> None:
+    """Minimise `loss(model, step, part)`, then load the moving average of the weights into `model`.
+
+    Every step averages two parts, each worked on by a thread of its own on a replica that shares
+    the weights and has its own gradients: on two cores that others use too, this is several times
+    as fast as splitting every single operation in two. The caller sets torch to one thread.
+    """
+    average = copy.deepcopy(model)
+    replica = copy.deepcopy(model)
+    for shared, its_own in zip(replica.parameters(), model.parameters(), strict=True):
+        shared.data = its_own.data
+
+    def backward(model_and_part: tuple[nn.Module, int]) -> float:
+        model, part = model_and_part
+        model.zero_grad()
+        value = loss(model, step, part) / 2
+        value.backward()
+        return value.item()
+
+    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-3)
+    warm_up = min(200, steps // 5 + 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser,
+        lambda step: min((step + 1) / warm_up, 1 - (step - warm_up) / (steps - warm_up + 1)),
+    )
+    parts = {"model": model, "average": average, "optimiser": optimiser, "schedule": schedule}
+    start = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        start = state["step"]
+        for key, part in parts.items():
+            part.load_state_dict(state[key])
+    with ThreadPoolExecutor(2) as threads:
+        for step in range(start, steps):
+            value = sum(threads.map(backward, [(model, 0), (replica, 1)]))
+            for summed, other in zip(model.parameters(), replica.parameters(), strict=True):
+                if summed.grad is not None:
+                    summed.grad += other.grad
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            schedule.step()
+            _follow(average, model, decay=min(0.998, (step + 1) / (step + 10)))
+            done = step + 1
+            progress(f"training the {name}, loss {value:.4f}", done, steps)
+            if done % save_every == 0 or done == steps:
+                state = {key: part.state_dict() for key, part in parts.items()}
+                _save_checkpoint(checkpoint, {**state, "step": done})
+    model.load_state_dict(average.state_dict())
+
+
+@torch.no_grad()
+def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
+    slow, fast = list(average.parameters()), list(model.parameters())
+    torch._foreach_lerp_(slow, fast, 1 - decay)
+
+
+def _save_checkpoint(path: Path, state: dict[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    torch.save(state, partial)
+    partial.replace(path)
+
+
+def save_pipeline(
+    out: Path,
+    autoencoder: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    unet: UNet2DConditionModel,
+    *,
+    aside: Path,
+) -> None:
+    """Write the pipeline folder in half precision, as a whole or not at all."""
+    pipeline = StableDiffusionInstructPix2PixPipeline(
+        vae=copy.deepcopy(autoencoder).half(),
+        text_encoder=copy.deepcopy(text_encoder).half(),
+        tokenizer=build_tokenizer(),
+        unet=copy.deepcopy(unet).half(),
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    with replaced_folder(out, aside=aside) as folder:
+        pipeline.save_pretrained(folder, safe_serialization=True)

@@ -1,0 +1,179 @@
+"""A person's door: `diffusemix …`. Each command reads settings, calls one function and says what came of it."""
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.project import Project
+from diffusemix_pipeline.settings import describe, load_layers, load_settings, preset_names
+
+_LOOPBACK = "127.0.0.1"
+_FOLDER = click.Path(path_type=Path)
+
+
+class _Command(click.Group):
+    """A group whose UserErrors end as one message and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            click.echo(f"diffusemix: {error}", err=True)
+            ctx.exit(2)
+
+
+def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option(
+            "--set",
+            "overrides",
+            metavar="KEY=VALUE",
+            multiple=True,
+            help="One setting, e.g. editing.steps=20; may be repeated.",
+        ),
+        click.option("--config", type=_FOLDER, help="A YAML file of settings."),
+        click.option("--preset", help=f"One of: {', '.join(preset_names())}."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="diffusemix-pipeline")
+def main() -> None:
+    """DiffuseMix: edit, mix, train and judge, with every image traceable to its source."""
+    warnings.simplefilter("ignore")  # of libraries; ours are errors or lines of output
+
+
+@main.command()
+@_settings_options
+@click.option("--data", type=_FOLDER, help="A folder of labelled images (source.path).")
+def run(
+    preset: str | None, config: Path | None, overrides: Sequence[str], data: Path | None
+) -> None:
+    """Run the whole pipeline here and now.
+
+    \b
+    diffusemix run --preset demo
+    diffusemix run --data photos --set size=64
+    """
+    from diffusemix_pipeline.orchestration.launch import run_here
+    from diffusemix_pipeline.terminal import progress_bars
+
+    given = [*overrides, *([f"source.path={_quoted(data.resolve())}"] if data else [])]
+    settings = load_settings(Path.cwd(), preset=preset, config=config, overrides=given)
+    project = Project(Path.cwd())
+    with progress_bars() as progress:
+        outcome = run_here(project, settings, progress)
+    if not outcome.success:
+        for problem in outcome.problems:
+            click.echo(f"diffusemix: {problem}", err=True)
+        raise SystemExit(2 if outcome.user_error else 1)
+    _print_outcome(project, outcome)
+
+
+@main.command()
+@_settings_options
+@click.option("--train-dir", "--train_dir", type=_FOLDER, required=True, help="Class folders.")
+@click.option("--out", type=_FOLDER, required=True, help="Where the ImageFolder is written.")
+@click.option("--prompts", help='Comma-separated, e.g. "sunset, autumn" (editing.prompts).')
+@click.option("--fractal-dir", "--fractal_dir", type=_FOLDER, help="Fractals (mixing.fractal_dir).")
+def augment(
+    preset: str | None,
+    config: Path | None,
+    overrides: Sequence[str],
+    train_dir: Path,
+    out: Path,
+    prompts: str | None,
+    fractal_dir: Path | None,
+) -> None:
+    """Augment a folder of class folders, and nothing else.
+
+    \b
+    diffusemix augment --train-dir photos/train --out augmented --prompts "sunset, autumn"
+    """
+    from diffusemix_pipeline.augmentation import augment_folder
+    from diffusemix_pipeline.terminal import progress_bars
+
+    given = list(overrides)
+    if prompts is not None:
+        given.append(f"editing.prompts=[{', '.join(map(_quoted, prompts.split(',')))}]")
+    if fractal_dir is not None:
+        given.append(f"mixing.fractal_dir={_quoted(fractal_dir)}")
+    settings = load_settings(Path.cwd(), preset=preset, config=config, overrides=given)
+    with progress_bars() as progress:
+        stage = augment_folder(train_dir, out, settings, Project(Path.cwd()), progress)
+    done = "Nothing changed, nothing done" if stage.reused else "Done"
+    click.echo(f"{done}: {stage.counts['images']} augmented images in {out}.")
+
+
+@main.command()
+@click.option("--port", default=3000, show_default=True)
+def ui(port: int) -> None:
+    """Open Dagster's web UI on this machine, with its daemon for schedules."""
+    from diffusemix_pipeline.orchestration.launch import prepare_instance
+
+    prepare_instance(Project(Path.cwd()))
+    click.echo(f"Dagster: http://{_LOOPBACK}:{port}")
+    command = ["dagster", "dev", "-h", _LOOPBACK, "-p", str(port), "-w", "workspace.yaml"]
+    raise SystemExit(subprocess.call([sys.executable, "-m", *command]))
+
+
+@main.command()
+@click.option("--port", default=5000, show_default=True)
+def mlflow(port: int) -> None:
+    """Open MLflow's web UI on this machine."""
+    from diffusemix_pipeline.tracking import mlflow_ui_command
+
+    settings = load_settings(Path.cwd())
+    click.echo(f"MLflow: http://{_LOOPBACK}:{port}")
+    command = mlflow_ui_command(Project(Path.cwd()), settings.tracking, port)
+    raise SystemExit(subprocess.call(command))
+
+
+@main.command()
+@_settings_options
+def settings(preset: str | None, config: Path | None, overrides: Sequence[str]) -> None:
+    """Print every setting with its value, where that comes from, and what it means."""
+    layers = load_layers(Path.cwd(), preset=preset, config=config, overrides=overrides)
+    for setting in describe(layers):
+        click.echo(f"{click.style(setting.key, bold=True)} = {setting.value!r}")
+        click.echo(f"    from {setting.origin}. {setting.description}")
+
+
+@main.group()
+def editor() -> None:
+    """Train and judge the editor that the package carries."""
+
+
+@editor.command()
+@click.option("--out", type=_FOLDER, required=True, help="Where the pipeline folder is written.")
+@click.option("--images", type=_FOLDER, multiple=True, help="A folder of images to train on too.")
+@click.option("--seed", default=0, show_default=True)
+def train(out: Path, images: Sequence[Path], seed: int) -> None:
+    """Train an editor from nothing; a cut-off training goes on where it was."""
+    from diffusemix_pipeline.bundled_editor.training import train_editor
+    from diffusemix_pipeline.terminal import progress_bars
+
+    checkpoints = Project(Path.cwd()).state / "editor-training"
+    with progress_bars() as progress:
+        folder = train_editor(
+            out, image_folders=images, seed=seed, checkpoint_dir=checkpoints, progress=progress
+        )
+    click.echo(f"The editor is in {folder}: use it with --set editing.editor={folder}")
+
+
+def _quoted(text: Any) -> str:
+    """Write text as a YAML string, whatever it holds."""
+    return "'" + str(text).replace("'", "''") + "'"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Image files: reading anything that PIL reads as RGB, the one geometry of the pipeline, PNG bytes."""
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+SUFFIXES = frozenset(Image.registered_extensions())
+
+
+class UnreadableImage(ValueError):
+    """A file that is set aside: the message is the reason."""
+
+
+def read_rgb(path: Path, max_pixels: int) -> Image.Image:
+    """Read an image as RGB, its EXIF rotation applied and transparency laid on white.
+
+    Raises UnreadableImage with the reason for anything that is no whole image of at most
+    `max_pixels` pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's own bomb limit and EXIF complaints; ours follows
+            with Image.open(path) as image:
+                if image.width * image.height > max_pixels:
+                    raise UnreadableImage(f"{image.width} x {image.height} px is above {max_pixels} px")
+                image.load()
+                upright = ImageOps.exif_transpose(image)
+    except UnreadableImage:
+        raise
+    except Exception as error:  # PIL raises dozens of types for broken files
+        raise UnreadableImage(f"{type(error).__name__}: {error}".replace(str(path), path.name)) from None
+    return _to_rgb(upright)
+
+
+def is_plain_rgb(path: Path) -> bool:
+    """Tell whether a file is a JPEG or PNG whose bytes already are the upright RGB picture."""
+    with Image.open(path) as image:
+        upright = image.getexif().get(0x0112, 1) == 1
+        still = getattr(image, "n_frames", 1) == 1
+        plain = image.mode == "RGB" and "transparency" not in image.info
+        return image.format in ("JPEG", "PNG") and plain and upright and still
+
+
+def to_square(image: Image.Image, size: int) -> np.ndarray:
+    """Return uint8 (size, size, 3): the shorter side scaled to `size`, anti-aliased, the centre cut out."""
+    if image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    return np.asarray(image)
+
+
+def read_square(path: Path, size: int) -> np.ndarray:
+    """Read one of the pipeline's own RGB files as uint8 (size, size, 3)."""
+    with Image.open(path) as image:
+        return to_square(image.convert("RGB"), size)
+
+
+def png_bytes(pixels: np.ndarray) -> bytes:
+    """Encode uint8 (H, W, 3) without loss; the same pixels give the same bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        values = np.asarray(image, dtype=np.float64)
+        scale = 257.0 if values.max() > 255 else 1.0
+        return Image.fromarray(np.clip(values / scale, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        layers = image.convert("RGBA")
+        white = Image.new("RGBA", layers.size, "white")
+        return Image.alpha_composite(white, layers).convert("RGB")
+    return image.convert("RGB")
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Return a file's width and height in px."""
+    with Image.open(path) as image:
+        return image.size

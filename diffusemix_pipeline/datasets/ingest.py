@@ -1,0 +1,124 @@
+"""The first stage: a source's images become `data/raw/{train,val,test}/<class>/`, copied and checked."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from diffusemix_pipeline.datasets.images import UnreadableImage, image_size
+from diffusemix_pipeline.datasets.manifest import Stage, finished_stage, read_stage, write_stage
+from diffusemix_pipeline.datasets.sources import Item, list_items, source_digest
+from diffusemix_pipeline.datasets.splits import assign_splits
+from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.identity import digest
+from diffusemix_pipeline.progress import Progress, silent
+from diffusemix_pipeline.settings import Settings
+
+CODE_VERSION = "1"
+
+
+def ingest(
+    source: str,
+    settings: Settings,
+    out: Path,
+    *,
+    aside: Path,
+    train_only: bool = False,
+    progress: Progress = silent,
+) -> Stage:
+    """Copy a source into a stage folder; do nothing where the same content is there already.
+
+    A file that cannot be read as an image, or that repeats another of its class and split, is set
+    aside: named with its reason in the stage's notes, never fatal. With `train_only` the source is
+    a folder of class folders and nothing is held out.
+    """
+    items = list_items(source)
+    if train_only and {item.split for item in items} != {None}:
+        raise UserError(
+            f"{source} holds train/val/test folders; give the train folder alone: "
+            "val and test are never augmented."
+        )
+    shape = settings.source.model_dump(exclude={"path"})  # where a source lies shapes nothing
+    content = source_digest(items)
+    fingerprint = digest("raw", CODE_VERSION, train_only, settings.seed, shape, content)
+    finished = finished_stage(out, fingerprint)
+    if finished:
+        return finished
+    readable, set_aside = _readable(items, settings.source.max_pixels, progress)
+    if train_only:
+        used = [replace(item, split="train") for item in readable]
+    else:
+        used = assign_splits(readable, settings.source, settings.seed)
+    with write_stage(out, name="raw", fingerprint=fingerprint, aside=aside) as stage:
+        for done, item in enumerate(used, start=1):
+            stage.rows.append(_copied(item, stage.folder, settings.source.max_pixels))
+            progress("Copying images", done, len(used))
+        stage.notes["set_aside"] = set_aside
+        stage.notes["train_copies_of_held_out"] = _copies(used)
+    return read_stage(out)
+
+
+def _readable(
+    items: Sequence[Item], max_pixels: int, progress: Progress
+) -> tuple[list[Item], list[dict[str, str]]]:
+    """Part the items into those that can be read and are no repetition, and the rest with reasons."""
+    kept: list[Item] = []
+    set_aside: list[dict[str, str]] = []
+    first: dict[tuple[str | None, str, str], str] = {}
+    for done, item in enumerate(items, start=1):
+        key = (item.split, item.label, item.sha256)
+        try:
+            if key in first:
+                raise UnreadableImage(f"the same bytes as {first[key]}")
+            item.read(max_pixels)
+        except UnreadableImage as reason:
+            set_aside.append({"source_id": item.source_id, "reason": str(reason)})
+        else:
+            first[key] = item.source_id
+            kept.append(item)
+        progress("Checking images", done, len(items))
+    if not kept:
+        raise UserError(
+            f"None of the {len(items)} files can be read as an image; "
+            f"the first: {set_aside[0]['source_id']}: {set_aside[0]['reason']}."
+        )
+    return kept, set_aside
+
+
+def _copied(item: Item, folder: Path, max_pixels: int) -> dict[str, Any]:
+    """Write one image below `folder` and return its manifest row."""
+    content, suffix = item.read(max_pixels)
+    image_id = f"{item.split}/{item.label}/{_stem(item)}"
+    target = folder / f"{image_id}{suffix}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(content)
+    width, height = image_size(target)
+    return {
+        "image_id": image_id,
+        "file_name": f"{image_id}{suffix}",
+        "label": item.label,
+        "split": item.split,
+        "source_id": item.source_id,
+        "source_sha256": item.sha256,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "width": width,
+        "height": height,
+    }
+
+
+def _stem(item: Item) -> str:
+    """Name a file so that a person finds the source and no two collide."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(item.source_id).stem).strip(".-")[:60]
+    return f"{stem or 'image'}-{item.sha256[:8]}"
+
+
+def _copies(items: Sequence[Item]) -> list[dict[str, str]]:
+    """List training images whose bytes also lie in val or test."""
+    held_out = {item.sha256: item.source_id for item in items if item.split != "train"}
+    return [
+        {"train": item.source_id, "held_out": held_out[item.sha256]}
+        for item in items
+        if item.split == "train" and item.sha256 in held_out
+    ]

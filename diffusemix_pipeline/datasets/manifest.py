@@ -1,0 +1,162 @@
+"""A stage folder's tables: `manifest.parquet`, a row an image, and `stage.json`, what made it.
+
+Both hold only what the inputs determine. Times, hosts and run ids would change the version.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.files import replaced_folder, write_json
+from diffusemix_pipeline.identity import digest
+
+MANIFEST = "manifest.parquet"
+STAGE = "stage.json"
+SPLITS = ("train", "val", "test")
+
+# What each column holds, for a person: docs/data.md.
+_DTYPES = {
+    "image_id": "str",
+    "file_name": "str",
+    "label": "str",
+    "split": "str",
+    "source_id": "str",
+    "source_sha256": "str",
+    "prompt": "str",
+    "copy": "Int32",
+    "attempt": "Int32",
+    "edit_key": "str",
+    "seed": "Int64",
+    "mask": "str",
+    "fractal_id": "str",
+    "lam": "Float64",
+    "sha256": "str",
+    "width": "Int32",
+    "height": "Int32",
+    "verdict": "str",
+}
+_REQUIRED = ("image_id", "file_name", "label", "split", "source_id", "source_sha256", "sha256")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One finished stage folder: `counts` are what a person asks for, `version` follows from every row."""
+
+    folder: Path
+    name: str
+    fingerprint: str
+    version: str
+    counts: dict[str, Any]
+    notes: dict[str, Any] = field(default_factory=dict)
+    reused: bool = False
+
+    def manifest(self) -> pd.DataFrame:
+        """Read the stage's rows."""
+        return read_manifest(self.folder)
+
+
+def table(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return manifest rows, sorted by file name, with every column present and typed, and checked."""
+    frame = pd.DataFrame(rows, columns=list(_DTYPES)).astype(_DTYPES)
+    return _schema().validate(frame.sort_values("file_name", ignore_index=True))
+
+
+def read_manifest(folder: Path) -> pd.DataFrame:
+    """Read and check a stage folder's manifest; UserError names a folder that holds none."""
+    path = folder / MANIFEST
+    if not path.exists():
+        raise UserError(f"{folder} holds no {MANIFEST}: run the stage that makes it first.")
+    return _schema().validate(pd.read_parquet(path).astype(_DTYPES))
+
+
+def read_stage(folder: Path) -> Stage:
+    """Return what a stage folder says of itself; UserError names a folder that holds no stage."""
+    path = folder / STAGE
+    if not path.exists():
+        raise UserError(f"{folder} holds no {STAGE}: run the stage that makes it first.")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return Stage(
+        folder,
+        content["stage"],
+        content["fingerprint"],
+        content["version"],
+        content["counts"],
+        content["notes"],
+    )
+
+
+def finished_stage(folder: Path, fingerprint: str) -> Stage | None:
+    """Return the stage in `folder` if the same inputs and settings made it and no file is missing."""
+    if not (folder / STAGE).exists():
+        return None
+    stage = read_stage(folder)
+    if stage.fingerprint != fingerprint:
+        return None
+    whole = all((folder / name).exists() for name in stage.manifest()["file_name"])
+    return replace(stage, reused=True) if whole else None
+
+
+class StageWriter:
+    """Collects the rows of a stage while its files are written into `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows: list[dict[str, Any]] = []
+        self.notes: dict[str, Any] = {}
+
+
+@contextmanager
+def write_stage(folder: Path, *, name: str, fingerprint: str, aside: Path) -> Iterator[StageWriter]:
+    """Fill a stage folder aside, then put it in the place of the old one: manifest last, rename.
+
+    `read_stage(folder)` gives the result afterwards.
+    """
+    with replaced_folder(folder, aside=aside) as partial:
+        writer = StageWriter(partial)
+        yield writer
+        rows = table(writer.rows)
+        rows.to_parquet(partial / MANIFEST, index=False)
+        content = {
+            "stage": name,
+            "fingerprint": fingerprint,
+            "version": version_of(rows),
+            "counts": counts_of(rows),
+            "notes": writer.notes,
+        }
+        write_json(partial / STAGE, content)
+
+
+def version_of(rows: pd.DataFrame) -> str:
+    """Return a digest of every value of every row, whatever library wrote the file."""
+    return digest(rows.to_csv(index=False))
+
+
+def counts_of(rows: pd.DataFrame) -> dict[str, Any]:
+    """Count images in all and by split and class."""
+    by_split: dict[str, dict[str, int]] = {}
+    for (split, label), number in rows.groupby(["split", "label"]).size().items():
+        by_split.setdefault(str(split), {})[str(label)] = int(number)
+    return {"images": len(rows), "by_split": by_split}
+
+
+def class_names(counts: Mapping[str, Any]) -> list[str]:
+    """Return the sorted class names of a stage's counts; a label's index is its place here."""
+    return sorted({label for labels in counts["by_split"].values() for label in labels})
+
+
+def _schema() -> Any:
+    import pandera.pandas as pa
+
+    columns = {
+        name: pa.Column(dtype, nullable=name not in _REQUIRED) for name, dtype in _DTYPES.items()
+    }
+    columns["image_id"].unique = True
+    columns["file_name"].unique = True
+    columns["split"].checks = [pa.Check.isin(SPLITS)]
+    return pa.DataFrameSchema(columns, strict=True, ordered=True)

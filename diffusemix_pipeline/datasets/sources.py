@@ -1,0 +1,126 @@
+"""Sources of labelled images: scikit-learn's digits, and a user's folder, which is only ever read."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from diffusemix_pipeline.datasets.images import SUFFIXES, is_plain_rgb, png_bytes, read_rgb
+from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.identity import digest, file_sha256
+
+DIGITS = "digits"
+_DIGIT_SIDE = 32
+_SPLIT_FOLDERS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One labelled image before it is read. `split` is None where the source does not say."""
+
+    source_id: str
+    label: str
+    split: str | None
+    sha256: str
+    read: Callable[[int], tuple[bytes, str]]
+    """Given the pixel limit, returns the file's bytes and suffix in `data/raw`; raises UnreadableImage."""
+
+
+def list_items(source: str) -> list[Item]:
+    """List a source's images in a fixed order; UserError for a folder without class folders of images."""
+    return list(_digits() if source == DIGITS else _folder(Path(source).expanduser()))
+
+
+def source_digest(items: Iterable[Item]) -> str:
+    """Return what identifies the content of a source: names, labels, splits and bytes, not times."""
+    return digest(sorted([i.source_id, i.label, i.split or "", i.sha256] for i in items))
+
+
+def _digits() -> Iterable[Item]:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    for index, (pixels, label) in enumerate(zip(bunch.images, bunch.target, strict=True)):
+        content = png_bytes(_enlarged_digit(pixels))
+        yield Item(
+            source_id=f"{DIGITS}/{index:04d}",
+            label=str(label),
+            split=None,
+            sha256=hashlib.sha256(content).hexdigest(),
+            read=lambda max_pixels, content=content: (content, ".png"),
+        )
+
+
+def _enlarged_digit(pixels: np.ndarray) -> np.ndarray:
+    """Turn scikit-learn's 8 x 8 of 0 to 16 into uint8 (32, 32, 3)."""
+    grey = Image.fromarray((pixels * (255 / 16)).round().astype(np.uint8))
+    large = grey.resize((_DIGIT_SIDE, _DIGIT_SIDE), Image.Resampling.BICUBIC)
+    return np.repeat(np.asarray(large)[:, :, None], 3, axis=2)
+
+
+def _folder(root: Path) -> Iterable[Item]:
+    if not root.is_dir():
+        raise UserError(f"The image folder {root} does not exist. Give a folder of class folders.")
+    top = _subfolders(root)
+    splits = {name: _SPLIT_FOLDERS[name.lower()] for name in top if name.lower() in _SPLIT_FOLDERS}
+    if "train" in splits.values():
+        classes = [
+            (split, f"{folder}/{label}", label)
+            for folder, split in sorted(splits.items())
+            for label in _subfolders(root / folder)
+        ]
+    else:
+        classes = [(None, label, label) for label in top]
+    found = [
+        _file_item(root, path, label, split)
+        for split, folder, label in classes
+        for path in _image_files(root / folder)
+    ]
+    if not found:
+        raise UserError(
+            f"{root} holds no images in class folders. Lay them out as {root.name}/CLASS/IMAGE "
+            f"or {root.name}/{{train,val,test}}/CLASS/IMAGE."
+        )
+    return found
+
+
+def _file_item(root: Path, path: Path, label: str, split: str | None) -> Item:
+    def read(max_pixels: int) -> tuple[bytes, str]:
+        image = read_rgb(path, max_pixels)
+        if is_plain_rgb(path):
+            return path.read_bytes(), ".jpg" if image_format(path) == "JPEG" else ".png"
+        return png_bytes(np.asarray(image)), ".png"
+
+    try:
+        sha256 = file_sha256(path)
+    except OSError:  # reading it will fail as well, and say why
+        sha256 = ""
+    return Item(path.relative_to(root).as_posix(), label, split, sha256, read)
+
+
+def image_format(path: Path) -> str:
+    """Return PIL's name of a file's format."""
+    with Image.open(path) as image:
+        return str(image.format)
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+
+
+def _image_files(folder: Path) -> list[Path]:
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return sorted(path for path in files if path.suffix.lower() in SUFFIXES)
+
+

@@ -1,0 +1,623 @@
+"""The report: evidence of every arm becomes a page, a JSON document and plots.
+
+What belongs here: what is compared, how it is said, and the files. What does not: computing evidence,
+drawing (pictures). The report is a function of its inputs: it holds no date, host or run id, so the same
+evidence gives the same bytes. `docs/report.md` explains every number.
+"""
+
+import base64
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import resources
+from itertools import groupby
+from pathlib import Path
+from typing import Any, get_args
+
+import jinja2
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from diffusemix_pipeline import pictures
+from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.evaluation.calibration import binned_gaps, reliability_curve
+from diffusemix_pipeline.evaluation.evidence import Evidence
+from diffusemix_pipeline.evaluation.statistics import Estimate, calibration_estimate, mean_estimate
+from diffusemix_pipeline.files import replaced_folder, write_bytes, write_json
+from diffusemix_pipeline.identity import seed_from
+from diffusemix_pipeline.settings import Arm, Settings
+
+SCHEMA_VERSION = 1
+MEASURES = ("clean", "corrupted", "fgsm", "ece")
+
+_BASELINE = "vanilla"
+_SUBJECT = "diffusemix"
+_FGSM_SHOWN = 2.0  # of 255: where FGSM tells classifiers apart, neither harmless nor fatal
+_CLASSES_SHOWN = 30
+_TITLES = {
+    "vanilla": "Vanilla",
+    "generated_only": "Generated only",
+    "hybrid_only": "Hybrid only",
+    "diffusemix": "DiffuseMix",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class ReportInputs:
+    """Everything that a report says."""
+
+    evidence: Mapping[tuple[str, int], Evidence]
+    """(arm, training seed) -> evidence; all on the same test images, with the same settings."""
+    classes: Sequence[str]
+    """Class names by label."""
+    settings: Settings
+    counts: Mapping[str, Mapping[str, int]]
+    """Split -> class -> images."""
+    curves: Mapping[tuple[str, int], pd.DataFrame]
+    """(arm, training seed) -> columns step, train_loss, val_accuracy."""
+    steps: Mapping[str, int]
+    """Arm -> optimiser steps."""
+    test_reads: int
+    """How many models were evaluated on this version of the test images so far, with these."""
+    versions: Mapping[str, str]
+    """What a reader needs to find the inputs again, e.g. the digest in data.dvc, the code's version."""
+    copies: Sequence[Mapping[str, str]] = ()
+    """Training images that are exact copies of a val or test image: file names `train`, `held_out`."""
+    set_aside: Sequence[Mapping[str, str]] = ()
+    """Source images that were not used: `source_id` and `reason`."""
+    stages: bytes | None = None
+    """A PNG of example images: original, edit, hybrid, augmented."""
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What a written report says and where it lies."""
+
+    headline: str
+    """One sentence: what DiffuseMix did to clean, corrupted and FGSM accuracy, against vanilla."""
+    summary: pd.DataFrame
+    """A row an arm. For each of `MEASURES` m (0 to 1) the columns m, m_low, m_high, and, against
+    vanilla and NaN in its own row, m_difference, m_difference_low, m_difference_high."""
+    fgsm_epsilon: float
+    """The FGSM strength of the summary, in units of 1/255."""
+    folder: Path
+    html: Path
+    json: Path
+    plots: tuple[Path, ...]
+
+
+def write_report(inputs: ReportInputs, out: Path, *, aside: Path) -> Report:
+    """Write `index.html`, `report.json` and the plots, as PNG files, in the place of the folder `out`.
+
+    `aside` lies on the same file system, outside of anything versioned. Raises UserError where the
+    evidence is empty or not all on the same test images and settings.
+    """
+    _check(inputs.evidence)
+    document = _document(inputs)
+    light = _plots(inputs, document, pictures.LIGHT)
+    dark = _plots(inputs, document, pictures.DARK)
+    page = _page(document, light, dark, inputs.stages)
+    with replaced_folder(out, aside=aside) as folder:
+        write_bytes(folder / "index.html", page.encode())
+        write_json(folder / "report.json", document)
+        files = {name: plot.png for name, plot in light.items()}
+        if inputs.stages is not None:
+            files["stages"] = inputs.stages
+        for name, png in files.items():
+            write_bytes(folder / f"{name}.png", png)
+    return Report(
+        headline=document["headline"],
+        summary=_summary(document),
+        fgsm_epsilon=document["fgsm_epsilon"],
+        folder=out,
+        html=out / "index.html",
+        json=out / "report.json",
+        plots=tuple(out / f"{name}.png" for name in files),
+    )
+
+
+def _check(evidence: Mapping[tuple[str, int], Evidence]) -> None:
+    if not evidence:
+        raise UserError("There is nothing to report: no arm was evaluated.")
+    (first_key, first), *others = evidence.items()
+    for key, other in others:
+        for axis in ("ids", "epsilons", "corruptions", "severities"):
+            if getattr(other, axis) != getattr(first, axis):
+                raise UserError(
+                    f"The evidence of {key[0]}, seed {key[1]}, has other {axis} than that of "
+                    f"{first_key[0]}, seed {first_key[1]}: evaluate both again."
+                )
+
+
+# The document: what report.json holds, and the page shows
+
+
+def _document(inputs: ReportInputs) -> dict[str, Any]:
+    by_arm = _by_arm(inputs.evidence)
+    first = next(iter(inputs.evidence.values()))
+    epsilon = min(first.epsilons, key=lambda strength: abs(strength - _FGSM_SHOWN))
+    seeds = sorted({seed for _, seed in inputs.evidence})
+    arms = [_arm(arm, by_arm, epsilon, inputs) for arm in by_arm]
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "test_images": len(first.ids),
+        "training_seeds": seeds,
+        "fgsm_epsilon": epsilon,
+        "bootstrap_samples": inputs.settings.evaluation.bootstrap_samples,
+        "arms": arms,
+        "data": {
+            "classes": list(inputs.classes),
+            "counts": {split: dict(of_class) for split, of_class in inputs.counts.items()},
+            "train_copies_of_held_out": [dict(copy) for copy in inputs.copies],
+            "set_aside": [dict(image) for image in inputs.set_aside],
+            "test_reads": inputs.test_reads,
+        },
+        "settings": inputs.settings.model_dump(mode="json"),
+        "versions": dict(inputs.versions),
+    }
+    document["headline"] = _headline(document)
+    document["notes"] = _notes(document)
+    return document
+
+
+def _by_arm(evidence: Mapping[tuple[str, int], Evidence]) -> dict[str, dict[int, Evidence]]:
+    """Group by arm, in the order of the settings (vanilla first), and by seed, rising."""
+    order = list(get_args(Arm))
+    keys = sorted(evidence, key=lambda key: (order.index(key[0]), key[1]))
+    return {
+        arm: {seed: evidence[arm, seed] for _, seed in group}
+        for arm, group in groupby(keys, key=lambda key: key[0])
+    }
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """One arm's scores on N test images; accuracies float64 (N,), averaged over S training seeds."""
+
+    clean: np.ndarray
+    corrupted: np.ndarray
+    """Averaged over families and severities too."""
+    by_epsilon: dict[float, np.ndarray]
+    gaps: np.ndarray
+    """float64 (S, N, bins): see `calibration.binned_gaps`."""
+
+
+def _scores(of_seed: Mapping[int, Evidence]) -> _Scores:
+    evidence = list(of_seed.values())
+    attacked = np.mean([one.fgsm for one in evidence], axis=0)
+    return _Scores(
+        clean=np.mean([one.correct for one in evidence], axis=0),
+        corrupted=np.mean([one.corrupted.mean(axis=(0, 1)) for one in evidence], axis=0),
+        by_epsilon=dict(zip(evidence[0].epsilons, attacked, strict=True)),
+        gaps=np.stack([binned_gaps(one.probabilities, one.labels) for one in evidence]),
+    )
+
+
+def _arm(
+    arm: str, by_arm: Mapping[str, Mapping[int, Evidence]], epsilon: float, inputs: ReportInputs
+) -> dict[str, Any]:
+    samples = inputs.settings.evaluation.bootstrap_samples
+    seed = seed_from(inputs.settings.seed, "bootstrap")
+    scores = _scores(by_arm[arm])
+
+    def mean(of_image: np.ndarray) -> Estimate:
+        return mean_estimate(of_image, samples, seed)
+
+    difference = None
+    if arm != _BASELINE and _BASELINE in by_arm:
+        base = _scores(by_arm[_BASELINE])
+        difference = {
+            "clean": mean(scores.clean - base.clean),
+            "corrupted": mean(scores.corrupted - base.corrupted),
+            "fgsm": mean(scores.by_epsilon[epsilon] - base.by_epsilon[epsilon]),
+            "ece": calibration_estimate(scores.gaps, samples, seed, against=base.gaps),
+        }
+    return {
+        "arm": arm,
+        "training_seeds": list(by_arm[arm]),
+        "steps": inputs.steps[arm],
+        "clean": _numbers(mean(scores.clean)),
+        "corrupted": _numbers(mean(scores.corrupted)),
+        "fgsm": _numbers(mean(scores.by_epsilon[epsilon])),
+        "ece": _numbers(calibration_estimate(scores.gaps, samples, seed)),
+        "difference": difference
+        and {
+            name: {**_numbers(estimate), "significant": not estimate.holds_zero}
+            for name, estimate in difference.items()
+        },
+        "fgsm_by_epsilon": [
+            {"epsilon": strength, **_numbers(mean(of_image))}
+            for strength, of_image in scores.by_epsilon.items()
+        ],
+        "corruptions": _corruptions(by_arm[arm]),
+        "reliability": _reliability(by_arm[arm]),
+        "classes": _classes(by_arm[arm], inputs.classes),
+    }
+
+
+def _numbers(estimate: Estimate) -> dict[str, float]:
+    return {name: _rounded(number) for name, number in asdict(estimate).items()}
+
+
+def _rounded(number: float) -> float:
+    """Keep what a reader can use: the last bits of a sum differ from machine to machine."""
+    return round(float(number), 6) + 0.0  # no -0.0
+
+
+def _corruptions(of_seed: Mapping[int, Evidence]) -> list[dict[str, Any]]:
+    first = next(iter(of_seed.values()))
+    accuracy = np.mean([one.corrupted.mean(axis=2) for one in of_seed.values()], axis=0)
+    return [
+        {"family": family, "severity": severity, "accuracy": _rounded(accuracy[row, column])}
+        for row, family in enumerate(first.corruptions)
+        for column, severity in enumerate(first.severities)
+    ]
+
+
+def _reliability(of_seed: Mapping[int, Evidence]) -> list[dict[str, Any]]:
+    """Bin the answers of all training seeds together."""
+    probabilities = np.concatenate([one.probabilities for one in of_seed.values()])
+    labels = np.concatenate([one.labels for one in of_seed.values()])
+    return [
+        {
+            "confidence": _rounded(bin.confidence) if bin.images else None,
+            "accuracy": _rounded(bin.accuracy) if bin.images else None,
+            "images": int(bin.images),
+        }
+        for bin in reliability_curve(probabilities, labels).itertuples()
+    ]
+
+
+def _classes(of_seed: Mapping[int, Evidence], classes: Sequence[str]) -> list[dict[str, Any]]:
+    labels = next(iter(of_seed.values())).labels
+    correct = np.mean([one.correct for one in of_seed.values()], axis=0)
+    images = np.bincount(labels, minlength=len(classes))
+    right = np.bincount(labels, correct, len(classes))
+    return [
+        {
+            "class": name,
+            "images": int(images[label]),
+            "accuracy": _rounded(right[label] / images[label]) if images[label] else None,
+        }
+        for label, name in enumerate(classes)
+    ]
+
+
+def _summary(document: Mapping[str, Any]) -> pd.DataFrame:
+    rows = {}
+    for arm in document["arms"]:
+        row = rows[arm["arm"]] = {}
+        for measure in MEASURES:
+            against = (arm["difference"] or {}).get(measure, {})
+            for suffix, end in (("", "value"), ("_low", "low"), ("_high", "high")):
+                row[f"{measure}{suffix}"] = arm[measure][end]
+                row[f"{measure}_difference{suffix}"] = against.get(end, np.nan)
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
+
+
+# The words
+
+
+def _headline(document: Mapping[str, Any]) -> str:
+    compared = [arm for arm in document["arms"] if arm["difference"]]
+    images = f"{document['test_images']:,} test images"
+    if not compared:
+        arms = ", ".join(
+            f"{_TITLES[arm['arm']]} {_percent(arm['clean']['value'])} clean, "
+            f"{_percent(arm['corrupted']['value'])} corrupted and "
+            f"{_percent(arm['fgsm']['value'])} FGSM accuracy"
+            for arm in document["arms"]
+        )
+        return f"There is no comparison, as vanilla or all but it is missing; on {images}: {arms}."
+    subject = next((arm for arm in compared if arm["arm"] == _SUBJECT), compared[-1])
+    names = {
+        "clean": "clean accuracy",
+        "corrupted": "accuracy under corruption",
+        "fgsm": f"FGSM accuracy at {_epsilon(document['fgsm_epsilon'])}",
+    }
+    first, second, third = (
+        f"{_verb(subject['difference'][measure])} {name} ({_interval(subject['difference'][measure])})"
+        for measure, name in names.items()
+    )
+    title = _TITLES[subject["arm"]]
+    return f"Against vanilla, on {images}, {title} {first}, {second} and {third}."
+
+
+def _verb(difference: Mapping[str, Any]) -> str:
+    if not difference["significant"]:
+        return "made no significant difference to"
+    return "improved" if difference["value"] > 0 else "hurt"
+
+
+def _interval(difference: Mapping[str, Any]) -> str:
+    low, high = _points(difference["low"]), _points(difference["high"])
+    return f"{_points(difference['value'])} points, 95 % interval {low} to {high}"
+
+
+def _notes(document: Mapping[str, Any]) -> list[str]:
+    return [
+        _seeds_note(document["training_seeds"]),
+        _reads_note(document["data"]["test_reads"]),
+        _steps_note({arm["arm"]: arm["steps"] for arm in document["arms"]}),
+        _copies_note(document["data"]["train_copies_of_held_out"]),
+        "Each interval is for one number. Of many numbers with 95 % intervals, about one in twenty "
+        "lies outside its own by chance.",
+        "FGSM is one step of a weak attack: accuracy under it is no measure of robustness against "
+        "an attacker, and can rise only because gradients became less useful.",
+        "The corruptions' families are ImageNet-C's, but their constants are this project's own: "
+        "these numbers cannot be compared with a published mCE.",
+        "The calibration error of a finite sample is never below zero and so errs upwards; resampling "
+        "adds to that, which puts its intervals somewhat high. Differences suffer less.",
+    ]
+
+
+def _seeds_note(seeds: Sequence[int]) -> str:
+    covers = "Intervals cover the sampling of test images only, not what another training run would do"
+    if len(seeds) == 1:
+        return f"{covers}: every arm was trained with one seed ({seeds[0]})."
+    return f"{covers}. Numbers are means over {len(seeds)} training seeds."
+
+
+def _reads_note(reads: int) -> str:
+    times = "once" if reads == 1 else f"{reads:,} times"
+    return (
+        f"This version of the test images has been read {times}, a model a time, these included. "
+        "The more often it is read, the less a choice made by it means."
+    )
+
+
+def _steps_note(steps: Mapping[str, int]) -> str:
+    if len(set(steps.values())) == 1:
+        return f"Every arm took the same {next(iter(steps.values())):,} optimiser steps."
+    each = ", ".join(f"{_TITLES[arm]} {count:,}" for arm, count in steps.items())
+    return f"The arms took different numbers of optimiser steps, so their comparison is unfair: {each}."
+
+
+def _copies_note(copies: Sequence[Any]) -> str:
+    if not copies:
+        return "No training image is an exact copy of a val or test image."
+    are = "image is an exact copy" if len(copies) == 1 else "images are exact copies"
+    return (
+        f"{len(copies):,} training {are} of val or test images: accuracy on those says nothing about "
+        "new images."
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}".replace("-", "−")
+
+
+def _epsilon(strength: float) -> str:
+    return f"{strength:g}/255"
+
+
+# The plots
+
+
+@dataclass(frozen=True)
+class _Plot:
+    png: bytes
+    alt: str
+
+
+def _plots(
+    inputs: ReportInputs, document: Mapping[str, Any], theme: pictures.Theme
+) -> dict[str, _Plot]:
+    """Draw the report's plots, by the names of their files."""
+    arms = document["arms"]
+    plots = {}
+    if any(arm["difference"] for arm in arms):
+        plots["differences"] = _differences_plot(document, theme)
+    plots["fgsm"] = _fgsm_plot(arms, theme)
+    plots |= _corruption_plots(arms, theme)
+    plots["reliability"] = _reliability_plot(arms, theme)
+    if inputs.curves:
+        plots["learning_curves"] = _learning_plot(inputs.curves, theme)
+    plots["class_counts"] = _Plot(
+        pictures.class_histogram(inputs.counts, theme=theme),
+        "Bars of the number of images in each class, by split. "
+        + "; ".join(f"{split}: {sum(n.values())}" for split, n in inputs.counts.items()),
+    )
+    return plots
+
+
+def _differences_plot(document: Mapping[str, Any], theme: pictures.Theme) -> _Plot:
+    names = {
+        "clean": "clean",
+        "corrupted": "corrupted",
+        "fgsm": f"FGSM {_epsilon(document['fgsm_epsilon'])}",
+    }
+    compared = [arm for arm in document["arms"] if arm["difference"]]
+    intervals = {
+        name: {_TITLES[arm["arm"]]: _triple(arm["difference"][measure]) for arm in compared}
+        for measure, name in names.items()
+    }
+    label = "accuracy against vanilla, points"
+    alt = "Differences in accuracy to vanilla with 95 % intervals. " + "; ".join(
+        f"{name}, {arm}: {_points(value)} ({_points(low)} to {_points(high)})"
+        for name, of_arm in intervals.items()
+        for arm, (value, low, high) in of_arm.items()
+    )
+    return _Plot(pictures.differences(intervals, label=label, theme=theme), alt)
+
+
+def _fgsm_plot(arms: Sequence[Mapping[str, Any]], theme: pictures.Theme) -> _Plot:
+    strengths = [0.0, *(point["epsilon"] for point in arms[0]["fgsm_by_epsilon"])]
+    accuracies = {
+        _TITLES[arm["arm"]]: [_triple(point) for point in (arm["clean"], *arm["fgsm_by_epsilon"])]
+        for arm in arms
+    }
+    alt = "Accuracy over FGSM strength with 95 % intervals. " + "; ".join(
+        f"{arm}: "
+        + ", ".join(f"{s:g}/255 {_percent(point[0])}" for s, point in zip(strengths, points, strict=True))
+        for arm, points in accuracies.items()
+    )
+    label = "FGSM strength ε, in 1/255 (0: clean)"
+    return _Plot(pictures.accuracy_curves(strengths, accuracies, label=label, theme=theme), alt)
+
+
+def _corruption_plots(
+    arms: Sequence[Mapping[str, Any]], theme: pictures.Theme
+) -> dict[str, _Plot]:
+    """Draw a map of each arm, and of each arm's difference to vanilla."""
+    tables = {
+        arm["arm"]: pd.DataFrame(arm["corruptions"]).pivot_table(
+            "accuracy", "family", "severity", sort=False
+        )
+        for arm in arms
+    }
+    first = next(iter(tables.values()))
+    rows = [_spoken(family) for family in first.index]
+    columns = [str(severity) for severity in first.columns]
+
+    def plot(table: pd.DataFrame, title: str, *, difference: bool = False) -> _Plot:
+        number: Callable[[float], str] = _points if difference else _percent
+        alt = f"{title}, by family and severity. " + "; ".join(
+            f"{_spoken(family)}: {', '.join(map(number, values))}"
+            for family, values in zip(table.index, table.to_numpy(), strict=True)
+        )
+        png = pictures.heat_map(
+            table.to_numpy(), rows, columns,
+            title=title, label="severity", difference=difference, theme=theme,
+        )  # fmt: skip
+        return _Plot(png, alt)
+
+    plots = {
+        f"corruptions_{arm}": plot(table, f"{_TITLES[arm]}: accuracy, %")
+        for arm, table in tables.items()
+    }
+    for arm, table in tables.items():
+        if arm != _BASELINE and _BASELINE in tables:
+            title = f"{_TITLES[arm]} less vanilla, points"
+            against = table - tables[_BASELINE]
+            plots[f"corruptions_{arm}_difference"] = plot(against, title, difference=True)
+    return plots
+
+
+def _reliability_plot(arms: Sequence[Mapping[str, Any]], theme: pictures.Theme) -> _Plot:
+    curves = {}
+    for arm in arms:
+        curve = pd.DataFrame(arm["reliability"]).astype(float)
+        curves[_TITLES[arm["arm"]]] = curve.assign(share=curve["images"] / curve["images"].sum())
+    alt = "Accuracy over confidence; on the diagonal, confidence is right. Calibration error: "
+    alt += "; ".join(f"{_TITLES[arm['arm']]} {arm['ece']['value']:.3f}" for arm in arms)
+    return _Plot(pictures.reliability_diagram(curves, theme=theme), alt)
+
+
+def _learning_plot(
+    curves: Mapping[tuple[str, int], pd.DataFrame], theme: pictures.Theme
+) -> _Plot:
+    """Draw each arm's curve, averaged over training seeds."""
+    order = list(get_args(Arm))
+    arms = sorted({arm for arm, _ in curves}, key=order.index)
+    columns = ["train_loss", "val_accuracy"]
+    averaged = {
+        _TITLES[arm]: pd.concat([curve for (name, _), curve in curves.items() if name == arm])
+        .groupby("step")[columns]
+        .mean()
+        .reset_index()
+        for arm in arms
+    }
+    alt = "Training loss and accuracy on val over optimiser steps. Best accuracy on val: " + "; ".join(
+        f"{arm} {_percent(curve['val_accuracy'].max())}" for arm, curve in averaged.items()
+    )
+    return _Plot(pictures.learning_curves(averaged, theme=theme), alt)
+
+
+def _triple(estimate: Mapping[str, float]) -> pictures.Interval:
+    return estimate["value"], estimate["low"], estimate["high"]
+
+
+def _spoken(name: str) -> str:
+    return name.replace("_", " ")
+
+
+# The page
+
+
+def _page(
+    document: Mapping[str, Any],
+    light: Mapping[str, _Plot],
+    dark: Mapping[str, _Plot],
+    stages: bytes | None,
+) -> str:
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "percent": _percent,
+        "points": _points,
+        "spoken": _spoken,
+        "data_uri": _data_uri,
+        "title_of": _TITLES.__getitem__,
+        "css_width": lambda png: _width(png) // 2,
+    }
+    template = resources.files(__package__).joinpath("report.html.jinja").read_text("utf-8")
+    return environment.from_string(template).render(
+        document,
+        light=light,
+        dark=dark,
+        stages=stages,
+        epsilon=_epsilon(document["fgsm_epsilon"]),
+        class_rows=_class_rows(document["arms"]),
+        split_rows=_split_rows(document["data"]),
+        setting_rows=_setting_rows(document["settings"]),
+    )
+
+
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _width(png: bytes) -> int:
+    return Image.open(io.BytesIO(png)).width
+
+
+def _class_rows(arms: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the classes that the page shows, or, of very many, those that differ most from vanilla."""
+    rows = [
+        {
+            "class": of_arms[0]["class"],
+            "images": of_arms[0]["images"],
+            "accuracies": [one["accuracy"] for one in of_arms],
+        }
+        for of_arms in zip(*(arm["classes"] for arm in arms), strict=True)
+        if of_arms[0]["images"]
+    ]
+    if len(rows) > _CLASSES_SHOWN:
+
+        def spread(row: Mapping[str, Any]) -> float:
+            return max(row["accuracies"]) - min(row["accuracies"])
+
+        rows = sorted(rows, key=spread, reverse=True)[:_CLASSES_SHOWN]
+    return rows
+
+
+def _split_rows(data: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+    """Return each split's images and classes."""
+    return [
+        (split, sum(of_class.values()), sum(1 for images in of_class.values() if images))
+        for split, of_class in data["counts"].items()
+    ]
+
+
+def _setting_rows(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows = []
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            rows += _setting_rows(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", _setting(value)))
+    return rows
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_setting, value))
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,57 @@
+"""Writing so that a reader never sees half of anything: write aside, then rename."""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file or nothing; parents are made, an older file is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        aside.write_bytes(content)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON that people read and that is the same for the same value."""
+    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
+    write_bytes(path, (text + "\n").encode())
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` share the bytes of `source` where the file system can, else copy them."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+
+
+@contextmanager
+def replaced_folder(folder: Path, *, aside: Path) -> Iterator[Path]:
+    """Give an empty folder to fill; on success it takes the place of `folder`, on error it goes.
+
+    `aside` lies on the same file system, outside of anything versioned.
+    """
+    aside.mkdir(parents=True, exist_ok=True)
+    partial = aside / f"{folder.name}.{uuid.uuid4().hex[:8]}"
+    partial.mkdir()
+    try:
+        yield partial
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        old = aside / f"{partial.name}.old"
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

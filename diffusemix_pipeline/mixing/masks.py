@@ -1,0 +1,42 @@
+"""Half masks: which pixels of the hybrid come from the original, and which from its edit.
+
+What belongs here: the weight M of the original. What does not: drawing which mask an image gets,
+and applying it (`blending`).
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffusemix_pipeline.errors import UserError
+
+
+def half_mask(name: str, height: int, width: int, seam: int = 0) -> NDArray[np.float32]:
+    """Return the weight M of the original in H = M I + (1 - M) G: float32 (height, width) in [0, 1].
+
+    `name` (left, right, top, bottom) is the half that stays the original. The left and the top half
+    hold side // 2 px, the right and the bottom half the rest: opposite masks always sum to one.
+    With seam 0 the mask is binary (paper, figure 2). An even `seam` > 0 puts a linear ramp of that
+    many px on the middle, both ends included, as the authors' code does: a ramp of 2 px is 1, 0.
+
+    Raises UserError if the seam is wider than the side that it crosses, ValueError for another name
+    or an odd seam.
+    """
+    if name not in ("left", "right", "top", "bottom"):
+        raise ValueError(f"mask is {name!r}; it must be left, right, top or bottom")
+    if seam < 0 or seam % 2:
+        raise ValueError(f"seam is {seam} px; it must be even and not negative")
+    upright = name in ("left", "right")
+    side = width if upright else height
+    if seam > side:
+        raise UserError(
+            f"mixing.seam = {seam} is wider than the image's side of {side} px: "
+            f"set it to {side - side % 2} or less."
+        )
+    start = side // 2 - seam // 2
+    profile = np.zeros(side, np.float32)
+    profile[:start] = 1
+    profile[start : start + seam] = 1 - np.linspace(0, 1, seam)
+    if name in ("right", "bottom"):
+        profile = 1 - profile
+    across = profile[None, :] if upright else profile[:, None]
+    return np.ascontiguousarray(np.broadcast_to(across, (height, width)))

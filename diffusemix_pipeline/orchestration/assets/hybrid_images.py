@@ -1,0 +1,35 @@
+"""`hybrid_images`: half original, half edit."""
+
+import dagster as dg
+
+from diffusemix_pipeline.orchestration.assets.generated_images import generated_images
+from diffusemix_pipeline.orchestration.metadata import stage_metadata, stage_sheet
+from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
+
+
+@dg.asset(
+    deps=[generated_images],
+    group_name="data",
+    kinds={"numpy"},
+    code_version="1",
+    required_resource_keys=RESOURCE_KEYS,
+    description="H = M I + (1 - M) G: one half of each image is the original, the other its edit. "
+    "Guarantees: the half is drawn from a seed; these files are to look at and no one's input.",
+)
+def hybrid_images(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+    from diffusemix_pipeline.datasets.manifest import read_stage
+    from diffusemix_pipeline.mixing.stages import make_hybrids
+
+    project = context.resources.project
+    stage = make_hybrids(
+        read_stage(project.raw),
+        read_stage(project.generated),
+        context.resources.settings,
+        project.hybrid,
+        aside=project.aside,
+        progress=context.resources.progress(context.log),
+    )
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(stage.version),
+        metadata={**stage_metadata(stage), "contact_sheet": stage_sheet(stage, "mask")},
+    )

@@ -1,0 +1,47 @@
+"""Puts `Definitions` together, explicitly: what the UI, the command line and the tests all run."""
+
+import dagster as dg
+
+from diffusemix_pipeline.orchestration import automation, checks, jobs
+from diffusemix_pipeline.orchestration.assets.fractal_augmented_dataset import (
+    fractal_augmented_dataset,
+)
+from diffusemix_pipeline.orchestration.assets.generated_images import generated_images
+from diffusemix_pipeline.orchestration.assets.hybrid_images import hybrid_images
+from diffusemix_pipeline.orchestration.assets.raw_dataset import raw_dataset
+from diffusemix_pipeline.orchestration.assets.robustness_report import robustness_report
+from diffusemix_pipeline.orchestration.assets.trained_classifier import trained_classifier
+from diffusemix_pipeline.orchestration.resources import (
+    MakeProgress,
+    log_progress,
+    progress_resource,
+    project_resource,
+    settings_resource,
+)
+from diffusemix_pipeline.project import Project
+from diffusemix_pipeline.settings import Settings
+
+
+def build_definitions(
+    project: Project, settings: Settings, make_progress: MakeProgress = log_progress
+) -> dg.Definitions:
+    """Return the pipeline of a project: `settings` are what the launchpad starts from."""
+    return dg.Definitions(
+        assets=[
+            raw_dataset,
+            generated_images,
+            hybrid_images,
+            fractal_augmented_dataset,
+            trained_classifier,
+            robustness_report,
+        ],
+        asset_checks=checks.ALL,
+        jobs=[jobs.diffusemix],
+        schedules=[automation.weekly_retrain],
+        executor=dg.in_process_executor,
+        resources={
+            "settings": settings_resource(settings),
+            "project": project_resource(project),
+            "progress": progress_resource(make_progress),
+        },
+    )

@@ -1,0 +1,64 @@
+"""Running the pipeline from a terminal: the same definitions and the same instance as the UI's."""
+
+import os
+from dataclasses import dataclass, field
+from importlib import resources
+
+import dagster as dg
+
+from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.files import write_bytes
+from diffusemix_pipeline.orchestration.build import build_definitions
+from diffusemix_pipeline.progress import Progress
+from diffusemix_pipeline.project import Project
+from diffusemix_pipeline.settings import Settings
+
+
+@dataclass
+class Outcome:
+    """How a run ended: what went wrong, and whether the user can mend it."""
+
+    run_id: str
+    success: bool
+    problems: list[str] = field(default_factory=list)
+    user_error: bool = False
+    reused: bool = False
+
+
+def prepare_instance(project: Project) -> None:
+    """Point Dagster at the project, with its two files made where they are missing."""
+    os.environ["DAGSTER_HOME"] = str(project.root)
+    for name in ("dagster.yaml", "workspace.yaml"):
+        if not (project.root / name).exists():
+            packaged = resources.files("diffusemix_pipeline.orchestration") / name
+            write_bytes(project.root / name, packaged.read_bytes())
+
+
+def run_here(project: Project, settings: Settings, progress: Progress) -> Outcome:
+    """Materialize every asset in this process, and tell how it went."""
+    prepare_instance(project)
+    definitions = build_definitions(project, settings, lambda log: progress)
+    with dg.DagsterInstance.get() as instance:
+        result = definitions.resolve_job_def("diffusemix").execute_in_process(
+            instance=instance,
+            run_config={
+                "resources": {"settings": {"config": settings.model_dump()}},
+                "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
+            },
+            raise_on_error=False,
+        )
+    failed_checks = [
+        f"the check {e.check_name} on {e.asset_key.to_user_string()} failed: {e.description}"
+        for e in result.get_asset_check_evaluations()
+        if not e.passed and e.severity == dg.AssetCheckSeverity.ERROR
+    ]
+    outcome = Outcome(result.run_id, result.success and not failed_checks, failed_checks)
+    for event in result.all_events:
+        if event.is_step_failure:
+            _explain_failure(event, outcome)
+    materialized = result.get_asset_materialization_events()
+    outcome.reused = all(
+        event.step_materialization_data.materialization.metadata["reused"].value
+        for event in materialized
+    )
+    return outcome

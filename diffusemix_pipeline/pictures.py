@@ -1,0 +1,401 @@
+"""Pictures for people: contact sheets and plots, in one palette fit for colour-blind readers.
+
+What belongs here: drawing from plain numbers and pixels. What does not: computing them, or knowing
+what an arm or a stage is. The same input gives the same bytes: no dates, no software versions. Text
+comes from file names and prompts: it is drawn as it is, never read as mathematics.
+
+matplotlib takes a second to load, so it is imported where it is used, and never through pyplot,
+whose figures are global.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from PIL import Image
+    from PIL.ImageFont import FreeTypeFont
+
+Interval = tuple[float, float, float]
+"""A value, and the low and high end of its interval."""
+
+_DOTS_PER_INCH = 192  # two dots a CSS pixel
+_WIDTH = 4.8  # inches: legible on a phone without zooming
+_MARKERS = "osD^vPX"
+_LINES = ("-", "--", "-.", ":")
+_NAMED_CLASSES = 60  # more bars than these are drawn without names
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours for one background. `series` are Okabe and Ito's, fit for colour-blind readers."""
+
+    paper: str
+    ink: str
+    muted: str
+    grid: str
+    series: tuple[str, ...]
+
+
+LIGHT = Theme(
+    paper="#ffffff",
+    ink="#1b1f24",
+    muted="#5b6470",
+    grid="#e3e6ea",
+    series=("#5b6470", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
+)
+DARK = Theme(
+    paper="#171a1f",
+    ink="#e8eaed",
+    muted="#a0a8b3",
+    grid="#2d333b",
+    series=("#a0a8b3", "#56b4e9", "#e69f00", "#2fc79a", "#cc79a7", "#f0e442", "#0072b2"),
+)
+
+
+# Contact sheets
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[np.ndarray]],
+    *,
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    cell: int = 96,
+) -> bytes:
+    """Return a PNG of uint8 (H, W, 3) images in rows, with labels above and to the left of them.
+
+    An image fills a square of `cell` px as far as its shape allows; its pixels stay visible squares
+    when it is enlarged. Long labels wrap, and the sheet grows for them.
+    """
+    from PIL import Image, ImageDraw
+
+    font, gap = _label_font(max(12, cell // 8)), max(4, cell // 16)
+    beside = [_wrapped(label, font, 2 * cell) for label in row_labels]
+    above = [_wrapped(label, font, cell) for label in column_labels]
+    left = max((_text_size(text, font)[0] for text in beside), default=-gap) + gap
+    top = max((_text_size(text, font)[1] for text in above), default=-gap) + gap
+    heights = [cell] * len(rows)
+    for index, text in enumerate(beside):
+        heights[index] = max(cell, _text_size(text, font)[1])
+    columns = max(map(len, rows), default=0)
+    width = gap + left + columns * (cell + gap)
+    height = gap + top + sum(heights) + gap * len(rows)
+    sheet = Image.new("RGB", (width, height), LIGHT.paper)
+    draw = ImageDraw.Draw(sheet)
+    for column, text in enumerate(above):
+        centre = gap + left + column * (cell + gap) + cell // 2
+        draw.multiline_text(
+            (centre, gap + top - gap), text, LIGHT.ink, font, anchor="md", align="center"
+        )
+    y = gap + top
+    for index, row in enumerate(rows):
+        middle = y + heights[index] // 2
+        if index < len(beside):
+            draw.multiline_text(
+                (left, middle), beside[index], LIGHT.ink, font, anchor="rm", align="right"
+            )
+        for column, pixels in enumerate(row):
+            image = _fitted(Image.fromarray(pixels), cell)
+            x = gap + left + column * (cell + gap)
+            sheet.paste(image, (x + (cell - image.width) // 2, middle - image.height // 2))
+        y += heights[index] + gap
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _fitted(image: "Image.Image", cell: int) -> "Image.Image":
+    from PIL import Image
+
+    enlarge = -(-cell // max(image.size))
+    if enlarge > 1:
+        larger = image.width * enlarge, image.height * enlarge
+        image = image.resize(larger, Image.Resampling.NEAREST)
+    factor = cell / max(image.size)
+    size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
+    return image.resize(size, Image.Resampling.BOX)
+
+
+def _label_font(size: int) -> "FreeTypeFont":
+    from matplotlib import get_data_path
+    from PIL import ImageFont
+
+    return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
+
+
+def _text_size(text: str, font: "FreeTypeFont") -> tuple[int, int]:
+    from PIL import Image, ImageDraw
+
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    _, _, right, bottom = draw.multiline_textbbox((0, 0), text, font, anchor="la")
+    return int(right + 1), int(bottom + 1)
+
+
+def _wrapped(text: str, font: "FreeTypeFont", width: int) -> str:
+    """Break `text` into lines of at most `width` px: between words, or within one too long."""
+    lines = [""]
+    for word in _plain(text).split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+            continue
+        lines.append("")
+        for character in word:
+            if font.getlength(lines[-1] + character) > width:
+                lines.append("")
+            lines[-1] += character
+    return "\n".join(line for line in lines if line)
+
+
+def _plain(text: str) -> str:
+    """Replace what cannot be drawn on one line: control characters, halves of surrogate pairs."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
+
+
+# Plots
+
+
+def class_histogram(counts: Mapping[str, Mapping[str, int]], *, theme: Theme = LIGHT) -> bytes:
+    """Return a PNG of how many images each class has: `counts` is split -> class -> images.
+
+    Classes keep their order; of more than 60, the bars stand by size and go without names.
+    """
+    classes = list(dict.fromkeys(name for split in counts.values() for name in split))
+    named = len(classes) <= _NAMED_CLASSES
+    if not named:
+        classes.sort(key=lambda name: -sum(split.get(name, 0) for split in counts.values()))
+    figure, axes = _figure(theme, height=min(12.0, 0.9 + 0.22 * len(classes)) if named else 3.5)
+    start = np.zeros(len(classes))
+    for index, (split, of_class) in enumerate(counts.items()):
+        images = np.array([of_class.get(name, 0) for name in classes])
+        style: dict[str, Any] = {"color": theme.series[(index + 1) % len(theme.series)], "label": _escaped(split)}
+        axes.barh(range(len(classes)), images, 0.72, left=start, **style)
+        start = start + images
+    axes.set_yticks(range(len(classes)) if named else [])
+    if named:
+        axes.set_yticklabels([_escaped(_shortened(name, 28)) for name in classes])
+    else:
+        axes.set_ylabel(f"{len(classes)} classes, by size", color=theme.muted)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("images", color=theme.muted)
+    _legend_above(axes, theme)
+    return _png(figure)
+
+
+def learning_curves(curves: "Mapping[str, pd.DataFrame]", *, theme: Theme = LIGHT) -> bytes:
+    """Return a PNG of training: `curves` is arm -> columns step, train_loss and val_accuracy.
+
+    Accuracies are 0 to 1. A value that was not measured at a step is NaN.
+    """
+    figure, _ = _figure(theme, height=4.6)
+    figure.clear()
+    panels = figure.subplots(2, 1, sharex=True)
+    for axes, column, label in zip(
+        panels, ("train_loss", "val_accuracy"), ("training loss", "accuracy on val"), strict=True
+    ):
+        _style(axes, theme)
+        for index, (name, curve) in enumerate(curves.items()):
+            known = curve.dropna(subset=[column])
+            line = _line_style(index, theme, marked=column == "val_accuracy")
+            axes.plot(known["step"], known[column], label=_escaped(name), **line)
+        axes.set_ylabel(label, color=theme.muted)
+    panels[1].yaxis.set_major_formatter(_percent)
+    panels[1].set_xlabel("optimiser step", color=theme.muted)
+    _legend_above(panels[0], theme)
+    return _png(figure)
+
+
+def accuracy_curves(
+    strengths: Sequence[float],
+    accuracies: Mapping[str, Sequence[Interval]],
+    *,
+    label: str,
+    theme: Theme = LIGHT,
+) -> bytes:
+    """Return a PNG of each arm's accuracy (0 to 1) and its interval over an attack's strength."""
+    figure, axes = _figure(theme, height=3.4)
+    for index, (name, intervals) in enumerate(accuracies.items()):
+        value, low, high = np.array(intervals).T
+        line = _line_style(index, theme, marked=True)
+        axes.fill_between(strengths, low, high, color=line["color"], alpha=0.16, linewidth=0)
+        axes.plot(strengths, value, label=_escaped(name), **line)
+    axes.set_xticks(list(strengths), [f"{strength:g}" for strength in strengths])
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(_percent)
+    axes.set_xlabel(label, color=theme.muted)
+    axes.set_ylabel("accuracy", color=theme.muted)
+    _legend_above(axes, theme)
+    return _png(figure)
+
+
+def heat_map(
+    values: np.ndarray,
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    *,
+    title: str,
+    label: str,
+    difference: bool = False,
+    theme: Theme = LIGHT,
+) -> bytes:
+    """Return a PNG of `values` (rows, columns) as coloured cells, numbered in percent or points.
+
+    Values are 0 to 1, or with `difference` -1 to 1 around a neutral 0.
+    """
+    from matplotlib import colormaps
+    from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
+
+    rows, columns = values.shape
+    figure, axes = _figure(theme, height=0.95 + 0.36 * rows)
+    if difference:
+        ends = ("#d55e00", theme.grid, "#0072b2")
+        colours: Colormap = LinearSegmentedColormap.from_list("worse to better", ends)
+        reach = max(0.05, float(np.abs(values).max()))
+        norm = Normalize(-reach, reach)
+    else:
+        colours, norm = colormaps["cividis"], Normalize(0, 1)
+    axes.imshow(values, cmap=colours, norm=norm, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        red, green, blue, _ = colours(norm(value))
+        bright = 0.3 * red + 0.59 * green + 0.11 * blue > 0.5
+        text = f"{100 * value:+.1f}" if difference else f"{100 * value:.0f}"
+        ink = LIGHT.ink if bright else DARK.ink
+        axes.text(column, row, text.replace("-", "−"), color=ink, ha="center", va="center", size=9)
+    axes.set_xticks(range(columns), [_escaped(name) for name in column_labels])
+    axes.set_yticks(range(rows), [_escaped(name) for name in row_labels])
+    axes.set_xticks(np.arange(1, columns) - 0.5, minor=True)
+    axes.set_yticks(np.arange(1, rows) - 0.5, minor=True)
+    axes.grid(visible=False)
+    axes.grid(which="minor", color=theme.paper, linewidth=2)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel(label, color=theme.muted)
+    axes.set_title(_escaped(title), color=theme.ink, size=10, loc="left", weight="bold")
+    return _png(figure)
+
+
+def reliability_diagram(curves: "Mapping[str, pd.DataFrame]", *, theme: Theme = LIGHT) -> bytes:
+    """Return a PNG of accuracy over confidence, and of how many images have which confidence.
+
+    `curves` is arm -> a row a bin, with columns confidence and accuracy (0 to 1, NaN in an empty
+    bin) and share (of the images, 0 to 1).
+    """
+    figure, _ = _figure(theme, height=4.9)
+    figure.clear()
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    _style(top, theme)
+    _style(bottom, theme)
+    top.plot([0, 1], [0, 1], color=theme.muted, linewidth=1, linestyle=(0, (2, 3)))
+    for index, (name, curve) in enumerate(curves.items()):
+        known = curve.dropna()
+        line = _line_style(index, theme, marked=True)
+        top.plot(known["confidence"], known["accuracy"], label=_escaped(name), **line)
+        edges = np.linspace(0, 1, len(curve) + 1)
+        bottom.stairs(curve["share"], edges, color=line["color"], linestyle=line["linestyle"])
+    top.set_ylabel("accuracy", color=theme.muted)
+    bottom.set_ylabel("images", color=theme.muted)
+    bottom.set_xlabel("confidence of the prediction", color=theme.muted)
+    for axis in (top.yaxis, bottom.yaxis, bottom.xaxis):
+        axis.set_major_formatter(_percent)
+    _legend_above(top, theme)
+    return _png(figure)
+
+
+def differences(
+    intervals: Mapping[str, Mapping[str, Interval]], *, label: str, theme: Theme = LIGHT
+) -> bytes:
+    """Return a PNG of differences and their intervals around a line at 0.
+
+    `intervals` is measure -> arm -> interval. Values are -1 to 1 and drawn in points; an interval
+    that holds 0 is drawn hollow.
+    """
+    arms = list(dict.fromkeys(arm for of_arm in intervals.values() for arm in of_arm))
+    figure, axes = _figure(theme, height=1.0 + 0.26 * len(intervals) * (len(arms) + 0.6))
+    axes.axvline(0, color=theme.ink, linewidth=1)
+    for row, of_arm in enumerate(intervals.values()):
+        for index, (arm, interval) in enumerate(of_arm.items()):
+            value, low, high = (100 * number for number in interval)
+            y = row + (index - (len(arms) - 1) / 2) * 0.8 / len(arms)
+            style = _line_style(index + 1, theme, marked=True)
+            fill = theme.paper if low <= 0 <= high else style["color"]
+            axes.plot([low, high], [y, y], color=style["color"], linewidth=2, solid_capstyle="butt")
+            axes.plot(
+                value, y, style["marker"], color=style["color"], markerfacecolor=fill, markersize=7,
+                label=_escaped(arm) if row == 0 else None,
+            )  # fmt: skip
+    axes.set_yticks(range(len(intervals)), [_escaped(name) for name in intervals])
+    axes.set_ylim(len(intervals) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel(label, color=theme.muted)
+    if len(arms) > 1:
+        _legend_above(axes, theme)
+    return _png(figure)
+
+
+def _figure(theme: Theme, *, height: float) -> "tuple[Figure, Axes]":
+    from matplotlib.figure import Figure
+
+    figure = Figure((_WIDTH, height), dpi=_DOTS_PER_INCH, layout="constrained")
+    figure.set_facecolor(theme.paper)
+    axes = figure.subplots()
+    _style(axes, theme)
+    return figure, axes
+
+
+def _style(axes: "Axes", theme: Theme) -> None:
+    axes.set_facecolor(theme.paper)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[:].set_color(theme.grid)
+    axes.tick_params(colors=theme.ink, labelsize=9, length=0, pad=5)
+    axes.grid(color=theme.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _line_style(index: int, theme: Theme, *, marked: bool) -> dict[str, Any]:
+    style: dict[str, Any] = {
+        "color": theme.series[index % len(theme.series)],
+        "linestyle": _LINES[index % len(_LINES)],
+        "linewidth": 1.8,
+    }
+    if marked:
+        style |= {"marker": _MARKERS[index % len(_MARKERS)], "markersize": 4.5}
+    return style
+
+
+def _legend_above(axes: "Axes", theme: Theme) -> None:
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, frameon=False, fontsize=9,
+        labelcolor=theme.ink, borderaxespad=0.2, handlelength=2.4, columnspacing=1.4,
+    )  # fmt: skip
+
+
+def _percent(value: float, _position: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def _escaped(text: str) -> str:
+    """Keep matplotlib from reading dollars as mathematics, a leading underscore as 'no legend'."""
+    text = _plain(text).replace("$", r"\$")
+    return f"\u200b{text}" if text.startswith("_") else text
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _png(figure: "Figure") -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()

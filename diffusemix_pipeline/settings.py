@@ -1,0 +1,409 @@
+"""Every setting of the pipeline: one typed tree, its documentation, its presets, and who set what.
+
+Values come from, each over the one before: built-in defaults, the preset, `diffusemix.yaml`, the
+file of `--config`, the environment (`DIFFUSEMIX_EDITING__STEPS=20`), and `--set` or the launchpad.
+What belongs here: a value that a user has a reason to change. What does not: reading data, paths of
+the project (`project.py`), and anything that needs torch.
+"""
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+
+from diffusemix_pipeline.errors import UserError
+
+SETTINGS_FILE = "diffusemix.yaml"
+ENVIRONMENT_PREFIX = "DIFFUSEMIX_"
+PAPER_PROMPTS = [
+    "autumn",
+    "snowy",
+    "watercolor art",
+    "sunset",
+    "rainbow",
+    "aurora",
+    "mosaic",
+    "ukiyo-e",
+    "a sketch with crayon",
+]
+
+Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
+Mask = Literal["left", "right", "top", "bottom"]
+Arm = Literal["vanilla", "generated_only", "hybrid_only", "diffusemix"]
+Corruption = Literal[
+    "gaussian_noise",
+    "shot_noise",
+    "defocus_blur",
+    "motion_blur",
+    "fog",
+    "brightness",
+    "contrast",
+    "pixelate",
+    "jpeg_compression",
+]
+
+
+class Section(BaseModel):
+    """A part of the tree: unknown keys are refused, values are fixed once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Source(Section):
+    """Where labelled images come from and how they are split."""
+
+    path: str = Field(
+        "",
+        description="A folder of class folders, or of train[/val]/test folders of class folders; "
+        "'digits' for the bundled sample. Empty: what data.dvc pins, if a DVC remote has it, "
+        "else 'digits'.",
+    )
+    train_per_class: int | None = Field(
+        None, gt=0, description="At most this many training images a class (few-shot); empty: all."
+    )
+    val_fraction: float = Field(
+        0.15, gt=0, lt=1, description="Share of the training images held out where there is no val."
+    )
+    test_fraction: float = Field(
+        0.2, gt=0, lt=1, description="Share of all images held out where there is no test folder."
+    )
+    max_pixels: int = Field(
+        64_000_000, gt=0, description="A larger image is set aside unread (decompression bombs)."
+    )
+
+
+class Editing(Section):
+    """The diffusion model that turns an image and a prompt into an edit."""
+
+    editor: str = Field(
+        "bundled",
+        min_length=1,
+        description="'bundled' (a small stand-in), a folder, or a hub id such as "
+        "timbrooks/instruct-pix2pix: an InstructPix2Pix pipeline in diffusers' format.",
+    )
+    revision: str | None = Field(None, description="Commit, tag or branch of a hub id.")
+    prompts: list[Prompt] = Field(
+        PAPER_PROMPTS, min_length=1, description="What an image may be turned into."
+    )
+    template: str = Field(
+        "A transformed version of image into {prompt}",
+        description="The instruction; {prompt} stands for the prompt.",
+    )
+    prompts_per_image: Literal["one", "all"] = Field(
+        "one", description="one: each copy draws a prompt; all: each copy uses every prompt."
+    )
+    copies: int = Field(1, gt=0, description="Edits an image (a prompt, where all are used).")
+    sampler: Literal["dpmsolver++", "euler_ancestral"] = Field(
+        "dpmsolver++", description="The diffusion sampler."
+    )
+    steps: int = Field(10, gt=0, le=1000, description="Sampling steps.")
+    guidance: float = Field(1.5, ge=1, description="Guidance scale of the text.")
+    image_guidance: float = Field(1.2, ge=1, description="Guidance scale of the image.")
+    batch_size: int = Field(32, gt=0, description="Edits sampled at once; it is part of the bytes.")
+
+    @field_validator("prompts")
+    @classmethod
+    def _prompts_differ(cls, prompts: list[str]) -> list[str]:
+        twice = sorted({prompt for prompt in prompts if prompts.count(prompt) > 1})
+        if twice:
+            raise ValueError(f"named twice: {', '.join(twice)}")
+        return prompts
+
+    @field_validator("template")
+    @classmethod
+    def _template_has_prompt(cls, template: str) -> str:
+        if template.count("{prompt}") != 1 or template.replace("{prompt}", "").count("{"):
+            raise ValueError("needs {prompt} exactly once, and no other braces")
+        return template
+
+
+class Mixing(Section):
+    """How original, edit and fractal are joined: A = (1 - lam) (M I + (1 - M) G) + lam F."""
+
+    masks: list[Mask] = Field(
+        ["left", "right", "top", "bottom"],
+        min_length=1,
+        description="The half that stays the original; one is drawn an image.",
+    )
+    seam: int = Field(
+        0, ge=0, multiple_of=2, description="Width in px of the linear seam between the halves."
+    )
+    lam: float = Field(0.2, ge=0, le=1, description="Weight of the fractal, lambda.")
+    fractal_dir: str = Field("", description="A folder of fractal images; empty: made from a seed.")
+    fractal_count: int = Field(64, gt=0, description="How many fractals are made.")
+
+
+class Training(Section):
+    """The classifier and its recipe, the same for every arm."""
+
+    arms: list[Arm] = Field(
+        ["vanilla", "diffusemix"],
+        min_length=1,
+        description="What is trained: originals alone, or originals with one of the three stages.",
+    )
+    model: str = Field("resnet10t", min_length=1, description="A timm model's name.")
+    pretrained: bool = Field(False, description="Start from timm's pretrained weights.")
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+        [0], min_length=1, description="One classifier an arm and seed."
+    )
+    steps: int = Field(900, gt=0, description="Optimiser steps, the same for every arm.")
+    batch_size: int = Field(48, gt=0, description="Images a step.")
+    learning_rate: float = Field(2e-3, gt=0, description="Peak rate of AdamW.")
+    weight_decay: float = Field(0.05, ge=0, description="Weight decay of AdamW.")
+    crop_padding: int = Field(4, ge=0, description="Random crop after reflecting so many px.")
+    flip: bool = Field(True, description="Mirror half of the training images.")
+    validations: int = Field(10, gt=0, description="How often val is read; the best weights stay.")
+
+
+class Evaluation(Section):
+    """What the trained classifiers are judged by, on the test images."""
+
+    fgsm_epsilons: list[Annotated[float, Field(gt=0, le=255)]] = Field(
+        [1, 2, 4, 8], min_length=1, description="FGSM strengths, in units of 1/255."
+    )
+    corruptions: list[Corruption] = Field(
+        ["gaussian_noise", "defocus_blur", "motion_blur", "brightness", "contrast", "pixelate"],
+        min_length=1,
+        description="Corruption families.",
+    )
+    severities: list[Annotated[int, Field(ge=1, le=5)]] = Field(
+        [1, 3, 5], min_length=1, description="Corruption severities, 1 to 5."
+    )
+    bootstrap_samples: int = Field(2000, ge=100, description="Resamples for each 95 % interval.")
+    batch_size: int = Field(256, gt=0, description="Images a forward pass.")
+
+
+class Tracking(Section):
+    """Where MLflow keeps runs and models."""
+
+    uri: str = Field("", description="An MLflow server; empty: a database under .diffusemix/.")
+    experiment: str = Field("diffusemix", min_length=1, description="The MLflow experiment.")
+    model_name: str = Field(
+        "diffusemix-classifier", min_length=1, description="The registered model's name."
+    )
+
+
+class Settings(Section):
+    """All settings."""
+
+    seed: int = Field(0, ge=0, description="What every random draw follows from.")
+    size: int = Field(
+        64,
+        ge=16,
+        le=2048,
+        multiple_of=8,
+        description="Side in px of edits, augmented images and the classifier's input.",
+    )
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="auto, cpu, cuda, cuda:N, mps."
+    )
+    source: Source = Source()
+    editing: Editing = Editing()
+    mixing: Mixing = Mixing()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    tracking: Tracking = Tracking()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One source of values: its name for people, the values, and why a value is what it is."""
+
+    name: str
+    values: Mapping[str, Any]
+    known_from: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting as `diffusemix settings` prints it."""
+
+    key: str
+    value: Any
+    origin: str
+    description: str
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets that the package carries."""
+    return sorted(path.name[: -len(".yaml")] for path in _presets().iterdir() if path.name.endswith(".yaml"))
+
+
+def load_layers(
+    root: Path,
+    *,
+    preset: str | None = None,
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
+    environment: Mapping[str, str] = os.environ,
+) -> list[Layer]:
+    """Read every layer that applies in `root`, lowest first.
+
+    Raises UserError for a file that is missing or no YAML mapping, and for an unknown preset.
+    """
+    files = []
+    if (root / SETTINGS_FILE).exists():
+        files.append(_read_yaml(root / SETTINGS_FILE))
+    if config is not None:
+        files.append(_read_yaml(config))
+    from_environment = _from_environment(environment)
+    named = [layer.values["preset"] for layer in [*files, from_environment] if "preset" in layer.values]
+    chosen = preset or (named[-1] if named else None)
+    layers = [*files, from_environment, _from_overrides(overrides)]
+    if chosen is not None:
+        layers.insert(0, _read_preset(chosen))
+    return [
+        Layer(layer.name, {k: v for k, v in layer.values.items() if k != "preset"}, layer.known_from)
+        for layer in layers
+    ]
+
+
+def merge(layers: Sequence[Layer]) -> Settings:
+    """Return the settings that the layers give together; UserError names each value that is wrong."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        _merge_into(merged, layer.values)
+    return check(merged, layers)
+
+
+def check(values: Mapping[str, Any], layers: Sequence[Layer] = ()) -> Settings:
+    """Return `values` as settings; UserError names each one that is wrong, and the layer it is from."""
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error, layers)) from None
+
+
+def load_settings(root: Path, **how: Any) -> Settings:
+    """Return the settings that apply in `root`; see `load_layers` for the arguments."""
+    return merge(load_layers(root, **how))
+
+
+def describe(layers: Sequence[Layer]) -> list[Setting]:
+    """Return every setting with its value, the layer that set it, and its documentation."""
+    settings = merge(layers)
+    return [
+        Setting(key, _value_at(settings.model_dump(), key), _origin_of(key, layers), description)
+        for key, description in _leaves(Settings)
+    ]
+
+
+def _presets() -> Any:
+    return resources.files("diffusemix_pipeline") / "presets"
+
+
+def _read_preset(name: str) -> Layer:
+    if name not in preset_names():
+        raise UserError(f"There is no preset '{name}'. Choose one of: {', '.join(preset_names())}.")
+    content = yaml.safe_load((_presets() / f"{name}.yaml").read_text(encoding="utf-8"))
+    return Layer(f"preset {name}", content["settings"], content.get("known_from", {}))
+
+
+def _read_yaml(path: Path) -> Layer:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"The settings file {path} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"The settings file {path} is not YAML: {error}") from None
+    if not isinstance(content or {}, dict):
+        raise UserError(f"The settings file {path} must hold 'key: value' lines.")
+    return Layer(path.name, content or {}, {})
+
+
+def _from_environment(environment: Mapping[str, str]) -> Layer:
+    values: dict[str, Any] = {}
+    for name, text in sorted(environment.items()):
+        if name.startswith(ENVIRONMENT_PREFIX):
+            key = name[len(ENVIRONMENT_PREFIX) :].lower().replace("__", ".")
+            _merge_into(values, _nested(key, _parse(text, name)))
+    return Layer("environment", values, {})
+
+
+def _from_overrides(overrides: Sequence[str]) -> Layer:
+    values: dict[str, Any] = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"--set {text}: write it as key.path=value, e.g. --set editing.steps=20.")
+        _merge_into(values, _nested(key.strip(), _parse(value, f"--set {key}")))
+    return Layer("--set", values, {})
+
+
+def _parse(text: str, name: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{name}: '{text}' is not a YAML value; put text in quotes.") from None
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge_into(merged: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), dict):
+            _merge_into(merged[key], value)
+        else:
+            merged[key] = _copied(value)
+
+
+def _copied(value: Any) -> Any:
+    return {k: _copied(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
+def _leaves(section: type[Section], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _leaves(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field.description or ""
+
+
+def _value_at(values: Mapping[str, Any], key: str) -> Any:
+    found: Any = values
+    for part in key.split("."):
+        if not isinstance(found, Mapping) or part not in found:
+            return None
+        found = found[part]
+    return found
+
+
+def _origin_of(key: str, layers: Sequence[Layer]) -> str:
+    for layer in reversed(layers):
+        if _value_at(layer.values, key) is not None:
+            why = layer.known_from.get(key)
+            return f"{layer.name} ({why})" if why else layer.name
+    return "default"
+
+
+def _explain(error: ValidationError, layers: Sequence[Layer]) -> str:
+    known = [key for key, _ in _leaves(Settings)]
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        named = ".".join(str(part) for part in problem["loc"] if not isinstance(part, int))
+        where = f" (from {_origin_of(named, layers)})" if layers else ""
+        if problem["type"] == "extra_forbidden":
+            near = _nearest(key, known)
+            lines.append(f"{key}{where}: there is no such setting. Did you mean {near}?")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{key} = {problem['input']!r}{where}: {message[0].lower()}{message[1:]}.")
+    return "\n".join(lines)
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    last = key.rsplit(".", 1)[-1]
+    by_name = [candidate for candidate in known if candidate.rsplit(".", 1)[-1] == last]
+    near = by_name or difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    return near[0]

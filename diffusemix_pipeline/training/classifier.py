@@ -1,0 +1,122 @@
+"""A classifier: a timm model with its normalisation inside, its classes, and its folder on disk.
+
+A classifier's folder holds `model.safetensors` and `classifier.json`; nothing in it is ever unpickled.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from diffusemix_pipeline.datasets.images import read_rgb, to_square
+from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.files import write_json
+
+WEIGHTS = "model.safetensors"
+DESCRIPTION = "classifier.json"
+_MAX_PIXELS = 64_000_000
+
+
+class NormalizedModel(nn.Module):
+    """A timm model that takes float (N, 3, H, W) in [0, 1] and gives logits (N, K).
+
+    Normalising inside the model keeps attacks, corruptions and serving in plain pixels.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, backbone: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.backbone((images - self.mean) / self.std)
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model, the timm name it was built from, its class names by index, and its input's side in px."""
+
+    model: NormalizedModel
+    name: str
+    classes: tuple[str, ...]
+    size: int
+
+    def prepare(self, image: Path | str | Image.Image) -> np.ndarray:
+        """Return an image file or picture as uint8 (size, size, 3), as in training."""
+        if not isinstance(image, Image.Image):
+            image = read_rgb(Path(image), _MAX_PIXELS)
+        return to_square(image.convert("RGB"), self.size)
+
+    def predict_proba(self, images: np.ndarray, batch_size: int = 256) -> np.ndarray:
+        """Return class probabilities float32 (N, K) of uint8 (N, size, size, 3) images."""
+        device = self.model.mean.device
+        self.model.eval()
+        parts = []
+        with torch.inference_mode():
+            for start in range(0, len(images), batch_size):
+                logits = self.model(to_tensor(images[start : start + batch_size], device))
+                parts.append(logits.float().softmax(dim=1).cpu().numpy())
+        return np.concatenate(parts)
+
+
+def build_classifier(
+    name: str, classes: Sequence[str], size: int, *, pretrained: bool = False
+) -> Classifier:
+    """Build a timm model by name for `classes`; UserError for a name or size that timm does not take."""
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('_')[0].split('.')[0]}*")[:5]
+        hint = f"Near it: {', '.join(near)}." if near else "See timm.list_models()."
+        raise UserError(f"training.model: timm has no model '{name}'. {hint}")
+    fixed = {"img_size": size} if _takes_image_size(name) else {}
+    backbone = timm.create_model(name, pretrained=pretrained, num_classes=len(classes), **fixed)
+    config = backbone.pretrained_cfg
+    model = NormalizedModel(backbone, config["mean"], config["std"])
+    return Classifier(model, name, tuple(classes), size)
+
+
+def save_classifier(classifier: Classifier, folder: Path) -> None:
+    """Write a classifier's files into an existing folder."""
+    weights = {key: value.contiguous() for key, value in classifier.model.state_dict().items()}
+    save_file(weights, folder / WEIGHTS)
+    description = {
+        "model": classifier.name,
+        "classes": list(classifier.classes),
+        "size": classifier.size,
+        "mean": classifier.model.mean.flatten().tolist(),
+        "std": classifier.model.std.flatten().tolist(),
+    }
+    write_json(folder / DESCRIPTION, description)
+
+
+def load_classifier(folder: Path, device: str = "cpu") -> Classifier:
+    """Read a classifier's folder back, onto a device, in evaluation mode."""
+    description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    classifier = build_classifier(
+        description["model"], description["classes"], description["size"]
+    )
+    model = NormalizedModel(classifier.model.backbone, description["mean"], description["std"])
+    model.load_state_dict(load_file(folder / WEIGHTS))
+    model.eval().to(device)
+    return Classifier(model, classifier.name, classifier.classes, classifier.size)
+
+
+def to_tensor(images: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    """Turn uint8 (N, H, W, 3) into float (N, 3, H, W) in [0, 1] on a device."""
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255
+
+
+def _takes_image_size(name: str) -> bool:
+    """Tell whether a timm model is built for one input size (vision transformers and their kin)."""
+    config = timm.get_pretrained_cfg(name)
+    return bool(config and config.fixed_input_size)

@@ -1,0 +1,256 @@
+"""Versions of `data/`: the only code that knows DVC.
+
+What belongs here: making the project a DVC repository, pinning `data/` in `data.dvc`, bringing back
+what is pinned. What does not: git commits (a person's or CI's business), and which data a run needs.
+
+DVC runs as a process of its own, not through `dvc.repo.Repo`: the command line is the face that DVC
+keeps stable, and importing DVC would put handlers on stdout, wrap `sys.stdout` and draw spinners.
+It costs about a second a command.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from configparser import RawConfigParser
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import yaml
+from filelock import FileLock
+
+from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.files import write_bytes
+from diffusemix_pipeline.progress import Progress, silent
+from diffusemix_pipeline.project import Project
+
+# No file is sent anywhere but to a remote that the user names. Hard links let edit store, data/ and
+# cache share bytes; across file systems DVC copies.
+_CONFIG = """\
+[core]
+    analytics = false
+    check_update = false
+    autostage = false
+[cache]
+    type = "hardlink,copy"
+"""
+_REPOSITORY_FILES = {
+    ".dvc/config": _CONFIG,
+    ".dvc/.gitignore": "/config.local\n/tmp\n/cache\n",
+    ".dvcignore": "# What DVC need not walk through; patterns are anchored, for data/ is read by them too.\n"
+    "/.diffusemix\n/.venv\n/outputs\n",
+}
+# The parent holds the other end of stdin. When it dies, however it dies, so does DVC: left alone it
+# would link old files over what the next run writes into data/.
+_DVC = """\
+import os, sys, threading
+def die_with_parent():
+    os.read(0, 1)
+    os._exit(1)
+threading.Thread(target=die_with_parent, daemon=True).start()
+from dvc.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What `data.dvc` pins now: `digest` is '<md5>.dir'; `note` says in words what became of it."""
+
+    digest: str
+    pushed: bool
+    remote: str | None
+    note: str
+
+
+def ensure_repository(root: Path) -> None:
+    """Make `root` a DVC repository, with or without git; what is there already is left alone.
+
+    Without git, or where git ignores `root`, DVC is told so in `.dvc/config.local`, which is this
+    machine's alone: `.dvc/config` is the same for a clone and for a folder without git. A folder
+    below the top of a git work tree is a DVC repository of its own, with git.
+    """
+    for name, content in _REPOSITORY_FILES.items():
+        if not (root / name).exists():
+            write_bytes(root / name, content.encode())
+    with _locked(root):
+        local = RawConfigParser(strict=False)
+        local.read(root / ".dvc" / "config.local", encoding="utf-8")
+        no_git = not _git_would_keep(root / "data.dvc")
+        if local.getboolean("core", "no_scm", fallback=False) != no_git:
+            _run_dvc(root, "config", "--local", "core.no_scm", str(no_git).lower())
+
+
+def snapshot(root: Path, progress: Progress = silent) -> Snapshot:
+    """Pin `data/` as it is now in `data.dvc`, and push it where a default remote is configured.
+
+    With nothing changed, `data.dvc` keeps its bytes and its time. Nothing is committed to git.
+    Raises UserError where DVC cannot add or push; what was added stays, and a second call goes on.
+    """
+    ensure_repository(root)
+    progress("pinning data/ with DVC", 0, 2)
+    with _locked(root):
+        _add(root)
+        digest = _pinned(root)
+        write_bytes(_basis(root), digest.encode())
+        progress("pinning data/ with DVC", 1, 2)
+        remote = _default_remote(root)
+        if remote is None:
+            note = (
+                "no DVC remote is configured: data.dvc was updated, nothing was pushed; "
+                "add one with `dvc remote add -d NAME URL`"
+            )
+        else:
+            _use_remote(root, remote, "push")
+            note = f"pushed to the DVC remote '{remote}'"
+    progress("pinning data/ with DVC", 2, 2)
+    return Snapshot(digest, remote is not None, remote, note)
+
+
+def pinned_digest(root: Path) -> str | None:
+    """Return the '<md5>.dir' that `data.dvc` pins, or None where it pins nothing."""
+    path = root / "data.dvc"
+    if not path.exists() or not path.stat().st_size:  # emptied, where DVC was killed while writing
+        return None
+    try:
+        return str(yaml.safe_load(path.read_text(encoding="utf-8"))["outs"][0]["md5"])
+    except (yaml.YAMLError, LookupError, TypeError, UnicodeDecodeError):
+        raise UserError(
+            f"{path} is damaged. Restore it (`git checkout data.dvc`), or delete it to pin anew."
+        ) from None
+
+
+def has_remote(root: Path) -> bool:
+    """Tell whether DVC has a default remote to push to and pull from."""
+    return (root / ".dvc" / "config").exists() and _default_remote(root) is not None
+
+
+def pull(root: Path) -> bool:
+    """Make `data/` what `data.dvc` pins; True where it is that, or was made from that since.
+
+    False where nothing is pinned, and where without a remote the cache alone cannot give it. Without
+    a remote a `data/` that is there is never replaced. Raises UserError where the remote fails, or
+    where `data/` holds files that no version holds.
+    """
+    digest = pinned_digest(root)
+    if digest is None:
+        return False
+    ensure_repository(root)
+    project = Project(root)
+    with _locked(root):
+        basis = _basis(root)
+        if project.raw.exists() and basis.exists() and basis.read_text() == digest:
+            return True  # what a killed run left half made since then is for its stages to finish
+        remote = _default_remote(root)
+        if remote is not None:
+            _use_remote(root, remote, "pull", "data.dvc")
+        elif project.data.exists() or _dvc(root, "checkout", "data.dvc").returncode:
+            return False
+        write_bytes(basis, digest.encode())
+        return True
+
+
+def _basis(root: Path) -> Path:
+    """The file that holds the version from which `data/` was last made on this machine."""
+    return Project(root).state / "data_version"
+
+
+def _locked(root: Path) -> FileLock:
+    return FileLock(root / ".dvc" / "tmp" / "diffusemix.lock")
+
+
+def _git_would_keep(path: Path) -> bool:
+    """Tell whether `path` lies in a git work tree that does not ignore it."""
+    command = ["git", "-C", str(path.parent), "check-ignore", "--quiet", path.name]
+    try:
+        return subprocess.run(command, capture_output=True, check=False).returncode == 1
+    except FileNotFoundError:
+        return False
+
+
+def _add(root: Path) -> None:
+    pin = root / "data.dvc"
+    before = (pin.read_bytes(), pin.stat()) if pin.exists() else None
+    pinned_digest(root)  # a damaged data.dvc is told of in our words
+    _run_dvc(root, "add", "data")
+    if before is not None and pin.read_bytes() == before[0]:
+        os.utime(pin, ns=(before[1].st_atime_ns, before[1].st_mtime_ns))
+
+
+def _pinned(root: Path) -> str:
+    digest = pinned_digest(root)
+    assert digest is not None, "dvc add leaves a data.dvc"
+    return digest
+
+
+def _default_remote(root: Path) -> str | None:
+    return _run_dvc(root, "config", "core.remote").strip() or None
+
+
+def _use_remote(root: Path, remote: str, *command: str) -> None:
+    done = _dvc(root, *command)
+    if done.returncode:
+        raise UserError(
+            f"`dvc {' '.join(command)}` failed with the DVC remote '{remote}' in {root}: "
+            f"{_complaint(done)}\nSee its address with `dvc remote list`, mend it with "
+            f"`dvc remote modify {remote} url URL`, and run again."
+        )
+
+
+def _run_dvc(root: Path, *command: str) -> str:
+    """Run a DVC command that needs no remote and return what it prints."""
+    done = _dvc(root, *command)
+    if done.returncode:
+        raise UserError(f"`dvc {' '.join(command)}` failed in {root}: {_complaint(done)}")
+    return done.stdout
+
+
+def _dvc(root: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    _drop_stale_rwlock(root)
+    read_end, write_end = os.pipe()
+    try:
+        return subprocess.run(
+            [sys.executable, "-P", "-c", _DVC, "--wait-for-lock", *command],
+            cwd=root,
+            env=os.environ | {"DVC_NO_ANALYTICS": "true"},
+            stdin=read_end,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+
+
+def _complaint(done: subprocess.CompletedProcess[str]) -> str:
+    text = done.stderr.partition("ERROR: ")[2].partition("Having any troubles?")[0].strip()
+    return text or done.stderr.strip() or f"it ended with code {done.returncode}"
+
+
+def _drop_stale_rwlock(root: Path) -> None:
+    """Remove DVC's list of readers and writers where a kill tore it or it names other processes.
+
+    DVC strikes out dead processes itself; not a number that the system has since given to another
+    process, as every restart of a container does.
+    """
+    path = root / ".dvc" / "tmp" / "rwlock"
+    try:
+        written = path.stat().st_mtime
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        holders = [*entries.get("write", {}).values(), *sum(entries.get("read", {}).values(), [])]
+        stale = any(_started_after(written, holder["pid"]) for holder in holders)
+    except FileNotFoundError:
+        return
+    except (ValueError, LookupError, TypeError, AttributeError):
+        stale = True
+    if stale:
+        path.unlink(missing_ok=True)
+
+
+def _started_after(moment: float, pid: int) -> bool:
+    try:
+        return psutil.Process(pid).create_time() > moment
+    except psutil.NoSuchProcess:
+        return False

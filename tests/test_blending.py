@@ -1,0 +1,143 @@
+"""The two equations: goldens worked out by hand on 4 x 4 pixels, and what always holds."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from diffusemix_pipeline.mixing.blending import hybrid, mix
+from diffusemix_pipeline.mixing.masks import half_mask
+
+SIDES = st.integers(1, 12)
+LAMS = st.floats(0, 1, width=32)
+
+
+def rgb(red, green, blue):
+    return np.stack([np.array(channel, np.uint8) for channel in (red, green, blue)], axis=-1)
+
+
+ORIGINAL = rgb(
+    [[0, 11, 20, 30], [41, 52, 60, 70], [83, 90, 100, 110], [121, 129, 140, 150]],
+    [[255] * 4] * 4,
+    [[0] * 4] * 4,
+)
+EDIT = rgb(
+    [[255, 245, 236, 227], [215, 205, 197, 186], [175, 165, 154, 145], [135, 125, 113, 105]],
+    [[0] * 4] * 4,
+    [[100] * 4] * 4,
+)
+FRACTAL = rgb([[5] * 4, [10] * 4, [100] * 4, [255] * 4], [[128] * 4] * 4, [[255] * 4] * 4)
+LEFT = np.array([[1, 1, 0, 0]] * 4, np.float32)
+TOP = np.array([[1] * 4, [1] * 4, [0] * 4, [0] * 4], np.float32)
+SOFT_LEFT = np.array([[1, 2 / 3, 1 / 3, 0]] * 4, np.float32)
+
+GOLDEN_MIXES = {
+    "left, lam 0.2": (
+        (LEFT, 0.2),
+        [[1, 10, 190, 183], [35, 44, 160, 151], [86, 92, 143, 136], [148, 154, 141, 135]],
+        [[230, 230, 26, 26]] * 4,
+        [[51, 51, 131, 131]] * 4,
+    ),
+    "top, lam 0.5": (
+        (TOP, 0.5),
+        [[3, 8, 13, 18], [26, 31, 35, 40], [138, 133, 127, 123], [195, 190, 184, 180]],
+        [[192] * 4, [192] * 4, [64] * 4, [64] * 4],
+        [[128] * 4, [128] * 4, [178] * 4, [178] * 4],
+    ),
+    "left with a seam, lam 0.2": (
+        (SOFT_LEFT, 0.2),
+        [[1, 72, 132, 183], [35, 84, 123, 151], [86, 112, 129, 136], [148, 153, 149, 135]],
+        [[230, 162, 94, 26]] * 4,
+        [[51, 78, 104, 131]] * 4,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN_MIXES)
+def test_mix_is_the_one_worked_out_by_hand(name):
+    (mask, lam), *expected = GOLDEN_MIXES[name]
+    np.testing.assert_array_equal(mix(ORIGINAL, EDIT, mask, FRACTAL, lam), rgb(*expected))
+
+
+def test_hybrid_is_the_one_worked_out_by_hand():
+    expected = rgb(
+        [[0, 89, 164, 227], [41, 103, 151, 186], [83, 115, 136, 145], [121, 128, 122, 105]],
+        [[255, 170, 85, 0]] * 4,
+        [[0, 33, 67, 100]] * 4,
+    )
+    np.testing.assert_array_equal(hybrid(ORIGINAL, EDIT, SOFT_LEFT), expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "lam", "expected"), [(5, 0.1, 5), (15, 0.1, 14), (50, 0.35, 33), (10, 0.25, 8)]
+)
+def test_exact_halves_go_up(value, lam, expected):
+    """4.5, 13.5, 32.5 and 7.5: float32 puts some of them just below the half."""
+    black = np.zeros((4, 4, 3), np.uint8)
+    mixed = mix(np.full_like(black, value), black, np.ones((4, 4), np.float32), black, lam)
+    assert (mixed == expected).all()
+
+
+@st.composite
+def scenes(draw):
+    """Return original, edit, fractal and a mask of one random size."""
+    height, width = draw(SIDES), draw(SIDES)
+    image = arrays.arrays(np.uint8, (height, width, 3))
+    weight = st.floats(0, 1, width=32)
+    mask = draw(arrays.arrays(np.float32, (height, width), elements=weight))
+    return draw(image), draw(image), draw(image), mask
+
+
+@given(scenes(), LAMS)
+def test_mix_agrees_with_the_equation_in_float64(scene, lam):
+    original, edit, fractal, mask = scene
+    weight = mask.astype(np.float64)[..., None]
+    exact = (1 - lam) * (weight * original + (1 - weight) * edit) + lam * fractal
+    mixed = mix(original, edit, mask, fractal, lam)
+    assert mixed.dtype == np.uint8
+    assert np.abs(mixed - exact).max() <= 0.501
+
+
+@given(scenes(), LAMS)
+def test_ends_of_lambda_and_of_the_mask(scene, lam):
+    original, edit, fractal, mask = scene
+    ones = np.ones_like(mask)
+    np.testing.assert_array_equal(
+        mix(original, edit, mask, fractal, 0), hybrid(original, edit, mask)
+    )
+    np.testing.assert_array_equal(mix(original, edit, mask, fractal, 1), fractal)
+    np.testing.assert_array_equal(mix(original, edit, ones, fractal, 0), original)
+    np.testing.assert_array_equal(hybrid(original, edit, ones), original)
+    np.testing.assert_array_equal(hybrid(original, edit, 1 - ones), edit)
+    np.testing.assert_array_equal(mix(original, original, mask, original, lam), original)
+
+
+@given(scenes())
+def test_inputs_are_left_as_they_were(scene):
+    original, edit, fractal, mask = scene
+    before = [array.copy() for array in scene]
+    mix(original, edit, mask, fractal, 0.2)
+    for array, copy in zip(scene, before, strict=True):
+        np.testing.assert_array_equal(array, copy)
+
+
+def test_tall_images_are_joined_in_every_row():
+    """Larger than the bands that the arithmetic walks, and no multiple of them."""
+    rng = np.random.default_rng(0)
+    original, edit = rng.integers(0, 256, (2, 75, 9, 3), dtype=np.uint8)
+    joined = hybrid(original, edit, half_mask("top", 75, 9))
+    np.testing.assert_array_equal(joined, np.concatenate([original[:37], edit[37:]]))
+
+
+def test_mismatched_inputs_are_refused():
+    with pytest.raises(ValueError, match=r"edit is uint8 \(4, 3, 3\)"):
+        mix(ORIGINAL, EDIT[:, :3], LEFT, FRACTAL, 0.2)
+    with pytest.raises(ValueError, match="fractal is float32"):
+        mix(ORIGINAL, EDIT, LEFT, FRACTAL.astype(np.float32), 0.2)
+    with pytest.raises(ValueError, match="mask is float64"):
+        hybrid(ORIGINAL, EDIT, LEFT.astype(np.float64))
+    with pytest.raises(ValueError, match=r"mask is float32 \(4, 4, 1\)"):
+        hybrid(ORIGINAL, EDIT, LEFT[..., None])
+    with pytest.raises(ValueError, match=r"lam is 1.5"):
+        mix(ORIGINAL, EDIT, LEFT, FRACTAL, 1.5)
