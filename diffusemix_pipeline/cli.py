@@ -1,18 +1,24 @@
-"""A person's door: `diffusemix …`. Each command reads settings, calls one function and says what came of it."""
+"""A person's door: `diffusemix …`.
 
-import os
+Each command reads settings, calls one function and says what came of it.
+"""
+
+import json
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import describe, load_layers, load_settings, preset_names
+
+if TYPE_CHECKING:
+    from diffusemix_pipeline.orchestration.launch import Outcome
 
 _LOOPBACK = "127.0.0.1"
 _FOLDER = click.Path(path_type=Path)
@@ -168,6 +174,32 @@ def train(out: Path, images: Sequence[Path], seed: int) -> None:
             out, image_folders=images, seed=seed, checkpoint_dir=checkpoints, progress=progress
         )
     click.echo(f"The editor is in {folder}: use it with --set editing.editor={folder}")
+
+
+def _print_outcome(project: Project, outcome: "Outcome") -> None:
+    """Print the report's table and where everything is."""
+    from diffusemix_pipeline.terminal import console, print_table
+
+    report = json.loads((project.report / "report.json").read_text(encoding="utf-8"))
+    measures = {
+        "clean": "clean",
+        "corrupted": "corrupted",
+        "fgsm": f"FGSM {report['fgsm_epsilon']:g}/255",
+    }
+    rows = [
+        [arm["arm"], *(_with_interval(arm[measure]) for measure in measures)]
+        for arm in report["arms"]
+    ]
+    if outcome.reused:
+        console.print("Nothing changed, nothing done: every stage was there already.")
+    print_table(["arm", *measures.values()], rows, "Accuracy on test in %, 95 % interval")
+    console.print(report["headline"], markup=False)
+    console.print(f"Report: {project.report / 'index.html'}", markup=False)
+
+
+def _with_interval(estimate: dict[str, float]) -> str:
+    value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
+    return f"{value:.1f} ({low:.1f} to {high:.1f})"
 
 
 def _quoted(text: Any) -> str:

@@ -1,5 +1,5 @@
-"""The one error that a person is meant to read: everything else is a defect and keeps its traceback."""
+"""The one error that a person is meant to read: any other is a defect and keeps its traceback."""
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. The message names the thing and the repair, in one sentence or two."""
+    """A mistake that the user can mend: the message names the thing and the repair."""

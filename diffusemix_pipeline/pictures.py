@@ -175,7 +175,10 @@ def class_histogram(counts: Mapping[str, Mapping[str, int]], *, theme: Theme = L
     start = np.zeros(len(classes))
     for index, (split, of_class) in enumerate(counts.items()):
         images = np.array([of_class.get(name, 0) for name in classes])
-        style: dict[str, Any] = {"color": theme.series[(index + 1) % len(theme.series)], "label": _escaped(split)}
+        style: dict[str, Any] = {
+            "color": theme.series[(index + 1) % len(theme.series)],
+            "label": _escaped(split),
+        }
         axes.barh(range(len(classes)), images, 0.72, left=start, **style)
         start = start + images
     axes.set_yticks(range(len(classes)) if named else [])

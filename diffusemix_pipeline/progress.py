@@ -1,4 +1,4 @@
-"""How long work tells what it has done, without knowing who listens (terminal, Dagster's log, nobody)."""
+"""How long work tells what it has done, without knowing who listens."""
 
 from typing import Protocol
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Project:
-    """A project folder. Everything versioned lies under `data`, everything that is only state under `state`."""
+    """A project folder: what is versioned lies under `data`, what is only state under `state`."""
 
     root: Path
 

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+)
 
 from diffusemix_pipeline.errors import UserError
 
@@ -211,6 +218,19 @@ class Settings(Section):
     tracking: Tracking = Tracking()
 
 
+def flatten(settings: Settings) -> dict[str, Any]:
+    """Return every setting by its dotted key."""
+    values = settings.model_dump(mode="json")
+    return {key: _value_at(values, key) for key, _ in _leaves(Settings)}
+
+
+def data_settings(settings: Settings) -> str:
+    """Return, as YAML, the settings that shape `data/`; where a source lies does not."""
+    values = settings.model_dump(exclude={"device", "training", "evaluation", "tracking"})
+    del values["source"]["path"], values["editing"]["batch_size"]
+    return yaml.safe_dump(values, sort_keys=True)
+
+
 @dataclass(frozen=True)
 class Layer:
     """One source of values: its name for people, the values, and why a value is what it is."""
@@ -232,7 +252,9 @@ class Setting:
 
 def preset_names() -> list[str]:
     """Return the names of the presets that the package carries."""
-    return sorted(path.name[: -len(".yaml")] for path in _presets().iterdir() if path.name.endswith(".yaml"))
+    return sorted(
+        path.name[: -len(".yaml")] for path in _presets().iterdir() if path.name.endswith(".yaml")
+    )
 
 
 def load_layers(
@@ -253,19 +275,23 @@ def load_layers(
     if config is not None:
         files.append(_read_yaml(config))
     from_environment = _from_environment(environment)
-    named = [layer.values["preset"] for layer in [*files, from_environment] if "preset" in layer.values]
+    named = [
+        layer.values["preset"] for layer in [*files, from_environment] if "preset" in layer.values
+    ]
     chosen = preset or (named[-1] if named else None)
     layers = [*files, from_environment, _from_overrides(overrides)]
     if chosen is not None:
         layers.insert(0, _read_preset(chosen))
     return [
-        Layer(layer.name, {k: v for k, v in layer.values.items() if k != "preset"}, layer.known_from)
+        Layer(
+            layer.name, {k: v for k, v in layer.values.items() if k != "preset"}, layer.known_from
+        )
         for layer in layers
     ]
 
 
 def merge(layers: Sequence[Layer]) -> Settings:
-    """Return the settings that the layers give together; UserError names each value that is wrong."""
+    """Return the settings that the layers give together; UserError names each wrong value."""
     merged: dict[str, Any] = {}
     for layer in layers:
         _merge_into(merged, layer.values)
@@ -273,7 +299,7 @@ def merge(layers: Sequence[Layer]) -> Settings:
 
 
 def check(values: Mapping[str, Any], layers: Sequence[Layer] = ()) -> Settings:
-    """Return `values` as settings; UserError names each one that is wrong, and the layer it is from."""
+    """Return `values` as settings; UserError names each wrong one, and its layer."""
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
@@ -331,7 +357,9 @@ def _from_overrides(overrides: Sequence[str]) -> Layer:
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            raise UserError(f"--set {text}: write it as key.path=value, e.g. --set editing.steps=20.")
+            raise UserError(
+                f"--set {text}: write it as key.path=value, e.g. --set editing.steps=20."
+            )
         _merge_into(values, _nested(key.strip(), _parse(value, f"--set {key}")))
     return Layer("--set", values, {})
 

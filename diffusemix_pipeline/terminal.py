@@ -1,4 +1,4 @@
-"""What a person sees on the terminal: bars with an estimate while work goes on, tables at its end."""
+"""What a person sees on the terminal: bars with an estimate, and a table at the end."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

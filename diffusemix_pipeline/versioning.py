@@ -1,7 +1,8 @@
 """Versions of `data/`: the only code that knows DVC.
 
-What belongs here: making the project a DVC repository, pinning `data/` in `data.dvc`, bringing back
-what is pinned. What does not: git commits (a person's or CI's business), and which data a run needs.
+What belongs here: making the project a DVC repository, pinning `data/` in `data.dvc`, and bringing
+back what is pinned. What does not: git commits (a person's or CI's business), and which data a run
+needs.
 
 DVC runs as a process of its own, not through `dvc.repo.Repo`: the command line is the face that DVC
 keeps stable, and importing DVC would put handlers on stdout, wrap `sys.stdout` and draw spinners.
@@ -12,8 +13,9 @@ import json
 import os
 import subprocess
 import sys
-from configparser import RawConfigParser
+from configparser import ParsingError, RawConfigParser
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import psutil
@@ -38,7 +40,7 @@ _CONFIG = """\
 _REPOSITORY_FILES = {
     ".dvc/config": _CONFIG,
     ".dvc/.gitignore": "/config.local\n/tmp\n/cache\n",
-    ".dvcignore": "# What DVC need not walk through; patterns are anchored, for data/ is read by them too.\n"
+    ".dvcignore": "# What DVC need not walk through. Anchored: patterns hold within data/ too.\n"
     "/.diffusemix\n/.venv\n/outputs\n",
 }
 # The parent holds the other end of stdin. When it dies, however it dies, so does DVC: left alone it
@@ -75,11 +77,9 @@ def ensure_repository(root: Path) -> None:
         if not (root / name).exists():
             write_bytes(root / name, content.encode())
     with _locked(root):
-        local = RawConfigParser(strict=False)
-        local.read(root / ".dvc" / "config.local", encoding="utf-8")
-        no_git = not _git_would_keep(root / "data.dvc")
-        if local.getboolean("core", "no_scm", fallback=False) != no_git:
-            _run_dvc(root, "config", "--local", "core.no_scm", str(no_git).lower())
+        no_git = str(not _git_would_keep(root / "data.dvc")).lower()
+        if (_configured(root, "core", "no_scm") or "false").lower() != no_git:
+            _run_dvc(root, "config", "--local", "core.no_scm", no_git)
 
 
 def snapshot(root: Path, progress: Progress = silent) -> Snapshot:
@@ -91,14 +91,13 @@ def snapshot(root: Path, progress: Progress = silent) -> Snapshot:
     ensure_repository(root)
     progress("pinning data/ with DVC", 0, 2)
     with _locked(root):
-        _add(root)
-        digest = _pinned(root)
+        digest = _add(root)
         write_bytes(_basis(root), digest.encode())
         progress("pinning data/ with DVC", 1, 2)
         remote = _default_remote(root)
         if remote is None:
             note = (
-                "no DVC remote is configured: data.dvc was updated, nothing was pushed; "
+                "no DVC remote is configured: data.dvc is up to date, nothing was pushed; "
                 "add one with `dvc remote add -d NAME URL`"
             )
         else:
@@ -122,16 +121,16 @@ def pinned_digest(root: Path) -> str | None:
 
 
 def has_remote(root: Path) -> bool:
-    """Tell whether DVC has a default remote to push to and pull from."""
-    return (root / ".dvc" / "config").exists() and _default_remote(root) is not None
+    """Tell whether the project has a default DVC remote to push to and pull from."""
+    return _default_remote(root) is not None
 
 
 def pull(root: Path) -> bool:
     """Make `data/` what `data.dvc` pins; True where it is that, or was made from that since.
 
-    False where nothing is pinned, and where without a remote the cache alone cannot give it. Without
-    a remote a `data/` that is there is never replaced. Raises UserError where the remote fails, or
-    where `data/` holds files that no version holds.
+    False where nothing is pinned, and where there is no remote and the cache alone cannot give it;
+    without a remote a `data/` that is there is never replaced. Raises UserError where the remote
+    fails, or where `data/` holds files that no version holds.
     """
     digest = pinned_digest(root)
     if digest is None:
@@ -144,9 +143,17 @@ def pull(root: Path) -> bool:
             return True  # what a killed run left half made since then is for its stages to finish
         remote = _default_remote(root)
         if remote is not None:
-            _use_remote(root, remote, "pull", "data.dvc")
-        elif project.data.exists() or _dvc(root, "checkout", "data.dvc").returncode:
+            _use_remote(root, remote, "fetch", "data.dvc")
+        # DVC fetches without complaint where the list of files itself is nowhere, and a checkout
+        # then takes data/ away.
+        if not _is_cached(root, digest) and remote is not None:
+            raise UserError(
+                f"The DVC remote '{remote}' does not hold the version {digest} that "
+                f"{root / 'data.dvc'} pins. Run `dvc push` where that version was made."
+            )
+        if remote is None and (project.data.exists() or not _is_cached(root, digest)):
             return False
+        _run_dvc(root, "checkout", "data.dvc")
         write_bytes(basis, digest.encode())
         return True
 
@@ -169,23 +176,35 @@ def _git_would_keep(path: Path) -> bool:
         return False
 
 
-def _add(root: Path) -> None:
+def _add(root: Path) -> str:
+    pinned_digest(root)  # so that a damaged data.dvc is told of in our words
     pin = root / "data.dvc"
     before = (pin.read_bytes(), pin.stat()) if pin.exists() else None
-    pinned_digest(root)  # a damaged data.dvc is told of in our words
     _run_dvc(root, "add", "data")
     if before is not None and pin.read_bytes() == before[0]:
         os.utime(pin, ns=(before[1].st_atime_ns, before[1].st_mtime_ns))
-
-
-def _pinned(root: Path) -> str:
     digest = pinned_digest(root)
     assert digest is not None, "dvc add leaves a data.dvc"
     return digest
 
 
 def _default_remote(root: Path) -> str | None:
-    return _run_dvc(root, "config", "core.remote").strip() or None
+    return _configured(root, "core", "remote")
+
+
+def _is_cached(root: Path, digest: str) -> bool:
+    cache = root / ".dvc" / (_configured(root, "cache", "dir") or "cache")
+    return (cache / "files" / "md5" / digest[:2] / digest[2:]).exists()
+
+
+def _configured(root: Path, section: str, option: str) -> str | None:
+    """Return a value of the project's DVC configuration, the machine's own file over the shared."""
+    parser = RawConfigParser(strict=False)
+    try:
+        parser.read([root / ".dvc" / name for name in ("config", "config.local")], "utf-8")
+    except ParsingError as error:
+        raise UserError(f"The DVC configuration cannot be read: {error}") from None
+    return parser.get(section, option, fallback="").strip("\"'") or None
 
 
 def _use_remote(root: Path, remote: str, *command: str) -> None:
@@ -226,7 +245,7 @@ def _dvc(root: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 def _complaint(done: subprocess.CompletedProcess[str]) -> str:
     text = done.stderr.partition("ERROR: ")[2].partition("Having any troubles?")[0].strip()
-    return text or done.stderr.strip() or f"it ended with code {done.returncode}"
+    return text[:1000] or done.stderr.strip() or f"it ended with code {done.returncode}"
 
 
 def _drop_stale_rwlock(root: Path) -> None:
@@ -239,7 +258,8 @@ def _drop_stale_rwlock(root: Path) -> None:
     try:
         written = path.stat().st_mtime
         entries = json.loads(path.read_text(encoding="utf-8"))
-        holders = [*entries.get("write", {}).values(), *sum(entries.get("read", {}).values(), [])]
+        readers = chain.from_iterable(entries.get("read", {}).values())
+        holders = [*entries.get("write", {}).values(), *readers]
         stale = any(_started_after(written, holder["pid"]) for holder in holders)
     except FileNotFoundError:
         return

@@ -27,7 +27,6 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     StableDiffusionInstructPix2PixPipeline,
 )
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from diffusemix_pipeline.bundled_editor.sources import (
@@ -71,7 +70,7 @@ def evaluate_editor(
     taught = _read_sets(train_folders, "train", 32)
     prompt_judge = train_prompt_judge(taught, classifier_steps, seed, progress)
     figures: dict[str, dict[str, Any]] = {}
-    sheet_rows: list[Tensor] = []
+    sheet_parts: list[tuple[str, Tensor]] = []
     for name in judged:
         subject_judge = train_subject_judge(*taught[name], classifier_steps, seed, progress)
         figures[name] = {}
@@ -83,8 +82,10 @@ def evaluate_editor(
                 "autoencoder": measure_autoencoder(editor.vae, images),
                 **measure_edits(images, labels, edits, prompt_judge, subject_judge, seed),
             }
-            sheet_rows.extend(_sheet_rows(images, edits, size, sizes))
-    write_sheet(sheet, sheet_rows)
+            shown = torch.linspace(0, len(images) - 1, 3).long()
+            together = torch.cat([images[shown][None], edits[:, :2, shown].flatten(0, 1)])
+            sheet_parts.append((f"{name} {size} px", together))
+    write_sheet(sheet, sheet_parts)
     return {
         "sampler": "DPMSolverMultistepScheduler",
         "steps": STEPS,
@@ -174,7 +175,9 @@ def measure_edits(
     for number, prompt in enumerate(PROMPTS):
         its_edits = edits[number].flatten(0, 1)
         draws = draw_teacher(images, prompt, DRAWS, seed)
-        nearest = torch.stack([_psnr(its_edits, draw.repeat(edits.shape[1], 1, 1, 1)) for draw in draws])
+        nearest = torch.stack(
+            [_psnr(its_edits, draw.repeat(edits.shape[1], 1, 1, 1)) for draw in draws]
+        )
         by_prompt[prompt] = {
             "named": (_predict(prompt_judge, its_edits) == number).float().mean().item(),
             "psnr": nearest.amax(0).mean().item(),
@@ -254,7 +257,7 @@ def train_prompt_judge(
 def train_subject_judge(
     images: Tensor, labels: Tensor, steps: int, seed: int, progress: Progress = silent
 ) -> nn.Module:
-    """Train a classifier on originals at 32 px, moved, mirrored and in shifted colours.
+    """Train a classifier on originals at 32 px, under the usual augmentations.
 
     images: [N, 3, 32, 32] in [0, 1]. It never sees an edit.
     """
@@ -268,13 +271,25 @@ def train_subject_judge(
 
 
 def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    down, right = torch.randint(0, 7, (2,), generator=generator).tolist()
+    """The usual: move, change contrast, colour cast and brightness, add noise, erase a square."""
+
+    def uniform(low: float, high: float, channels: int = 1) -> Tensor:
+        drawn = torch.rand(len(images), channels, 1, 1, generator=generator)
+        return low + (high - low) * drawn
+
     side = images.shape[-1]
+    down, right = torch.randint(0, 7, (2,), generator=generator).tolist()
     moved = F.pad(images, (3, 3, 3, 3), mode="reflect")
     moved = moved[..., down : down + side, right : right + side]
-    gain = 0.7 + 0.6 * torch.rand(len(images), 3, 1, 1, generator=generator)
-    shift = 0.4 * torch.rand(len(images), 3, 1, 1, generator=generator) - 0.2
-    return (moved * gain + shift).clamp(0, 1)
+    contrast = uniform(0.4, 1.1) * uniform(0.8, 1.2, 3)
+    toned = (moved - 0.5) * contrast + 0.5 + uniform(-0.15, 0.15) + uniform(-0.15, 0.15, 3)
+    noise = torch.randn(images.shape, generator=generator)
+    noisy = toned + uniform(-0.08, 0.08).clamp(min=0) * noise
+    place = torch.arange(side) / side
+    away_y = (place.view(1, 1, -1, 1) - uniform(0, 1)).abs()
+    away_x = (place.view(1, 1, 1, -1) - uniform(0, 1)).abs()
+    erased = torch.maximum(away_y, away_x) < uniform(-0.15, 0.15)
+    return torch.where(erased, uniform(0, 1, 3), noisy).clamp(0, 1)
 
 
 def _train_judge(
@@ -321,7 +336,9 @@ def _resize(images: Tensor, size: int) -> Tensor:
 # Pictures
 
 
-def _read_sets(folders: Mapping[str, Path], split: str, size: int) -> dict[str, tuple[Tensor, Tensor]]:
+def _read_sets(
+    folders: Mapping[str, Path], split: str, size: int
+) -> dict[str, tuple[Tensor, Tensor]]:
     return {name: _read_set(name, folders, size, split) for name in (*folders, "digits")}
 
 
@@ -339,3 +356,29 @@ def _spread(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]
     """`count` images spread evenly over the set, and so over its sorted classes."""
     rows = torch.linspace(0, len(images) - 1, min(count, len(images))).round().long()
     return images[rows], labels[rows]
+
+
+def write_sheet(path: Path, parts: Sequence[tuple[str, Tensor]]) -> None:
+    """Write a contact sheet: a column an image, rows of originals and of two edits a prompt.
+
+    parts: titles, each with images [1 + 2 * prompts, N, 3, S, S] in [0, 1], originals first.
+    """
+    cell, gap, margin, head = 64, 2, 190, 44
+    names = ["original", *(f"{prompt}, seed {seed}" for prompt in PROMPTS for seed in (0, 1))]
+    columns = sum(images.shape[1] for _, images in parts)
+    size = (margin + columns * (cell + gap), head + len(names) * (cell + gap))
+    sheet = Image.new("RGB", size, "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for row, name in enumerate(names):
+        pen.text((6, head + row * (cell + gap) + cell // 3), name, "black", font)
+    left = margin
+    for title, images in parts:
+        pen.text((left, 4), title.replace(" ", "\n", 1), "black", font)
+        for row, its_images in enumerate(images):
+            for column, image in enumerate(its_images):
+                pixels = (image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+                drawn = Image.fromarray(pixels).resize((cell, cell), Image.Resampling.NEAREST)
+                sheet.paste(drawn, (left + column * (cell + gap), head + row * (cell + gap)))
+        left += images.shape[1] * (cell + gap)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)

@@ -140,7 +140,10 @@ class SourceBank:
         shares = [0.75 * root / sum(roots) for root in roots]
         self._images.append({size: read_digits(size, "train")[0] for size in SIZES})
         self._images.append(
-            {size: make_pictures(made_pictures, size, np.random.default_rng(seed)) for size in SIZES}
+            {
+                size: make_pictures(made_pictures, size, np.random.default_rng(seed))
+                for size in SIZES
+            }
         )
         self._shares = torch.tensor([*shares, 0.10, 0.15])
 

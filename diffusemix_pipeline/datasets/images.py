@@ -1,4 +1,4 @@
-"""Image files: reading anything that PIL reads as RGB, the one geometry of the pipeline, PNG bytes."""
+"""Image files: anything that PIL reads as RGB, the one geometry of the pipeline, PNG bytes."""
 
 import io
 import warnings
@@ -10,28 +10,34 @@ from PIL import Image, ImageOps
 SUFFIXES = frozenset(Image.registered_extensions())
 
 
-class UnreadableImage(ValueError):
+class UnreadableImageError(ValueError):
     """A file that is set aside: the message is the reason."""
 
 
 def read_rgb(path: Path, max_pixels: int) -> Image.Image:
     """Read an image as RGB, its EXIF rotation applied and transparency laid on white.
 
-    Raises UnreadableImage with the reason for anything that is no whole image of at most
+    Raises UnreadableImageError with the reason for anything that is no whole image of at most
     `max_pixels` pixels.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's own bomb limit and EXIF complaints; ours follows
+            warnings.simplefilter(
+                "ignore"
+            )  # PIL's own bomb limit and EXIF complaints; ours follows
             with Image.open(path) as image:
                 if image.width * image.height > max_pixels:
-                    raise UnreadableImage(f"{image.width} x {image.height} px is above {max_pixels} px")
+                    raise UnreadableImageError(
+                        f"{image.width} x {image.height} px is above {max_pixels} px"
+                    )
                 image.load()
                 upright = ImageOps.exif_transpose(image)
-    except UnreadableImage:
+    except UnreadableImageError:
         raise
     except Exception as error:  # PIL raises dozens of types for broken files
-        raise UnreadableImage(f"{type(error).__name__}: {error}".replace(str(path), path.name)) from None
+        raise UnreadableImageError(
+            f"{type(error).__name__}: {error}".replace(str(path), path.name)
+        ) from None
     return _to_rgb(upright)
 
 
@@ -45,10 +51,10 @@ def is_plain_rgb(path: Path) -> bool:
 
 
 def to_square(image: Image.Image, size: int) -> np.ndarray:
-    """Return uint8 (size, size, 3): the shorter side scaled to `size`, anti-aliased, the centre cut out."""
+    """Return uint8 (size, size, 3): the shorter side scaled, anti-aliased, the centre cut out."""
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    return np.asarray(image)
+    return np.array(image)
 
 
 def read_square(path: Path, size: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The first stage: a source's images become `data/raw/{train,val,test}/<class>/`, copied and checked."""
+"""The first stage: a source's images, checked, become `data/raw/{train,val,test}/<class>/`."""
 
 import hashlib
 import re
@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffusemix_pipeline.datasets.images import UnreadableImage, image_size
+from diffusemix_pipeline.datasets.images import UnreadableImageError, image_size
 from diffusemix_pipeline.datasets.manifest import Stage, finished_stage, read_stage, write_stage
 from diffusemix_pipeline.datasets.sources import Item, list_items, source_digest
 from diffusemix_pipeline.datasets.splits import assign_splits
@@ -63,7 +63,7 @@ def ingest(
 def _readable(
     items: Sequence[Item], max_pixels: int, progress: Progress
 ) -> tuple[list[Item], list[dict[str, str]]]:
-    """Part the items into those that can be read and are no repetition, and the rest with reasons."""
+    """Part the items: those that can be read and are no repetition, the rest with reasons."""
     kept: list[Item] = []
     set_aside: list[dict[str, str]] = []
     first: dict[tuple[str | None, str, str], str] = {}
@@ -71,9 +71,9 @@ def _readable(
         key = (item.split, item.label, item.sha256)
         try:
             if key in first:
-                raise UnreadableImage(f"the same bytes as {first[key]}")
+                raise UnreadableImageError(f"the same bytes as {first[key]}")
             item.read(max_pixels)
-        except UnreadableImage as reason:
+        except UnreadableImageError as reason:
             set_aside.append({"source_id": item.source_id, "reason": str(reason)})
         else:
             first[key] = item.source_id

@@ -46,7 +46,7 @@ _REQUIRED = ("image_id", "file_name", "label", "split", "source_id", "source_sha
 
 @dataclass(frozen=True)
 class Stage:
-    """One finished stage folder: `counts` are what a person asks for, `version` follows from every row."""
+    """One finished stage folder: `version` follows from every row of its manifest."""
 
     folder: Path
     name: str
@@ -62,7 +62,7 @@ class Stage:
 
 
 def table(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Return manifest rows, sorted by file name, with every column present and typed, and checked."""
+    """Return manifest rows, sorted by file name, every column present, typed and checked."""
     frame = pd.DataFrame(rows, columns=list(_DTYPES)).astype(_DTYPES)
     return _schema().validate(frame.sort_values("file_name", ignore_index=True))
 
@@ -92,7 +92,7 @@ def read_stage(folder: Path) -> Stage:
 
 
 def finished_stage(folder: Path, fingerprint: str) -> Stage | None:
-    """Return the stage in `folder` if the same inputs and settings made it and no file is missing."""
+    """Return the stage in `folder` if the same fingerprint made it and no file is missing."""
     if not (folder / STAGE).exists():
         return None
     stage = read_stage(folder)

@@ -1,9 +1,10 @@
-"""Sources of labelled images: scikit-learn's digits, and a user's folder, which is only ever read."""
+"""Sources of labelled images: scikit-learn's digits, and a user's folder, only ever read."""
 
 import hashlib
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,16 +35,16 @@ class Item:
     split: str | None
     sha256: str
     read: Callable[[int], tuple[bytes, str]]
-    """Given the pixel limit, returns the file's bytes and suffix in `data/raw`; raises UnreadableImage."""
+    """From the pixel limit to the bytes and suffix in `data/raw`, or UnreadableImageError."""
 
 
 def list_items(source: str) -> list[Item]:
-    """List a source's images in a fixed order; UserError for a folder without class folders of images."""
+    """List a source's images in a fixed order; UserError for a folder without any."""
     return list(_digits() if source == DIGITS else _folder(Path(source).expanduser()))
 
 
 def source_digest(items: Iterable[Item]) -> str:
-    """Return what identifies the content of a source: names, labels, splits and bytes, not times."""
+    """Identify the content of a source: names, labels, splits and bytes, not times."""
     return digest(sorted([i.source_id, i.label, i.split or "", i.sha256] for i in items))
 
 
@@ -58,8 +59,12 @@ def _digits() -> Iterable[Item]:
             label=str(label),
             split=None,
             sha256=hashlib.sha256(content).hexdigest(),
-            read=lambda max_pixels, content=content: (content, ".png"),
+            read=partial(_as_it_is, content),
         )
+
+
+def _as_it_is(content: bytes, max_pixels: int) -> tuple[bytes, str]:
+    return content, ".png"
 
 
 def _enlarged_digit(pixels: np.ndarray) -> np.ndarray:
@@ -74,6 +79,7 @@ def _folder(root: Path) -> Iterable[Item]:
         raise UserError(f"The image folder {root} does not exist. Give a folder of class folders.")
     top = _subfolders(root)
     splits = {name: _SPLIT_FOLDERS[name.lower()] for name in top if name.lower() in _SPLIT_FOLDERS}
+    classes: list[tuple[str | None, str, str]]
     if "train" in splits.values():
         classes = [
             (split, f"{folder}/{label}", label)
@@ -122,5 +128,3 @@ def _subfolders(folder: Path) -> list[str]:
 def _image_files(folder: Path) -> list[Path]:
     files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     return sorted(path for path in files if path.suffix.lower() in SUFFIXES)
-
-

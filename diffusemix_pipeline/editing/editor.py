@@ -44,7 +44,7 @@ def locate_editor(editor: str, revision: str | None) -> Path:
 
 
 def editor_fingerprint(folder: Path) -> str:
-    """Identify an editor's weights: a hub snapshot by its commit, a folder by the bytes of its files."""
+    """Identify an editor's weights: a hub snapshot by its commit, a folder by its files' bytes."""
     if folder.parent.name == "snapshots":
         return digest("hub", folder.parent.parent.name, folder.name)
     files = sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".txt"))
@@ -101,10 +101,11 @@ def _load_pipeline(
     folder: Path, sampler: str, dtype: Any
 ) -> "StableDiffusionInstructPix2PixPipeline":
     import diffusers
-    from diffusers.utils.logging import disable_progress_bar, set_verbosity_error
+    import transformers
 
-    set_verbosity_error()
-    disable_progress_bar()
+    for library in (diffusers, transformers):  # our own progress is what a person watches
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     schedulers = {
         "dpmsolver++": diffusers.DPMSolverMultistepScheduler,
         "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,

@@ -9,7 +9,7 @@ from diffusemix_pipeline.files import write_bytes
 
 
 class EditStore:
-    """Edits as PNG files named by their key. Several processes may write: the same key, the same edit."""
+    """Edits as PNG files named by their key; several processes may write."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -1,5 +1,7 @@
 """Adversarial attacks on a classifier. What does not belong here: counting their successes."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -24,8 +26,8 @@ def fgsm(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float) -> Te
     with torch.no_grad():
         classes = model.eval()(images[:1]).shape[1]
     try:
-        # The toolbox attacks on the current CUDA device, or on the CPU where there is none.
-        with torch.cuda.device(device if device.type == "cuda" else None):
+        # The toolbox works on the current CUDA device, or on the CPU.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             classifier = PyTorchClassifier(
                 model=model,
                 loss=nn.CrossEntropyLoss(),

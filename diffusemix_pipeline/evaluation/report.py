@@ -1,8 +1,8 @@
 """The report: evidence of every arm becomes a page, a JSON document and plots.
 
-What belongs here: what is compared, how it is said, and the files. What does not: computing evidence,
-drawing (pictures). The report is a function of its inputs: it holds no date, host or run id, so the same
-evidence gives the same bytes. `docs/report.md` explains every number.
+What belongs here: what is compared, how it is said, and the files. What does not: computing
+evidence, drawing (pictures). The report is a function of its inputs: it holds no date, host or run
+id, so the same evidence gives the same bytes. `docs/report.md` explains every number.
 """
 
 import base64
@@ -62,9 +62,9 @@ class ReportInputs:
     test_reads: int
     """How many models were evaluated on this version of the test images so far, with these."""
     versions: Mapping[str, str]
-    """What a reader needs to find the inputs again, e.g. the digest in data.dvc, the code's version."""
+    """What finds the inputs again, e.g. the digest in data.dvc and the version of the code."""
     copies: Sequence[Mapping[str, str]] = ()
-    """Training images that are exact copies of a val or test image: file names `train`, `held_out`."""
+    """Training images that are exact copies of val or test images: names `train`, `held_out`."""
     set_aside: Sequence[Mapping[str, str]] = ()
     """Source images that were not used: `source_id` and `reason`."""
     stages: bytes | None = None
@@ -89,10 +89,11 @@ class Report:
 
 
 def write_report(inputs: ReportInputs, out: Path, *, aside: Path) -> Report:
-    """Write `index.html`, `report.json` and the plots, as PNG files, in the place of the folder `out`.
+    """Write `index.html`, `report.json` and the plots as PNG files into the folder `out`.
 
-    `aside` lies on the same file system, outside of anything versioned. Raises UserError where the
-    evidence is empty or not all on the same test images and settings.
+    The folder is replaced as a whole. `aside` lies on the same file system, outside of anything
+    versioned. Raises UserError where the evidence is empty or not all on the same test images and
+    settings.
     """
     _check(inputs.evidence)
     document = _document(inputs)
@@ -174,7 +175,7 @@ def _by_arm(evidence: Mapping[tuple[str, int], Evidence]) -> dict[str, dict[int,
 
 @dataclass(frozen=True)
 class _Scores:
-    """One arm's scores on N test images; accuracies float64 (N,), averaged over S training seeds."""
+    """One arm's scores on N test images; accuracies are float64 (N,), means over S seeds."""
 
     clean: np.ndarray
     corrupted: np.ndarray
@@ -260,13 +261,14 @@ def _reliability(of_seed: Mapping[int, Evidence]) -> list[dict[str, Any]]:
     """Bin the answers of all training seeds together."""
     probabilities = np.concatenate([one.probabilities for one in of_seed.values()])
     labels = np.concatenate([one.labels for one in of_seed.values()])
+    bins = reliability_curve(probabilities, labels).to_dict("records")
     return [
         {
-            "confidence": _rounded(bin.confidence) if bin.images else None,
-            "accuracy": _rounded(bin.accuracy) if bin.images else None,
-            "images": int(bin.images),
+            "confidence": _rounded(bin["confidence"]) if bin["images"] else None,
+            "accuracy": _rounded(bin["accuracy"]) if bin["images"] else None,
+            "images": int(bin["images"]),
         }
-        for bin in reliability_curve(probabilities, labels).itertuples()
+        for bin in bins
     ]
 
 
@@ -286,15 +288,16 @@ def _classes(of_seed: Mapping[int, Evidence], classes: Sequence[str]) -> list[di
 
 
 def _summary(document: Mapping[str, Any]) -> pd.DataFrame:
-    rows = {}
+    rows = []
     for arm in document["arms"]:
-        row = rows[arm["arm"]] = {}
+        row = {"arm": arm["arm"]}
         for measure in MEASURES:
             against = (arm["difference"] or {}).get(measure, {})
             for suffix, end in (("", "value"), ("_low", "low"), ("_high", "high")):
                 row[f"{measure}{suffix}"] = arm[measure][end]
                 row[f"{measure}_difference{suffix}"] = against.get(end, np.nan)
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
+        rows.append(row)
+    return pd.DataFrame(rows).set_index("arm")
 
 
 # The words
@@ -317,8 +320,9 @@ def _headline(document: Mapping[str, Any]) -> str:
         "corrupted": "accuracy under corruption",
         "fgsm": f"FGSM accuracy at {_epsilon(document['fgsm_epsilon'])}",
     }
+    difference = subject["difference"]
     first, second, third = (
-        f"{_verb(subject['difference'][measure])} {name} ({_interval(subject['difference'][measure])})"
+        f"{_verb(difference[measure])} {name} ({_interval(difference[measure])})"
         for measure, name in names.items()
     )
     title = _TITLES[subject["arm"]]
@@ -348,13 +352,15 @@ def _notes(document: Mapping[str, Any]) -> list[str]:
         "an attacker, and can rise only because gradients became less useful.",
         "The corruptions' families are ImageNet-C's, but their constants are this project's own: "
         "these numbers cannot be compared with a published mCE.",
-        "The calibration error of a finite sample is never below zero and so errs upwards; resampling "
-        "adds to that, which puts its intervals somewhat high. Differences suffer less.",
+        "The calibration error of a finite sample errs upwards, as it cannot be below zero, and "
+        "resampling adds to that: its intervals lie somewhat high. Differences suffer less.",
     ]
 
 
 def _seeds_note(seeds: Sequence[int]) -> str:
-    covers = "Intervals cover the sampling of test images only, not what another training run would do"
+    covers = (
+        "Intervals cover the sampling of test images only, not what another training run would do"
+    )
     if len(seeds) == 1:
         return f"{covers}: every arm was trained with one seed ({seeds[0]})."
     return f"{covers}. Numbers are means over {len(seeds)} training seeds."
@@ -372,7 +378,9 @@ def _steps_note(steps: Mapping[str, int]) -> str:
     if len(set(steps.values())) == 1:
         return f"Every arm took the same {next(iter(steps.values())):,} optimiser steps."
     each = ", ".join(f"{_TITLES[arm]} {count:,}" for arm, count in steps.items())
-    return f"The arms took different numbers of optimiser steps, so their comparison is unfair: {each}."
+    return (
+        f"The arms took different numbers of optimiser steps, which is no fair comparison: {each}."
+    )
 
 
 def _copies_note(copies: Sequence[Any]) -> str:
@@ -380,8 +388,8 @@ def _copies_note(copies: Sequence[Any]) -> str:
         return "No training image is an exact copy of a val or test image."
     are = "image is an exact copy" if len(copies) == 1 else "images are exact copies"
     return (
-        f"{len(copies):,} training {are} of val or test images: accuracy on those says nothing about "
-        "new images."
+        f"{len(copies):,} training {are} of val or test images: "
+        "accuracy on those says nothing about new images."
     )
 
 
@@ -455,16 +463,16 @@ def _fgsm_plot(arms: Sequence[Mapping[str, Any]], theme: pictures.Theme) -> _Plo
     }
     alt = "Accuracy over FGSM strength with 95 % intervals. " + "; ".join(
         f"{arm}: "
-        + ", ".join(f"{s:g}/255 {_percent(point[0])}" for s, point in zip(strengths, points, strict=True))
+        + ", ".join(
+            f"{s:g}/255 {_percent(point[0])}" for s, point in zip(strengths, points, strict=True)
+        )
         for arm, points in accuracies.items()
     )
     label = "FGSM strength ε, in 1/255 (0: clean)"
     return _Plot(pictures.accuracy_curves(strengths, accuracies, label=label, theme=theme), alt)
 
 
-def _corruption_plots(
-    arms: Sequence[Mapping[str, Any]], theme: pictures.Theme
-) -> dict[str, _Plot]:
+def _corruption_plots(arms: Sequence[Mapping[str, Any]], theme: pictures.Theme) -> dict[str, _Plot]:
     """Draw a map of each arm, and of each arm's difference to vanilla."""
     tables = {
         arm["arm"]: pd.DataFrame(arm["corruptions"]).pivot_table(
@@ -510,9 +518,7 @@ def _reliability_plot(arms: Sequence[Mapping[str, Any]], theme: pictures.Theme) 
     return _Plot(pictures.reliability_diagram(curves, theme=theme), alt)
 
 
-def _learning_plot(
-    curves: Mapping[tuple[str, int], pd.DataFrame], theme: pictures.Theme
-) -> _Plot:
+def _learning_plot(curves: Mapping[tuple[str, int], pd.DataFrame], theme: pictures.Theme) -> _Plot:
     """Draw each arm's curve, averaged over training seeds."""
     order = list(get_args(Arm))
     arms = sorted({arm for arm, _ in curves}, key=order.index)
@@ -524,8 +530,11 @@ def _learning_plot(
         .reset_index()
         for arm in arms
     }
-    alt = "Training loss and accuracy on val over optimiser steps. Best accuracy on val: " + "; ".join(
-        f"{arm} {_percent(curve['val_accuracy'].max())}" for arm, curve in averaged.items()
+    alt = (
+        "Training loss and accuracy on val over optimiser steps. Best accuracy on val: "
+        + "; ".join(
+            f"{arm} {_percent(curve['val_accuracy'].max())}" for arm, curve in averaged.items()
+        )
     )
     return _Plot(pictures.learning_curves(averaged, theme=theme), alt)
 
@@ -580,7 +589,7 @@ def _width(png: bytes) -> int:
 
 
 def _class_rows(arms: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the classes that the page shows, or, of very many, those that differ most from vanilla."""
+    """Return the classes that have test images; of very many, those where the arms differ most."""
     rows = [
         {
             "class": of_arms[0]["class"],

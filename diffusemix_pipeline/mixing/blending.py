@@ -18,8 +18,8 @@ Mask = NDArray[np.float32]
 def hybrid(original: Image, edit: Image, mask: Mask) -> Image:
     """Return H = M I + (1 - M) G, rounded to nearest (half up): uint8 (H, W, 3).
 
-    `original` I and `edit` G: uint8 (H, W, 3). `mask` M: float32 (H, W) in [0, 1], the weight of the
-    original. Paper, figure 2 and the equation of the hybrid image.
+    `original` I and `edit` G: uint8 (H, W, 3). `mask` M: float32 (H, W) in [0, 1], the weight of
+    the original. Paper, figure 2 and the equation of the hybrid image.
 
     Raises ValueError where shapes or dtypes do not match.
     """
@@ -31,11 +31,12 @@ def hybrid(original: Image, edit: Image, mask: Mask) -> Image:
 
 
 def mix(original: Image, edit: Image, mask: Mask, fractal: Image, lam: float) -> Image:
-    """Return A = (1 - lam) (M I + (1 - M) G) + lam F, rounded to nearest (half up): uint8 (H, W, 3).
+    """Return A = (1 - lam) (M I + (1 - M) G) + lam F, rounded to nearest (half up).
 
+    The result is uint8 (H, W, 3), joined and blended in one pass: nothing is rounded on the way.
     `original` I, `edit` G and `fractal` F: uint8 (H, W, 3). `mask` M: float32 (H, W) in [0, 1], the
     weight of the original. `lam` in [0, 1], the weight of the fractal. Paper, the equation of the
-    augmented image; in one pass, so that the hybrid is not rounded on the way.
+    augmented image.
 
     Raises ValueError where shapes or dtypes do not match or `lam` is out of range.
     """

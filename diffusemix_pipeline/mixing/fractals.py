@@ -5,8 +5,8 @@ drawing which fractal an image gets (`stages`), and blending it (`blending`).
 
 Two kinds are made, half of each. A flame is the attractor of a few random affine maps of the plane,
 bent by one non-linear function, found by the chaos game and toned by the logarithm of its density.
-An escape-time picture shows how soon z -> fold(z)^n + c leaves a disc, in a window of a Julia set or
-of a parameter plane (Mandelbrot set, burning ship, tricorn) where that varies most.
+An escape-time picture shows how soon z -> fold(z)^n + c leaves a disc, in a window of a Julia set
+or of a parameter plane (Mandelbrot set, burning ship, tricorn) where that varies most.
 """
 
 import io
@@ -69,7 +69,10 @@ def load_fractals(
 
 
 def fractals_version(mixing: Mixing, seed: int) -> str:
-    """Return a digest that changes when the set of fractals would; raises as `load_fractals` does."""
+    """Return a digest that changes when the set of fractals would.
+
+    Raises UserError if the folder does not exist or holds no file named like an image.
+    """
     if not mixing.fractal_dir:
         return digest("made", CODE_VERSION, seed, mixing.fractal_count)
     files = _image_files(Path(mixing.fractal_dir))
@@ -135,7 +138,7 @@ def _read(file: Path, size: int) -> Pixels:
 
 
 def make_fractal(seed: int, size: int) -> Pixels:
-    """Return the fractal of `seed` in colour: uint8 (size, size, 3), anti-aliased by area averaging.
+    """Return the fractal of `seed` in colour and anti-aliased: uint8 (size, size, 3).
 
     It depends on the two arguments alone, and what it shows on `seed` alone: designs are drawn from
     it until one is lively, judged and stretched in contrast as it looks at 32 px.
@@ -157,13 +160,13 @@ def _stretched(picture: Floats, low: float, high: float) -> Floats:
 def _is_lively(picture: Floats) -> bool:
     """Tell whether a picture of 32 px is worth mixing in, by its grey levels in [0, 1].
 
-    Their standard deviation exceeds 0.15, and the entropy of their 16-bin histogram 2.8 bits, else
-    it is flat; neighbours correlate by more than 0.55, else it is noise; and in the median block
-    of 8 px the root mean square gradient exceeds 0.07, else it is empty, while at most 0.85 of the
-    gradient's energy has one direction (coherence of the structure tensor), else it is stripes.
+    Their standard deviation exceeds 0.16, and the entropy of their 16-bin histogram 2.8 bits, else
+    it is flat; neighbours correlate by more than 0.6, else it is noise; and in the median block of
+    8 px the root mean square gradient exceeds 0.085, else it is empty, and the coherence of the
+    structure tensor (1: all gradients in one direction) stays below 0.85, else it is stripes.
     """
     grey = picture.mean(axis=2, dtype=np.float64)
-    if grey.std() <= 0.15:
+    if grey.std() <= 0.16:
         return False
     shares = np.histogram(grey, bins=16, range=(0, 1))[0] / grey.size
     entropy = -(shares[shares > 0] * np.log2(shares[shares > 0])).sum()
@@ -173,8 +176,8 @@ def _is_lively(picture: Floats) -> bool:
     coherence = np.hypot(xx - yy, 2 * xy) / np.maximum(xx + yy, 1e-9)
     return bool(
         entropy > 2.8
-        and likeness > 0.55
-        and np.median(np.sqrt(xx + yy)) > 0.07
+        and likeness > 0.6
+        and np.median(np.sqrt(xx + yy)) > 0.085
         and np.median(coherence) < 0.85
     )
 
@@ -190,7 +193,7 @@ def _averaged(fine: Floats, factor: int) -> Floats:
 
 
 def _palette(rng: np.random.Generator, dark: float) -> Floats:
-    """Draw a cycle of 4 or 6 neighbouring hues, dark and bright in turn: rgb (1024, 3) in [0, 1]."""
+    """Draw a cycle of 4 or 6 colours, darker and brighter in turn: rgb (1024, 3) in [0, 1]."""
     count = 2 * int(rng.integers(2, 4))
     bright = np.arange(count) % 2 == 1
     hue = rng.random() + np.cumsum(rng.uniform(-0.3, 0.3, count))
@@ -212,8 +215,8 @@ def _coloured(palette: Floats, position: Floats) -> Floats:
 
 _CELLS_A_SIDE = 2  # of a pixel
 _POINTS_A_CELL = 16
-_ROUNDS = 60
-_BURN_IN = 15
+_ROUNDS = 40
+_BURN_IN = 12
 
 _VARIATIONS: tuple[Bend, ...] = (
     lambda z: z,
@@ -245,7 +248,7 @@ def _flame(rng: np.random.Generator) -> Drawing:
     background = palette[0] / 4
     cycles = np.float32(rng.uniform(0.6, 1.4))
     centre, half = _inner_window(system)
-    coarse, _ = _density_and_hue(system, centre, half, 48)
+    coarse, _ = _density_and_hue(system, centre, half, 32)
     full = max(np.quantile(coarse, 0.93), np.float32(1e-3))
 
     def drawing(size: int) -> Floats:
@@ -290,7 +293,7 @@ def _orbit(system: _System, population: int, rounds: int) -> Iterator[tuple[Poin
         taken = np.searchsorted(system.cumulated[:-1], rng.random(population, np.float32))
         moved = system.turn[taken] * points + system.mirror[taken] * points.conj()
         points = system.variation(moved + system.shift[taken])
-        hue = (hue + system.hue[taken]) / 2
+        hue = (hue + system.hue[taken]) * np.float32(0.5)
         if step >= _BURN_IN:
             yield points * system.symmetry[step % len(system.symmetry)], hue
 
@@ -316,12 +319,13 @@ def _density_and_hue(
         cell = y[inside].astype(np.int32) * side + x[inside].astype(np.int32)
         np.add.at(hits, cell, np.float32(1))
         np.add.at(hues, cell, hue[inside])
-    return np.log1p(hits * np.float32(3 / _POINTS_A_CELL)), hues / np.maximum(hits, 1)
+    hues /= np.maximum(hits, 1)
+    return np.log1p(hits * np.float32(3 / _POINTS_A_CELL)), hues
 
 
 # Escape time ------------------------------------------------------------------------------------
 
-_SAMPLES_A_SIDE = 3  # of a pixel
+_SAMPLES_A_SIDE = 4  # of a pixel
 _ROWS = 8  # of pixels at once: the working set stays in the processor's cache
 _LIMIT = 90
 _ESCAPED = 64.0  # square of the disc's radius
@@ -377,7 +381,7 @@ def _draw_iteration(rng: np.random.Generator) -> _Iteration:
     plane = _Iteration(fold, int(rng.choice([2, 2, 2, 3, 4])), constant=None)
     if rng.random() < 0.4:
         return plane
-    # Constants that just fail to stay, near the edge of the plane's set, have the richest Julia sets.
+    # Just outside the plane's set lie the constants with the richest Julia sets.
     candidates = _draw_points(rng, 256, -1.5, 1.5)
     time, _ = _iterated(plane, candidates)
     return _Iteration(fold, plane.power, complex(candidates[np.argmin(np.abs(time - 25))]))

@@ -11,12 +11,13 @@ from diffusemix_pipeline.errors import UserError
 
 
 def half_mask(name: str, height: int, width: int, seam: int = 0) -> NDArray[np.float32]:
-    """Return the weight M of the original in H = M I + (1 - M) G: float32 (height, width) in [0, 1].
+    """Return the weight M of the original in H = M I + (1 - M) G.
 
-    `name` (left, right, top, bottom) is the half that stays the original. The left and the top half
-    hold side // 2 px, the right and the bottom half the rest: opposite masks always sum to one.
-    With seam 0 the mask is binary (paper, figure 2). An even `seam` > 0 puts a linear ramp of that
-    many px on the middle, both ends included, as the authors' code does: a ramp of 2 px is 1, 0.
+    The result is float32 (height, width) in [0, 1]. `name` (left, right, top, bottom) is the half
+    that stays the original. The left and the top half hold side // 2 px, the right and the bottom
+    half the rest: opposite masks always sum to one. With seam 0 the mask is binary (paper, figure
+    2). An even `seam` > 0 puts a linear ramp of that many px on the middle, both ends included, as
+    the authors' code does: a ramp of 2 px is 1, 0.
 
     Raises UserError if the seam is wider than the side that it crosses, ValueError for another name
     or an odd seam.

@@ -1,4 +1,4 @@
-"""The third and fourth stage: every edit becomes a hybrid to look at, and an augmented image to train on.
+"""The third and fourth stage: an edit becomes a hybrid to look at, and an augmented image.
 
 Masks and fractals are drawn here, after the edits: redrawing them costs no UNet evaluation. Both
 stages start from the decoded source and the decoded edit; the hybrid files are no one's input, so
@@ -36,7 +36,7 @@ def make_hybrids(
     aside: Path,
     progress: Progress = silent,
 ) -> Stage:
-    """Write H = M I + (1 - M) G for every edit (paper, equation of the hybrid image)."""
+    """Write H = M I + (1 - M) G for every edit (paper, the hybrid image)."""
     masks = settings.mixing.model_dump(include={"masks", "seam"})
     fingerprint = digest(
         "hybrid", CODE_VERSION, raw.version, generated.version, settings.seed, masks
@@ -60,7 +60,7 @@ def make_augmented(
     aside: Path,
     progress: Progress = silent,
 ) -> Stage:
-    """Write A = (1 - lam) H + lam F for every edit, in one pass (paper, equation of the final image)."""
+    """Write A = (1 - lam) H + lam F for every edit, in one pass (paper, the final image)."""
     mixing, seed = settings.mixing, settings.seed
     drawn = mixing.model_dump(include={"masks", "seam", "lam"})
     fractal_set = fractals_version(mixing, seed)

@@ -13,6 +13,8 @@ from diffusemix_pipeline.progress import Progress
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings
 
+_WRAPPERS = {"DagsterExecutionStepExecutionError", "DagsterExecutionLoadInputError", "Failure"}
+
 
 @dataclass
 class Outcome:
@@ -56,9 +58,23 @@ def run_here(project: Project, settings: Settings, progress: Progress) -> Outcom
     for event in result.all_events:
         if event.is_step_failure:
             _explain_failure(event, outcome)
-    materialized = result.get_asset_materialization_events()
-    outcome.reused = all(
-        event.step_materialization_data.materialization.metadata["reused"].value
-        for event in materialized
-    )
+    materializations = [
+        event.step_materialization_data.materialization
+        for event in result.get_asset_materialization_events()
+    ]
+    outcome.reused = all(made.metadata["reused"].value for made in materializations)
     return outcome
+
+
+def _explain_failure(event: dg.DagsterEvent, outcome: Outcome) -> None:
+    """Add what a failed step says: a UserError as it was meant, anything else with its trace."""
+    error = event.step_failure_data.error
+    while error is not None and error.cls_name in _WRAPPERS and error.cause is not None:
+        error = error.cause
+    if error is None:
+        return
+    if error.cls_name == UserError.__name__:
+        outcome.user_error = True
+        outcome.problems.append(error.message.split(": ", 1)[1].strip())
+    else:
+        outcome.problems.append(f"{event.step_key} failed.\n{error.to_string()}")

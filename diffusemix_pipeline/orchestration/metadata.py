@@ -1,12 +1,10 @@
 """What a person wants to see of a stage in the UI: counts as numbers, pictures as pictures."""
 
 import base64
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import dagster as dg
-import numpy as np
 
 from diffusemix_pipeline.datasets.manifest import Stage
 
@@ -21,7 +19,7 @@ def picture(png: bytes, alt: str) -> dg.MarkdownMetadataValue:
 
 
 def stage_metadata(stage: Stage) -> dict[str, Any]:
-    """Return what every stage shows: how many images, whether it was made anew, and where it lies."""
+    """Return what every stage shows: how many images, whether made anew, and where they lie."""
     return {
         "images": stage.counts["images"],
         "reused": stage.reused,
@@ -42,13 +40,24 @@ def stage_sheet(stage: Stage, by: str) -> dg.MarkdownMetadataValue:
     return picture(contact_sheet(rows, row_labels=labels, cell=64), f"some {stage.name} images")
 
 
-def side_by_side(columns: Sequence[tuple[str, list[Path]]], size: int) -> bytes:
-    """Draw one image going through the stages: a column a stage, a row an image."""
+def stages_picture(stages: Mapping[str, Stage], images: int = 4) -> bytes:
+    """Draw a few images going through the stages, a row an image; PNG.
+
+    `stages` maps raw, generated, hybrid and augmented to their stages.
+    """
     from diffusemix_pipeline.datasets.images import read_square
     from diffusemix_pipeline.pictures import contact_sheet
 
-    rows: list[list[np.ndarray]] = [
-        [read_square(path, size) for path in paths]
-        for paths in zip(*(paths for _, paths in columns), strict=True)
-    ]
-    return contact_sheet(rows, column_labels=[name for name, _ in columns])
+    augmented = stages["augmented"].manifest()
+    few = augmented.iloc[:: max(1, len(augmented) // images)].head(images)
+    originals = dict(stages["raw"].manifest()[["image_id", "file_name"]].itertuples(index=False))
+    rows = []
+    for row in few.itertuples():
+        names = {"raw": originals[row.source_id]}
+        paths = [stage.folder / names.get(key, row.file_name) for key, stage in stages.items()]
+        rows.append([read_square(path, row.width) for path in paths])
+    return contact_sheet(
+        rows,
+        row_labels=[f"{row.label}: {row.prompt}" for row in few.itertuples()],
+        column_labels=["original", "edit", "hybrid", "augmented"],
+    )

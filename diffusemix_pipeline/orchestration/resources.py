@@ -1,4 +1,4 @@
-"""What every asset is given: the typed settings, the project's paths, and someone to report progress to."""
+"""What every asset is given: typed settings, the project's paths, and who hears of progress."""
 
 import time
 import types
@@ -35,7 +35,7 @@ def settings_resource(defaults: Settings) -> dg.ResourceDefinition:
     return dg.ResourceDefinition(
         read,
         config_schema=_shape(Settings, defaults),
-        description="Every setting of the pipeline; `diffusemix settings` prints them with origins.",
+        description="Every setting; `diffusemix settings` prints them with their origins.",
     )
 
 
@@ -92,4 +92,3 @@ def _config_type(name: str, annotation: Any) -> Any:
     if origin in (types.UnionType, typing.Union):
         return dg.Noneable(_config_type(name, arguments[0]))
     return annotation
-

@@ -34,7 +34,7 @@ _FIT = "fit.json"
 
 @dataclass(frozen=True)
 class Fit:
-    """One trained classifier: `folder` is what `load_classifier` reads, `curve` a row a validation."""
+    """One trained classifier: `load_classifier` reads `folder`; `curve` is a row a validation."""
 
     arm: str
     seed: int
@@ -46,7 +46,7 @@ class Fit:
 
     @property
     def best(self) -> dict[str, float]:
-        """The curve's row whose weights were kept: the first of those with the best val accuracy."""
+        """The curve's row whose weights were kept: the first with the best val accuracy."""
         return dict(self.curve.loc[self.curve["val_accuracy"].idxmax()])
 
 

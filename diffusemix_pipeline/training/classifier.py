@@ -1,8 +1,9 @@
 """A classifier: a timm model with its normalisation inside, its classes, and its folder on disk.
 
-A classifier's folder holds `model.safetensors` and `classifier.json`; nothing in it is ever unpickled.
+Its folder holds `model.safetensors` and `classifier.json`; nothing in it is ever unpickled.
 """
 
+import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class NormalizedModel(nn.Module):
 
 @dataclass(frozen=True)
 class Classifier:
-    """A model, the timm name it was built from, its class names by index, and its input's side in px."""
+    """A model, its name in timm, its class names by index, and its input's side in px."""
 
     model: NormalizedModel
     name: str
@@ -70,14 +71,19 @@ class Classifier:
         return np.concatenate(parts)
 
 
+def check_model_name(name: str) -> None:
+    """Raise UserError, naming what is near, for a name that timm does not know."""
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"Did you mean {' or '.join(near)}?" if near else "See timm.list_models()."
+        raise UserError(f"training.model: timm has no model '{name}'. {hint}")
+
+
 def build_classifier(
     name: str, classes: Sequence[str], size: int, *, pretrained: bool = False
 ) -> Classifier:
-    """Build a timm model by name for `classes`; UserError for a name or size that timm does not take."""
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('_')[0].split('.')[0]}*")[:5]
-        hint = f"Near it: {', '.join(near)}." if near else "See timm.list_models()."
-        raise UserError(f"training.model: timm has no model '{name}'. {hint}")
+    """Build a timm model by name for `classes`; UserError for a name that timm does not know."""
+    check_model_name(name)
     fixed = {"img_size": size} if _takes_image_size(name) else {}
     backbone = timm.create_model(name, pretrained=pretrained, num_classes=len(classes), **fixed)
     config = backbone.pretrained_cfg
@@ -102,9 +108,7 @@ def save_classifier(classifier: Classifier, folder: Path) -> None:
 def load_classifier(folder: Path, device: str = "cpu") -> Classifier:
     """Read a classifier's folder back, onto a device, in evaluation mode."""
     description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    classifier = build_classifier(
-        description["model"], description["classes"], description["size"]
-    )
+    classifier = build_classifier(description["model"], description["classes"], description["size"])
     model = NormalizedModel(classifier.model.backbone, description["mean"], description["std"])
     model.load_state_dict(load_file(folder / WEIGHTS))
     model.eval().to(device)

@@ -1,4 +1,4 @@
-"""Stage folders as arrays: what an arm trains on, and the images that it is chosen and judged by."""
+"""Stage folders as arrays: what an arm trains on, and what it is chosen and judged by."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ def load_images(
     size: int,
     progress: Progress = silent,
 ) -> LabelledImages:
-    """Decode one split of a stage folder at `size` px; a label is its class's index in `classes`."""
+    """Decode one split of a stage at `size` px; a label is its class's index in `classes`."""
     rows: pd.DataFrame = stage.manifest().query("split == @split")
     images = np.empty((len(rows), size, size, 3), np.uint8)
     for index, name in enumerate(rows["file_name"]):

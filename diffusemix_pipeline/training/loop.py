@@ -1,4 +1,4 @@
-"""The training loop, top to bottom: AdamW, one cosine with warm-up, random crop and flip, best weights on val."""
+"""The training loop: AdamW, a cosine with warm-up, random crop and flip, best weights on val."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -28,13 +28,13 @@ def fit(
     on_point: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
     progress: Progress = silent,
 ) -> pd.DataFrame:
-    """Train `classifier` in place for `training.steps` steps and leave it with its best weights on val.
+    """Train `classifier` in place for `training.steps` steps and keep its best weights on val.
 
     Returns the curve: a row a validation, with step, train_loss, val_loss, val_accuracy and
     learning_rate. Val decides, test is never seen (DESIGN, promise 7). Everything random follows
     from `seed`.
     """
-    model = classifier.model.to(device, memory_format=torch.channels_last)
+    model = classifier.model.to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
     )
@@ -99,10 +99,8 @@ def _batches(total: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
         waiting = waiting[batch_size:]
 
 
-def _crop_and_flip(
-    images: np.ndarray, training: Training, rng: np.random.Generator
-) -> np.ndarray:
-    """Shift each of uint8 (B, S, S, 3) images by up to `crop_padding` px, reflecting, and mirror half."""
+def _crop_and_flip(images: np.ndarray, training: Training, rng: np.random.Generator) -> np.ndarray:
+    """Shift uint8 (B, S, S, 3) images by up to `crop_padding` px, reflecting, and mirror half."""
     padding, size = training.crop_padding, images.shape[1]
     padded = np.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)), "reflect")
     offsets = rng.integers(0, 2 * padding + 1, size=(len(images), 2))

@@ -4,12 +4,13 @@ import dagster as dg
 
 from diffusemix_pipeline.orchestration.assets.generated_images import generated_images
 from diffusemix_pipeline.orchestration.assets.hybrid_images import hybrid_images
+from diffusemix_pipeline.orchestration.assets.raw_dataset import raw_dataset
 from diffusemix_pipeline.orchestration.metadata import stage_metadata, stage_sheet
 from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
 
 
 @dg.asset(
-    deps=[generated_images, hybrid_images],
+    deps=[raw_dataset, generated_images, hybrid_images],
     group_name="data",
     kinds={"numpy", "dvc"},
     code_version="1",
@@ -21,8 +22,10 @@ from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
 )
 def fractal_augmented_dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
     from diffusemix_pipeline.datasets.manifest import read_stage
+    from diffusemix_pipeline.files import write_bytes
     from diffusemix_pipeline.mixing.stages import make_augmented
-    from diffusemix_pipeline.versioning import ensure_repository, snapshot
+    from diffusemix_pipeline.settings import data_settings
+    from diffusemix_pipeline.versioning import snapshot
 
     project, settings = context.resources.project, context.resources.settings
     stage = make_augmented(
@@ -34,8 +37,7 @@ def fractal_augmented_dataset(context: dg.AssetExecutionContext) -> dg.Materiali
         aside=project.aside,
         progress=context.resources.progress(context.log),
     )
-    project.record_data_settings(settings)
-    ensure_repository(project.root)
+    write_bytes(project.data / "settings.yaml", data_settings(settings).encode())
     version = snapshot(project.root)
     context.log.info(version.note)
     return dg.MaterializeResult(

@@ -1,9 +1,14 @@
 """`raw_dataset`: the labelled images, copied, checked and split."""
 
+from typing import TYPE_CHECKING
+
 import dagster as dg
 
 from diffusemix_pipeline.orchestration.metadata import picture, stage_metadata, stage_sheet
 from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
+
+if TYPE_CHECKING:
+    from diffusemix_pipeline.datasets.manifest import Stage
 
 
 @dg.asset(
@@ -16,20 +21,11 @@ from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
     "the three splits share no file.",
 )
 def raw_dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-    from diffusemix_pipeline.datasets.ingest import ingest
-    from diffusemix_pipeline.datasets.manifest import read_stage
+    from diffusemix_pipeline.orchestration.preflight import preflight
     from diffusemix_pipeline.pictures import class_histogram
-    from diffusemix_pipeline.versioning import pull_if_pinned
 
-    project, settings = context.resources.project, context.resources.settings
-    progress = context.resources.progress(context.log)
-    source = settings.source.path
-    origin = source or pull_if_pinned(project.root)
-    if source or origin is None:
-        chosen = source or "digits"
-        stage = ingest(chosen, settings, project.raw, aside=project.aside, progress=progress)
-    else:
-        stage = read_stage(project.raw)
+    preflight(context.resources.settings)
+    stage, origin = _bring(context)
     set_aside = stage.notes["set_aside"]
     for item in set_aside[:20]:
         context.log.warning(f"Set aside: {item['source_id']}: {item['reason']}")
@@ -38,7 +34,7 @@ def raw_dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         data_version=dg.DataVersion(stage.version),
         metadata={
             **stage_metadata(stage),
-            "origin": origin or "digits",
+            "origin": origin,
             "classes": len(stage.counts["by_split"]["train"]),
             "set_aside": len(set_aside),
             "train_copies_of_held_out": len(stage.notes["train_copies_of_held_out"]),
@@ -46,3 +42,22 @@ def raw_dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
             "contact_sheet": stage_sheet(stage, "label"),
         },
     )
+
+
+def _bring(context: dg.AssetExecutionContext) -> "tuple[Stage, str]":
+    """Return the raw stage and its origin: the source, else what data.dvc pins, else digits."""
+    from diffusemix_pipeline.datasets.ingest import ingest
+    from diffusemix_pipeline.datasets.manifest import read_stage
+    from diffusemix_pipeline.versioning import pinned_digest, pull
+
+    project, settings = context.resources.project, context.resources.settings
+    source = settings.source.path
+    if not source:
+        if pull(project.root):
+            return read_stage(project.raw), f"data.dvc, {pinned_digest(project.root)}"
+        context.log.info(
+            "No source.path is set and DVC holds no data here: making the digits sample"
+        )
+    progress = context.resources.progress(context.log)
+    source = source or "digits"
+    return ingest(source, settings, project.raw, aside=project.aside, progress=progress), source

@@ -1,0 +1,48 @@
+"""`trained_classifier`: a classifier an arm and seed, each an MLflow run and a model."""
+
+import dagster as dg
+
+from diffusemix_pipeline.orchestration.assets.fractal_augmented_dataset import (
+    fractal_augmented_dataset,
+)
+from diffusemix_pipeline.orchestration.metadata import picture
+from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
+
+
+@dg.asset(
+    deps=[fractal_augmented_dataset],
+    group_name="model",
+    kinds={"timm", "mlflow"},
+    code_version="1",
+    pool="gpu",
+    required_resource_keys=RESOURCE_KEYS,
+    description="A timm classifier for each arm, on originals alone and with augmented images. "
+    "Guarantees: the same model, recipe, seeds and optimiser steps for every arm; "
+    "weights chosen on val; test is not read.",
+)
+def trained_classifier(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+    from diffusemix_pipeline.identity import digest
+    from diffusemix_pipeline.orchestration.learning import train_arms
+    from diffusemix_pipeline.pictures import learning_curves
+
+    progress = context.resources.progress(context.log)
+    project, settings = context.resources.project, context.resources.settings
+    trained = train_arms(project, settings, context.run_id, progress)
+    names = [f"{fit.arm}, seed {fit.seed}" for fit in trained.fits]
+    curves = {name: fit.curve for name, fit in zip(names, trained.fits, strict=True)}
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(digest([fit.fingerprint for fit in trained.fits])),
+        metadata={
+            "reused": trained.reused,
+            "optimiser_steps": settings.training.steps,
+            "learning_curves": picture(learning_curves(curves), "loss and val accuracy by step"),
+            **{
+                f"val_accuracy {name}": fit.best["val_accuracy"]
+                for name, fit in zip(names, trained.fits, strict=True)
+            },
+            **{
+                f"mlflow {name}": dg.MetadataValue.url(url)
+                for name, url in trained.run_urls.items()
+            },
+        },
+    )

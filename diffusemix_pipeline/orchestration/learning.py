@@ -1,0 +1,207 @@
+"""Joins training and evaluation to MLflow and DVC: what neither may know of the other.
+
+A fit is known to MLflow by the tag that holds its fingerprint: a finished fit that has its run is
+neither trained nor logged again, and a report is logged to the run of the model that it judges.
+"""
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from diffusemix_pipeline.datasets.manifest import Stage, class_names, read_stage
+from diffusemix_pipeline.devices import choose_device
+from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.evaluation.evidence import Evidence, evaluate
+from diffusemix_pipeline.evaluation.readings import record_read, version_of_test
+from diffusemix_pipeline.evaluation.report import Report, ReportInputs, write_report
+from diffusemix_pipeline.files import replaced_folder
+from diffusemix_pipeline.identity import digest, seed_from
+from diffusemix_pipeline.orchestration.metadata import stages_picture
+from diffusemix_pipeline.pictures import learning_curves
+from diffusemix_pipeline.progress import Progress
+from diffusemix_pipeline.project import Project
+from diffusemix_pipeline.settings import Settings, flatten
+from diffusemix_pipeline.tracking import Dataset, open_tracking
+from diffusemix_pipeline.training.arms import (
+    Fit,
+    all_arms,
+    finished_fit,
+    fit_arm,
+    fit_fingerprint,
+)
+from diffusemix_pipeline.training.classifier import load_classifier
+from diffusemix_pipeline.training.data import load_images
+from diffusemix_pipeline.versioning import pinned_digest
+
+_FIT_TAG = "diffusemix.fit"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The fits of all arms and seeds, where MLflow shows the first, and whether all were there."""
+
+    fits: list[Fit]
+    run_urls: dict[str, str]
+    reused: bool
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The report, its version (what was judged, on what, by which settings), and what it cost."""
+
+    report: Report
+    version: str
+    reused: bool
+
+
+def train_arms(
+    project: Project, settings: Settings, dagster_run_id: str, progress: Progress
+) -> Trained:
+    """Train and log what is not there yet: one MLflow run an arm and seed."""
+    tracker = open_tracking(project, settings.tracking)
+    tracker.reconcile()
+    stages = _stages(project)
+    dataset = Dataset("fractal_augmented_dataset", "data", _data_digest(project))
+    fits, urls, reused = [], {}, True
+    for arm, seed in all_arms(settings):
+        fingerprint = fit_fingerprint(arm, seed, stages, settings)
+        name = f"{arm}, seed {seed}"
+        fit = finished_fit(project.checkpoints, fingerprint)
+        logged = tracker.find_run(_FIT_TAG, fingerprint)
+        if fit is None or logged is None:
+            reused = False
+            tags = {
+                _FIT_TAG: fingerprint,
+                "diffusemix.arm": arm,
+                "diffusemix.seed": str(seed),
+                "dagster.run_id": dagster_run_id,
+                "dvc.data": dataset.digest,
+            }
+            with tracker.training_run(name, flatten(settings), dataset, tags) as run:
+                fit = fit_arm(
+                    arm,
+                    seed,
+                    stages,
+                    settings,
+                    checkpoints=project.checkpoints,
+                    aside=project.aside,
+                    device=choose_device(settings.device),
+                    on_point=run.log_curve,
+                    progress=progress,
+                )
+                run.log_bytes("figures/learning_curve.png", learning_curves({name: fit.curve}))
+                logged = run.log_classifier(fit.folder)
+        fits.append(fit)
+        urls[name] = tracker.run_url(logged.run_id)
+    return Trained(fits, urls, reused)
+
+
+def judge(project: Project, settings: Settings, progress: Progress) -> Judged:
+    """Judge every fit on the test images, each once in its life, and write the report."""
+    stages = _stages(project)
+    raw = stages["raw"]
+    fits = [_expected_fit(project, arm, seed, stages, settings) for arm, seed in all_arms(settings)]
+    evidence, reads, new = {}, 0, []
+    for fit in fits:
+        reads = record_read(
+            project.state / "test_reads.json", version_of_test(raw), fit.fingerprint
+        )
+        evidence[fit.arm, fit.seed], known = _evidence(project, fit, raw, settings, progress)
+        if not known:
+            new.append(fit)
+    inputs = ReportInputs(
+        evidence=evidence,
+        classes=class_names(raw.counts),
+        settings=settings,
+        counts=raw.counts["by_split"],
+        curves={(fit.arm, fit.seed): fit.curve for fit in fits},
+        steps={fit.arm: fit.steps for fit in fits},
+        test_reads=reads,
+        versions={
+            "data.dvc": _data_digest(project),
+            **{name: stage.version for name, stage in stages.items()},
+        },
+        copies=raw.notes["train_copies_of_held_out"],
+        set_aside=raw.notes["set_aside"],
+        stages=stages_picture(stages),
+    )
+    report = write_report(inputs, project.report, aside=project.aside)
+    if new:
+        _log_evaluations(project, settings, new, report)
+    version = digest([fit.fingerprint for fit in fits], raw.version, flatten(settings))
+    return Judged(report, version, reused=not new)
+
+
+def _stages(project: Project) -> dict[str, Stage]:
+    folders = {
+        "raw": project.raw,
+        "generated": project.generated,
+        "hybrid": project.hybrid,
+        "augmented": project.augmented,
+    }
+    return {name: read_stage(folder) for name, folder in folders.items()}
+
+
+def _data_digest(project: Project) -> str:
+    pinned = pinned_digest(project.root)
+    if pinned is None:
+        raise UserError("data.dvc is not there: materialize fractal_augmented_dataset first.")
+    return pinned
+
+
+def _expected_fit(
+    project: Project, arm: str, seed: int, stages: dict[str, Stage], settings: Settings
+) -> Fit:
+    fit = finished_fit(project.checkpoints, fit_fingerprint(arm, seed, stages, settings))
+    if fit is None:
+        raise UserError(
+            f"The arm {arm}, seed {seed}, is not trained with these data and settings: "
+            "materialize trained_classifier first."
+        )
+    return fit
+
+
+def _evidence(
+    project: Project, fit: Fit, raw: Stage, settings: Settings, progress: Progress
+) -> tuple[Evidence, bool]:
+    """Return one fit's answers on the test images, and whether they were known already."""
+    asked = settings.evaluation.model_dump(exclude={"bootstrap_samples", "batch_size"})
+    key = digest(fit.fingerprint, version_of_test(raw), asked, settings.seed)
+    folder = project.evidence / key
+    if folder.exists():
+        return Evidence.load(folder), True
+    device = choose_device(settings.device)
+    classifier = load_classifier(fit.folder, device)
+    test = load_images(raw, "test", classifier.classes, settings.size)
+    evidence = evaluate(
+        classifier.model,
+        test.images,
+        test.labels,
+        test.ids,
+        settings.evaluation,
+        seed_from(settings.seed, "corruptions"),
+        device,
+        lambda what, done, total: progress(f"Judging {fit.arm}, seed {fit.seed}", done, total),
+    )
+    with replaced_folder(folder, aside=project.aside) as partial:
+        evidence.save(partial)
+    return evidence, False
+
+
+def _log_evaluations(project: Project, settings: Settings, fits: list[Fit], report: Report) -> None:
+    tracker = open_tracking(project, settings.tracking)
+    test = Dataset("test", "data/raw/test", version_of_test(read_stage(project.raw)))
+    for fit in fits:
+        logged = tracker.find_run(_FIT_TAG, fit.fingerprint)
+        if logged is None:
+            raise UserError(
+                f"MLflow has no run of the arm {fit.arm}, seed {fit.seed}: "
+                "materialize trained_classifier first."
+            )
+        tracker.log_evaluation(
+            logged, _test_metrics(report.summary.loc[fit.arm]), test, report.folder
+        )
+
+
+def _test_metrics(row: pd.Series) -> dict[str, float]:
+    return {f"test_{name}": value for name, value in row.dropna().items()}

@@ -1,0 +1,352 @@
+"""Runs, metrics and registered models: with `logged_model.py` the only code that knows MLflow.
+
+What belongs here: what a training run records, and the classifier as a model that loads by name.
+What does not: what is trained and measured, and which model is promoted.
+
+Runs lie in a SQLite database under `.diffusemix/` with their files beside it, or on the server that
+`tracking.uri` names. Nothing is pickled: a model is code (`logged_model.py`) and safetensors.
+MLflow takes seconds to import, so functions import it when they need it.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import psutil
+from filelock import FileLock
+
+from diffusemix_pipeline import settings
+from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.project import Project
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import DatasetInput
+
+# Read when MLflow is imported, by this process and by the server that it starts.
+for _name, _value in {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # the default waits minutes on a mistyped address
+}.items():
+    os.environ.setdefault(_name, _value)
+
+DEFAULT_PORT = 5000
+_PROCESS = "diffusemix.process"
+_MODEL_ID = "diffusemix.model_id"
+_MODEL_VERSION = "diffusemix.model_version"
+_PACKAGE = Path(__file__).parent
+# What `training/classifier.py` imports, kept with each model: it loads where nothing is installed.
+_CLASSIFIER_CODE = ("__init__.py", "errors.py", "files.py", "datasets", "training")
+_CLASSIFIER_NEEDS = ("mlflow", "torch", "timm", "safetensors", "numpy", "pandas", "pillow")
+
+
+class Dataset(NamedTuple):
+    """Data that a run read: a name, where it lies, and its version (at most 36 characters)."""
+
+    name: str
+    source: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class LoggedRun:
+    """A finished run, and the model it logged and registered, if it did."""
+
+    run_id: str
+    model_id: str | None
+    model_version: str | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is under way: `training_run` gives it."""
+
+    run_id: str
+    model_name: str
+    _client: "MlflowClient"
+
+    def log_curve(self, step: int, values: Mapping[str, float]) -> None:
+        """Add one point to each named curve."""
+        _log_metrics(self._client, self.run_id, values, step=step)
+
+    def log_bytes(self, name: str, content: bytes) -> None:
+        """Keep a file with the run; `name` may have folders: `figures/curves.png`."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / Path(name).name
+            file.write_bytes(content)
+            self._client.log_artifact(self.run_id, str(file), str(Path(name).parent))
+
+    def log_text(self, name: str, text: str) -> None:
+        """Keep a text file with the run."""
+        self._client.log_text(self.run_id, text, name)
+
+    def log_classifier(self, folder: Path) -> LoggedRun:
+        """Log and register the classifier of a folder that `training.save_classifier` wrote.
+
+        `mlflow.pyfunc.load_model("models:/NAME/VERSION").predict(...)` then takes images as they
+        are: uint8 (N, H, W, 3), a list of files, or a data frame with a column `path`. It returns
+        a row an image, with `label` and `p(<class>)`. There is no input signature: a signature
+        would allow one of the three only.
+        """
+        import mlflow
+        from mlflow.models import ModelSignature
+        from mlflow.types.schema import ColSpec, Schema
+
+        from diffusemix_pipeline.training.classifier import load_classifier
+
+        classes = load_classifier(folder).classes
+        columns = [ColSpec("string", "label"), *(ColSpec("float", f"p({c})") for c in classes)]
+        with tempfile.TemporaryDirectory() as aside:
+            logged = mlflow.pyfunc.log_model(
+                name="classifier",
+                python_model=str(_PACKAGE / "logged_model.py"),
+                artifacts={"classifier": str(folder), "code": str(_copy_code(Path(aside)))},
+                pip_requirements=[f"{n}=={version(n).split('+')[0]}" for n in _CLASSIFIER_NEEDS],
+                signature=ModelSignature(outputs=Schema(columns)),
+                registered_model_name=self.model_name,
+            )
+        result = LoggedRun(self.run_id, logged.model_id, str(logged.registered_model_version))
+        self._client.set_tag(self.run_id, _MODEL_ID, result.model_id)
+        self._client.set_tag(self.run_id, _MODEL_VERSION, result.model_version)
+        return result
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """An MLflow experiment that is ready for runs: `open_tracking` gives it."""
+
+    uri: str
+    experiment_id: str
+    model_name: str
+    root: Path
+    _client: "MlflowClient" = field(repr=False)
+
+    @contextmanager
+    def training_run(
+        self, name: str, params: Mapping[str, Any], dataset: Dataset, tags: Mapping[str, str]
+    ) -> Iterator[Run]:
+        """Record a training: FINISHED at the end, FAILED on an exception, which goes on.
+
+        At most 100 `params`, each of at most 6000 characters. The project's git commit, and
+        whether files differ from it, are recorded too.
+        """
+        import mlflow
+        from mlflow.entities import Param
+
+        all_tags = {**_commit(self.root), **tags, _PROCESS: _this_process()}
+        run_id = self._client.create_run(
+            self.experiment_id, run_name=name, tags=all_tags
+        ).info.run_id
+        mlflow.set_tracking_uri(self.uri)
+        with mlflow.start_run(run_id=run_id):
+            self._client.log_batch(run_id, params=[Param(k, str(v)) for k, v in params.items()])
+            self._client.log_inputs(run_id, [_dataset_input(dataset, "training")])
+            yield Run(run_id, self.model_name, self._client)
+
+    def log_evaluation(
+        self, logged: LoggedRun, metrics: Mapping[str, float], dataset: Dataset, folder: Path
+    ) -> None:
+        """Add what a model scored on `dataset` to its run and to the model, with a report's files.
+
+        Logged again, the newer values are the ones shown.
+        """
+        self._client.log_inputs(logged.run_id, [_dataset_input(dataset, "evaluation")])
+        _log_metrics(self._client, logged.run_id, metrics, model_id=logged.model_id, on=dataset)
+        self._client.log_artifacts(logged.run_id, str(folder), "report")
+
+    def find_run(self, tag: str, value: str) -> LoggedRun | None:
+        """Return the newest FINISHED run that has the tag, None where there is none."""
+        found = self._client.search_runs(
+            [self.experiment_id],
+            f"tags.`{tag}` = '{value}' and attributes.status = 'FINISHED'",
+            max_results=1,
+            order_by=["attributes.start_time DESC"],
+        )
+        if not found:
+            return None
+        tags = found[0].data.tags
+        return LoggedRun(found[0].info.run_id, tags.get(_MODEL_ID), tags.get(_MODEL_VERSION))
+
+    def reconcile(self) -> list[str]:
+        """Mark as KILLED the runs whose process on this machine is gone; return their ids."""
+        left = [
+            run.info.run_id
+            for run in self._client.search_runs(
+                [self.experiment_id], "attributes.status = 'RUNNING'"
+            )
+            if _is_gone(run.data.tags.get(_PROCESS, ""))
+        ]
+        for run_id in left:
+            self._client.set_terminated(run_id, "KILLED")
+        return left
+
+    def run_url(self, run_id: str, port: int = DEFAULT_PORT) -> str:
+        """Return where the server of `tracking.uri`, or else `diffusemix mlflow`, shows a run."""
+        local = self.uri.startswith("sqlite:")
+        base = f"http://127.0.0.1:{port}" if local else self.uri.rstrip("/")
+        return f"{base}/#/experiments/{self.experiment_id}/runs/{run_id}"
+
+
+def open_tracking(project: Project, tracking: settings.Tracking) -> Tracker:
+    """Open the project's experiment; the database, its schema and the experiment are made if need be.
+
+    Raises UserError where the server of `tracking.uri` does not answer, or the experiment is deleted.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    project.state.mkdir(parents=True, exist_ok=True)
+    uri = tracking.uri or _database(project)
+    client = MlflowClient(uri)
+    # MLflow 3.17 breaks where two processes make the tables or the experiment at once.
+    with FileLock(project.state / "mlflow.lock"):
+        try:
+            if not tracking.uri:
+                _upgrade_if_old(project)
+            experiment = client.get_experiment_by_name(tracking.experiment)
+            if experiment is None:
+                files = None if tracking.uri else _files(project)
+                experiment_id = client.create_experiment(tracking.experiment, files)
+                experiment = client.get_experiment(experiment_id)
+        except MlflowException as error:
+            raise UserError(f"MLflow at {uri} (tracking.uri) cannot be used: {error}") from error
+    if experiment.lifecycle_stage == "deleted":
+        raise UserError(
+            f"The MLflow experiment '{tracking.experiment}' at {uri} is deleted. Restore it with "
+            f"`mlflow experiments restore -x {experiment.experiment_id}`, or set "
+            "tracking.experiment to another name."
+        )
+    return Tracker(uri, experiment.experiment_id, tracking.model_name, project.root, client)
+
+
+def mlflow_ui_command(
+    project: Project, tracking: settings.Tracking, port: int = DEFAULT_PORT
+) -> list[str]:
+    """Return the command that shows the project's runs on the loopback address.
+
+    Raises UserError where `tracking.uri` names a server, which shows them itself.
+    """
+    if tracking.uri:
+        raise UserError(f"tracking.uri is set: the runs are shown at {tracking.uri}.")
+    open_tracking(project, tracking)  # a server's workers would make the tables all at once
+    return [
+        *(sys.executable, "-m", "mlflow", "server"),
+        *("--backend-store-uri", _database(project), "--default-artifact-root", _files(project)),
+        *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+    ]
+
+
+def _database(project: Project) -> str:
+    return f"sqlite:///{(project.state / 'mlflow.db').resolve()}"
+
+
+def _files(project: Project) -> str:
+    return (project.state / "mlflow").resolve().as_uri()
+
+
+def _upgrade_if_old(project: Project) -> None:
+    """Bring the database of an older MLflow to this one's schema, and keep a copy of it as it was."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        MlflowClient(_database(project)).search_experiments(max_results=1)
+    except MlflowException as error:
+        if "out-of-date database schema" not in str(error):
+            raise
+        file = project.state / "mlflow.db"
+        shutil.copyfile(file, file.with_name(f"mlflow.before-{version('mlflow')}.db"))
+        upgrade = [sys.executable, "-m", "mlflow", "db", "upgrade", _database(project)]
+        done = subprocess.run(upgrade, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(f"{file} cannot be upgraded: {done.stderr[-500:]}") from None
+
+
+def _copy_code(folder: Path) -> Path:
+    for name in _CLASSIFIER_CODE:
+        source, target = _PACKAGE / name, folder / _PACKAGE.name / name
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, target)
+    return folder
+
+
+def _log_metrics(
+    client: "MlflowClient",
+    run_id: str,
+    values: Mapping[str, float],
+    *,
+    step: int = 0,
+    model_id: str | None = None,
+    on: Dataset | None = None,
+) -> None:
+    from mlflow.entities import Metric
+
+    now = time.time_ns() // 1_000_000
+    name, digest = (on.name, on.digest) if on else (None, None)
+    metrics = [
+        Metric(key, float(value), now, step, model_id, name, digest, run_id)
+        for key, value in values.items()
+    ]
+    client.log_batch(run_id, metrics=metrics)
+
+
+def _dataset_input(dataset: Dataset, context: str) -> "DatasetInput":
+    import json
+
+    from mlflow.entities import Dataset as DatasetEntity
+    from mlflow.entities import DatasetInput, InputTag
+
+    source = json.dumps({"uri": dataset.source})
+    entity = DatasetEntity(dataset.name, dataset.digest, source_type="local", source=source)
+    return DatasetInput(entity, [InputTag("mlflow.data.context", context)])
+
+
+def _commit(root: Path) -> dict[str, str]:
+    """Return the commit of the project's folder and whether files differ from it; {} without git."""
+
+    def git(*command: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(root), *command], capture_output=True, text=True
+            )
+        except FileNotFoundError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    if commit is None:
+        return {}
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return {"mlflow.source.git.commit": commit, "git.changed": str(bool(changed)).lower()}
+
+
+def _this_process() -> str:
+    return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.0f}"
+
+
+def _is_gone(process: str) -> bool:
+    """Tell whether a process of this machine has ended; one of another machine is left alone."""
+    host, _, rest = process.partition(" ")
+    if host != socket.gethostname():
+        return False
+    pid, started = rest.split()
+    try:
+        # A number may have gone to another process since; clocks may have been set by a little.
+        return abs(psutil.Process(int(pid)).create_time() - float(started)) > 5
+    except psutil.NoSuchProcess:
+        return True

@@ -1,0 +1,140 @@
+"""What the tests share: small real images, settings that run in seconds, one project a test."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusemix_pipeline.project import Project
+from diffusemix_pipeline.settings import Settings, load_settings
+
+# Two threads on small tensors wait for each other more than they compute.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+QUICK = [
+    "size=32",
+    "source.path=digits",
+    "source.train_per_class=2",
+    "source.val_fraction=0.02",
+    "source.test_fraction=0.02",
+    "editing.prompts=[sunset, mosaic]",
+    "editing.steps=2",
+    "editing.batch_size=8",
+    "mixing.fractal_count=3",
+    "training.steps=4",
+    "training.batch_size=8",
+    "training.validations=2",
+    "evaluation.fgsm_epsilons=[2]",
+    "evaluation.corruptions=[gaussian_noise, contrast]",
+    "evaluation.severities=[3]",
+    "evaluation.bootstrap_samples=100",
+    "device=cpu",
+]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Fast tests first, so that a defect shows early."""
+    items.sort(key=lambda item: "slow" in item.keywords)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    """Under CI a skipped test is a failure: what is not run is not known to work."""
+    report = (yield).get_result()
+    if report.skipped and os.environ.get("CI") == "true" and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped under CI: {report.longrepr}"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path)
+
+
+def quick_settings(*overrides: str) -> Settings:
+    """Return settings under which the whole pipeline takes seconds."""
+    return load_settings(Path("/nonexistent"), overrides=[*QUICK, *overrides], environment={})
+
+
+def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
+    """Return a smooth RGB picture that no other seed gives."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    return small.resize(size, Image.Resampling.BICUBIC)
+
+
+def write_classes(folder: Path, classes: list[str], images: int, seed: int = 0) -> Path:
+    """Write `folder/<class>/<n>.png`."""
+    for number, label in enumerate(classes):
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        for index in range(images):
+            picture(seed + 1000 * number + index).save(folder / label / f"{index}.png")
+    return folder
+
+
+def tiny_editor(folder: Path, seed: int = 0) -> Path:
+    """Save an InstructPix2Pix pipeline of the real classes, of tiny size, with random weights."""
+    import torch
+    from diffusers import (
+        AutoencoderKL,
+        EulerAncestralDiscreteScheduler,
+        StableDiffusionInstructPix2PixPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=8,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        cross_attention_dim=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+    tokenizer = _character_tokenizer()
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=8,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    StableDiffusionInstructPix2PixPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=EulerAncestralDiscreteScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def _character_tokenizer():
+    """Return a CLIP tokenizer that knows letters alone."""
+    from transformers import CLIPTokenizer
+
+    letters = [chr(code) for code in range(33, 127)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters)]
+    vocabulary = {word: n for n, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)

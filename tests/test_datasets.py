@@ -1,0 +1,252 @@
+"""Promise: a user's images are only read, bad ones are set aside by name, splits never mix."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import picture, quick_settings, write_classes
+from PIL import Image
+
+from diffusemix_pipeline.datasets.images import (
+    UnreadableImageError,
+    read_rgb,
+    read_square,
+    to_square,
+)
+from diffusemix_pipeline.datasets.ingest import ingest
+from diffusemix_pipeline.datasets.manifest import read_manifest, read_stage, table
+from diffusemix_pipeline.errors import UserError
+
+PIXELS = 10_000_000
+
+
+def ingested(source: Path | str, out: Path, *overrides: str, **how):
+    settings = quick_settings("source.train_per_class=null", *overrides)
+    return ingest(str(source), settings, out / "raw", aside=out / "aside", **how)
+
+
+def snapshot_of(folder: Path) -> dict[str, tuple[bytes, int]]:
+    files = (p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in files}
+
+
+# Reading
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    upright = picture(1, (40, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: shown after a quarter turn clockwise
+    upright.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(
+        np.asarray(read_rgb(tmp_path / "turned.png", PIXELS)), np.asarray(upright)
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "value", "expected"),
+    [
+        ("L", 100, (100, 100, 100)),
+        ("1", 1, (255, 255, 255)),
+        ("I;16", 257 * 100, (100, 100, 100)),
+        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+        ("RGBA", (255, 0, 0, 0), (255, 255, 255)),  # transparent shows the white below
+        ("RGBA", (10, 20, 30, 255), (10, 20, 30)),
+        ("LA", (50, 255), (50, 50, 50)),
+    ],
+)
+def test_every_mode_becomes_rgb(mode, value, expected, tmp_path):
+    path = tmp_path / ("image.tif" if mode in ("CMYK", "I;16") else "image.png")
+    Image.new(mode, (8, 8), value).save(path)
+    pixels = np.asarray(read_rgb(path, PIXELS))
+    assert pixels.shape == (8, 8, 3)
+    assert np.abs(pixels[4, 4].astype(int) - expected).max() <= 1
+
+
+def test_a_palette_with_transparency_lies_on_white(tmp_path):
+    image = Image.new("P", (8, 8), 0)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.save(tmp_path / "palette.png", transparency=0)
+    assert read_rgb(tmp_path / "palette.png", PIXELS).getpixel((4, 4)) == (255, 255, 255)
+
+
+def test_an_image_above_the_pixel_limit_is_refused_unread(tmp_path):
+    picture(1, (100, 50)).save(tmp_path / "large.png")
+    with pytest.raises(UnreadableImageError, match="100 x 50 px is above 4999 px"):
+        read_rgb(tmp_path / "large.png", 4999)
+
+
+def test_the_square_is_the_centre_of_the_image():
+    image = Image.new("RGB", (90, 30), "black")
+    image.paste("white", (30, 0, 60, 30))
+    assert (to_square(image, 30) == 255).all()
+
+
+# The stage
+
+
+def test_the_digits_are_split_without_overlap(tmp_path):
+    stage = ingested("digits", tmp_path, "source.val_fraction=0.3", "source.test_fraction=0.4")
+    rows = stage.manifest()
+    assert len(rows) == 1797
+    assert rows.groupby("split")["source_sha256"].nunique().sum() == rows["source_sha256"].nunique()
+    assert rows["label"].nunique() == 10
+    assert set(rows[["width", "height"]].stack()) == {32}
+    assert stage.notes["set_aside"] == []
+
+
+def test_few_shot_thins_train_alone(tmp_path):
+    whole = ingested("digits", tmp_path / "a").counts["by_split"]
+    few = ingested("digits", tmp_path / "b", "source.train_per_class=5").counts["by_split"]
+    assert set(few["train"].values()) == {5}
+    assert few["test"] == whole["test"]
+    assert few["val"] == whole["val"]
+
+
+def test_a_folder_with_splits_keeps_them_and_gets_a_val(tmp_path):
+    write_classes(tmp_path / "data" / "train", ["cat", "dog"], 8)
+    write_classes(tmp_path / "data" / "test", ["cat", "dog"], 3, seed=500)
+    stage = ingested(tmp_path / "data", tmp_path, "source.val_fraction=0.25")
+    assert stage.counts["by_split"] == {
+        "train": {"cat": 6, "dog": 6},
+        "val": {"cat": 2, "dog": 2},
+        "test": {"cat": 3, "dog": 3},
+    }
+
+
+def test_a_source_is_only_read_and_its_plain_bytes_are_kept(tmp_path):
+    source = write_classes(tmp_path / "data", ["cat", "dog"], 6)
+    picture(77).save(source / "cat" / "photo.jpg", quality=90)
+    before = snapshot_of(source)
+    stage = ingested(source, tmp_path)
+    assert snapshot_of(source) == before
+    rows = stage.manifest().set_index("source_id")
+    copied = stage.folder / rows.loc["cat/photo.jpg", "file_name"]
+    assert copied.read_bytes() == before["cat/photo.jpg"][0]
+    assert copied.stat().st_ino != (source / "cat/photo.jpg").stat().st_ino
+
+
+def test_the_split_does_not_depend_on_names_or_order(tmp_path):
+    source = write_classes(tmp_path / "data", ["cat", "dog"], 10)
+    before = ingested(source, tmp_path / "a").manifest()
+    for path in sorted(source.rglob("*.png")):
+        path.rename(path.with_name(f"renamed-{9 - int(path.stem)}.png"))
+    after = ingested(source, tmp_path / "b").manifest()
+    columns = ["label", "split", "source_sha256"]
+    assert sorted(before[columns].itertuples(index=False)) == sorted(
+        after[columns].itertuples(index=False)
+    )
+
+
+def test_bad_files_are_set_aside_by_name_and_end_nothing(tmp_path):
+    source = write_classes(tmp_path / "data", ["cat", "dog"], 6)
+    (source / "cat" / "empty.png").write_bytes(b"")
+    (source / "cat" / "text.jpg").write_text("no image")
+    whole = (source / "cat" / "0.png").read_bytes()
+    (source / "dog" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (source / "cat" / "again.png").write_bytes((source / "cat" / "1.png").read_bytes())
+    stage = ingested(source, tmp_path)
+    reasons = {item["source_id"]: item["reason"] for item in stage.notes["set_aside"]}
+    assert set(reasons) == {"cat/empty.png", "cat/text.jpg", "dog/cut.png", "cat/again.png"}
+    assert reasons["cat/again.png"] == "the same bytes as cat/1.png"
+    assert stage.counts["images"] == 12
+    assert str(tmp_path) not in str(reasons)
+
+
+def test_a_training_copy_of_a_test_image_is_told(tmp_path):
+    write_classes(tmp_path / "data" / "train", ["cat", "dog"], 8)
+    write_classes(tmp_path / "data" / "test", ["cat", "dog"], 3, seed=500)
+    leaked = (tmp_path / "data" / "test" / "cat" / "0.png").read_bytes()
+    (tmp_path / "data" / "train" / "cat" / "leak.png").write_bytes(leaked)
+    stage = ingested(tmp_path / "data", tmp_path, "source.val_fraction=0.1")
+    split = stage.manifest().set_index("source_id").loc["train/cat/leak.png", "split"]
+    told = {"train": "train/cat/leak.png", "held_out": "test/cat/0.png"}
+    assert (told in stage.notes["train_copies_of_held_out"]) == (split == "train")
+
+
+def test_unchanged_content_is_not_written_again(tmp_path):
+    source = write_classes(tmp_path / "data", ["cat", "dog"], 6)
+    first = ingested(source, tmp_path)
+    before = snapshot_of(first.folder)
+    for path in source.rglob("*.png"):
+        path.touch()  # a new time is no new content
+    again = ingested(source, tmp_path)
+    assert again.reused
+    assert snapshot_of(again.folder) == before
+    picture(99).save(source / "cat" / "new.png")
+    changed = ingested(source, tmp_path)
+    assert not changed.reused
+    assert changed.version != first.version
+
+
+def test_a_missing_file_makes_the_stage_again(tmp_path):
+    source = write_classes(tmp_path / "data", ["cat", "dog"], 6)
+    first = ingested(source, tmp_path)
+    (first.folder / first.manifest()["file_name"][0]).unlink()
+    again = ingested(source, tmp_path)
+    assert not again.reused
+    assert again.version == first.version
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: None, "does not exist"),
+        (lambda root: root.mkdir(), "holds no images in class folders"),
+        (lambda root: write_classes(root, ["cat"], 6), "fewer than two classes"),
+        (
+            lambda root: (
+                write_classes(root / "train", ["cat", "dog"], 6),
+                write_classes(root / "test", ["cat", "emu"], 2),
+            ),
+            "no training images: emu",
+        ),
+    ],
+)
+def test_a_folder_that_cannot_be_used_is_refused_by_name(make, message, tmp_path):
+    make(tmp_path / "data")
+    with pytest.raises(UserError, match=message):
+        ingested(tmp_path / "data", tmp_path)
+
+
+def test_train_only_holds_nothing_out_and_refuses_split_folders(tmp_path):
+    source = write_classes(tmp_path / "data", ["cat", "dog"], 4)
+    stage = ingested(source, tmp_path, train_only=True)
+    assert stage.counts["by_split"] == {"train": {"cat": 4, "dog": 4}}
+    write_classes(tmp_path / "split" / "train", ["cat", "dog"], 4)
+    with pytest.raises(UserError, match="give the train folder alone"):
+        ingested(tmp_path / "split", tmp_path, train_only=True)
+
+
+# The manifest
+
+
+def test_a_manifest_refuses_rows_that_make_no_sense():
+    row = {
+        "image_id": "a",
+        "file_name": "a.png",
+        "label": "cat",
+        "split": "train",
+        "source_id": "s",
+        "source_sha256": "0",
+        "sha256": "0",
+    }
+    assert len(table([row])) == 1
+    for wrong in ({"split": "holdout"}, {"label": None}):
+        with pytest.raises(Exception, match=next(iter(wrong))):
+            table([{**row, **wrong}])
+    with pytest.raises(Exception, match="image_id"):
+        table([row, row])
+
+
+def test_a_folder_without_a_stage_is_named(tmp_path):
+    with pytest.raises(UserError, match="run the stage"):
+        read_stage(tmp_path)
+    with pytest.raises(UserError, match="run the stage"):
+        read_manifest(tmp_path)
+
+
+def test_an_image_of_the_pipeline_reads_back_as_it_was_written(tmp_path):
+    stage = ingested(write_classes(tmp_path / "data", ["cat", "dog"], 6), tmp_path)
+    name = stage.manifest()["file_name"][0]
+    assert read_square(stage.folder / name, 32).shape == (32, 32, 3)

@@ -1,0 +1,174 @@
+"""Promises: an edit follows from what it is and is paid for once; every checkpoint goes one way."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import picture, quick_settings, tiny_editor, write_classes
+
+from diffusemix_pipeline.datasets.images import to_square
+from diffusemix_pipeline.datasets.ingest import ingest
+from diffusemix_pipeline.editing.editor import (
+    InstructPix2PixEditor,
+    editor_fingerprint,
+    locate_editor,
+)
+from diffusemix_pipeline.editing.generate import Generated, generate
+from diffusemix_pipeline.editing.store import EditStore
+from diffusemix_pipeline.errors import UserError
+
+IMAGES = np.stack([to_square(picture(seed), 32) for seed in range(3)])
+PROMPTS = ["sunset", "mosaic", "sunset"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A pipeline of the real classes, of tiny size, with random weights."""
+    return tiny_editor(tmp_path_factory.mktemp("editor"))
+
+
+def editor(weights: Path, *overrides: str) -> InstructPix2PixEditor:
+    return InstructPix2PixEditor(weights, quick_settings(*overrides).editing, "cpu")
+
+
+def generated(tmp_path: Path, weights: Path, *overrides: str, images: int = 4) -> Generated:
+    settings = quick_settings(
+        "source.train_per_class=null", f"editing.editor={weights}", *overrides
+    )
+    source = write_classes(tmp_path / "data", ["cat", "dog"], images)
+    raw = ingest(str(source), settings, tmp_path / "raw", aside=tmp_path / "aside", train_only=True)
+    store = EditStore(tmp_path / "edits")
+    return generate(
+        raw, settings, tmp_path / "out", store=store, aside=tmp_path / "aside", device="cpu"
+    )
+
+
+def rows(result: Generated) -> set[tuple]:
+    return set(result.stage.manifest()[["file_name", "sha256"]].itertuples(index=False, name=None))
+
+
+@pytest.mark.parametrize("sampler", ["dpmsolver++", "euler_ancestral"])
+def test_an_edit_depends_on_itself_and_not_on_order_or_neighbours(sampler, weights):
+    edit = editor(weights, f"editing.sampler={sampler}").edit
+    together = edit(IMAGES, PROMPTS, [1, 2, 3])
+    assert together.shape == (3, 32, 32, 3)
+    assert together.dtype == np.uint8
+    assert np.array_equal(edit(IMAGES[::-1], PROMPTS[::-1], [3, 2, 1]), together[::-1])
+    assert np.array_equal(edit(IMAGES[1:2], PROMPTS[1:2], [2]), together[1:2])
+    assert not np.array_equal(edit(IMAGES, PROMPTS, [4, 5, 6]), together)
+
+
+def test_an_instruction_that_would_be_cut_off_is_refused(weights):
+    editor(weights).check_instruction("A transformed version of image into sunset")
+    with pytest.raises(UserError, match=r"has \d+ tokens; this editor reads 77"):
+        editor(weights).check_instruction("sunset " * 80)
+
+
+def test_the_fingerprint_follows_the_bytes_of_the_weights(weights, tmp_path):
+    before = editor_fingerprint(weights)
+    other = tiny_editor(tmp_path, seed=1)
+    assert editor_fingerprint(other) != before
+    (tmp_path / "unet" / "config.json").touch()
+    assert editor_fingerprint(weights) == before
+
+
+@pytest.mark.parametrize("content", [None, {"_class_name": "StableDiffusionPipeline"}])
+def test_a_folder_that_holds_no_editor_is_named(content, tmp_path):
+    if content is not None:
+        (tmp_path / "model_index.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="StableDiffusionInstructPix2PixPipeline in diffusers"):
+        locate_editor(str(tmp_path), None)
+
+
+def test_a_hub_id_that_cannot_be_had_is_named(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="nobody/nothing is neither a folder here nor a model"):
+        locate_editor("nobody/nothing", None)
+
+
+def test_pickled_weights_are_never_read(weights, tmp_path):
+    import shutil
+
+    import torch
+
+    shutil.copytree(weights, tmp_path / "editor")
+    (safe,) = (tmp_path / "editor" / "unet").glob("*.safetensors")
+    safe.unlink()
+    torch.save({}, tmp_path / "editor" / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        editor(tmp_path / "editor")
+
+
+# The stage
+
+
+def test_every_training_image_gets_its_edits_with_all_that_made_them(weights, tmp_path):
+    result = generated(tmp_path, weights, "editing.copies=2")
+    manifest = result.stage.manifest()
+    assert result.made == len(manifest) == 2 * 4 * 2
+    assert manifest["label"].value_counts().to_dict() == {"cat": 8, "dog": 8}
+    assert manifest["edit_key"].is_unique
+    assert set(manifest["prompt"]) <= {"sunset", "mosaic"}
+    assert (manifest["source_id"].str.split("/").str[1] == manifest["label"]).all()
+    for name in manifest["file_name"]:
+        assert (result.stage.folder / name).exists()
+
+
+def test_all_prompts_are_used_where_the_policy_says_so(weights, tmp_path):
+    manifest = generated(tmp_path, weights, "editing.prompts_per_image=all").stage.manifest()
+    assert set(manifest.groupby("source_id")["prompt"].agg(frozenset)) == {
+        frozenset({"sunset", "mosaic"})
+    }
+
+
+def test_nothing_changed_nothing_done(weights, tmp_path):
+    before = rows(generated(tmp_path, weights))
+    again = generated(tmp_path, weights)
+    assert again.made == 0
+    assert again.stage.reused
+    assert rows(again) == before
+
+
+def test_only_what_is_new_is_paid_for(weights, tmp_path):
+    first = generated(tmp_path, weights, "editing.prompts_per_image=all")
+    assert first.made == 16
+    before = rows(first)
+    more = generated(
+        tmp_path,
+        weights,
+        "editing.prompts_per_image=all",
+        "editing.prompts=[sunset, mosaic, snowy]",
+    )
+    assert more.made == 8
+    assert before < rows(more)
+    images = generated(tmp_path, weights, "editing.prompts_per_image=all", images=5)
+    assert images.made == 4
+
+
+def test_cut_off_work_goes_on_where_it_was(weights, tmp_path, monkeypatch):
+    whole = rows(generated(tmp_path / "whole", weights))
+    real, calls = InstructPix2PixEditor.edit, []
+
+    def cut_off_in_the_second_batch(self, images, instructions, seeds):
+        calls.append(len(images))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, images, instructions, seeds)
+
+    few = "editing.batch_size=3"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(InstructPix2PixEditor, "edit", cut_off_in_the_second_batch)
+        generated(tmp_path / "cut", weights, few)
+    assert not (tmp_path / "cut" / "out").exists()
+    resumed = generated(tmp_path / "cut", weights, few)
+    assert resumed.made == 8 - 3
+    assert {name for name, _ in rows(resumed)} == {name for name, _ in whole}
+
+
+def test_the_bytes_of_an_edit_lie_on_disk_once(weights, tmp_path):
+    result = generated(tmp_path, weights)
+    store = EditStore(tmp_path / "edits")
+    for row in result.stage.manifest().itertuples():
+        kept, shown = store.path(row.edit_key), result.stage.folder / row.file_name
+        assert kept.stat().st_ino == shown.stat().st_ino

@@ -1,0 +1,100 @@
+"""Promise: every value has a known origin, and a wrong one gets one message that repairs it."""
+
+from pathlib import Path
+
+import pytest
+
+from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.settings import (
+    Settings,
+    describe,
+    load_layers,
+    load_settings,
+    preset_names,
+)
+
+
+def load(root: Path, *overrides: str, environment: dict[str, str] | None = None, **how) -> Settings:
+    return load_settings(root, overrides=overrides, environment=environment or {}, **how)
+
+
+def test_each_layer_lies_over_the_one_before(tmp_path):
+    (tmp_path / "more.yaml").write_text("editing: {steps: 3}")
+    assert load(tmp_path).editing.steps == 10
+    assert load(tmp_path, preset="paper").editing.steps == 100
+    (tmp_path / "diffusemix.yaml").write_text("preset: paper\nediting: {steps: 2}\nseed: 7")
+    assert load(tmp_path).editing.guidance == 4
+    assert load(tmp_path).editing.steps == 2
+    config = tmp_path / "more.yaml"
+    assert load(tmp_path, config=config).editing.steps == 3
+    environment = {"DIFFUSEMIX_EDITING__STEPS": "4"}
+    assert load(tmp_path, config=config, environment=environment).editing.steps == 4
+    last = load(tmp_path, "editing.steps=5", config=config, environment=environment)
+    assert last.editing.steps == 5
+    assert last.seed == 7
+
+
+def test_the_command_line_chooses_the_preset_over_the_file(tmp_path):
+    (tmp_path / "diffusemix.yaml").write_text("preset: paper")
+    assert load(tmp_path, preset="official").editing.template == "{prompt}"
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_presets_are_valid_and_each_reason_belongs_to_a_value(preset, tmp_path):
+    layer, *_ = load_layers(tmp_path, preset=preset, environment={})
+    load(tmp_path, preset=preset)
+    keys = {setting.key for setting in describe([layer]) if setting.origin != "default"}
+    assert set(layer.known_from) <= keys
+
+
+def test_the_paper_preset_says_how_far_each_value_is_known(tmp_path):
+    origins = {s.key: s.origin for s in describe(load_layers(tmp_path, preset="paper"))}
+    assert "three re-implementations" in origins["editing.template"]
+    assert "unknown" in origins["editing.copies"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("editing.stpes=3", r"editing\.stpes \(from --set\).*Did you mean editing\.steps"),
+        ("steps=3", r"Did you mean (editing|training)\.steps"),
+        ("editing.steps=0", r"editing\.steps = 0 \(from --set\).*greater than 0"),
+        ("editing.steps=many", "editing.steps = 'many'"),
+        ("editing.prompts=[]", "editing.prompts"),
+        ("editing.prompts=['']", r"editing\.prompts\.0"),
+        ("editing.prompts=[fog, fog]", "named twice: fog"),
+        ("editing.template=hello", "needs {prompt} exactly once"),
+        ("mixing.lam=1.5", "mixing.lam"),
+        ("mixing.lam=.nan", "mixing.lam"),
+        ("size=33", "multiple of 8"),
+        ("training.arms=[vanila]", "'vanilla'"),
+        ("nonsense", "write it as key.path=value"),
+        ("a: [b=1", "is not a YAML value|no such setting"),
+    ],
+)
+def test_a_wrong_setting_gets_one_message_that_names_it_and_the_repair(override, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, override)
+
+
+def test_wrong_files_and_presets_are_named(tmp_path):
+    with pytest.raises(UserError, match="no preset 'papr'.*paper"):
+        load(tmp_path, preset="papr")
+    with pytest.raises(UserError, match="missing.yaml cannot be read"):
+        load(tmp_path, config=tmp_path / "missing.yaml")
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    with pytest.raises(UserError, match="'key: value'"):
+        load(tmp_path, config=tmp_path / "list.yaml")
+    (tmp_path / "tag.yaml").write_text("seed: !!python/object/apply:os.getcwd []")
+    with pytest.raises(UserError, match="not YAML"):
+        load(tmp_path, config=tmp_path / "tag.yaml")
+
+
+def test_an_unknown_environment_key_is_not_passed_over(tmp_path):
+    with pytest.raises(UserError, match="from environment"):
+        load(tmp_path, environment={"DIFFUSEMIX_EDITING__STEPZ": "4"})
+
+
+def test_every_setting_is_documented(tmp_path):
+    for setting in describe(load_layers(tmp_path)):
+        assert setting.description.endswith("."), setting.key

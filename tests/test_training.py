@@ -1,0 +1,151 @@
+"""Promises: training repeats from its seed, is chosen on val, with equal steps for all arms."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import quick_settings, write_classes
+
+from diffusemix_pipeline.datasets.ingest import ingest
+from diffusemix_pipeline.datasets.manifest import Stage
+from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.training import arms, loop
+from diffusemix_pipeline.training.arms import Fit, finished_fit, fit_arm, fit_fingerprint
+from diffusemix_pipeline.training.classifier import build_classifier, load_classifier
+from diffusemix_pipeline.training.data import LabelledImages, load_images
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory) -> Stage:
+    folder = tmp_path_factory.mktemp("raw")
+    source = write_classes(folder / "data", ["cat", "dog", "emu"], 12)
+    settings = quick_settings("source.val_fraction=0.3", "source.train_per_class=null")
+    return ingest(str(source), settings, folder / "raw", aside=folder / "aside")
+
+
+def fitted(raw: Stage, tmp_path, *overrides: str, arm: str = "vanilla", on_point=None) -> Fit:
+    return fit_arm(
+        arm,
+        0,
+        {"raw": raw, "generated": raw, "hybrid": raw, "augmented": raw},
+        quick_settings(*overrides),
+        checkpoints=tmp_path / "checkpoints",
+        aside=tmp_path / "aside",
+        device="cpu",
+        on_point=on_point or (lambda step, metrics: None),
+    )
+
+
+def weights(fit: Fit) -> bytes:
+    return (fit.folder / "model.safetensors").read_bytes()
+
+
+def test_the_same_seed_gives_the_same_weights(raw, tmp_path):
+    one, two = fitted(raw, tmp_path / "1"), fitted(raw, tmp_path / "2")
+    assert weights(one) == weights(two)
+    assert one.curve.equals(two.curve)
+    assert weights(one) != weights(fitted(raw, tmp_path / "3", "seed=1"))
+
+
+def test_a_finished_fit_is_not_trained_again_and_tells_its_curve(raw, tmp_path, monkeypatch):
+    points, again = [], []
+    first = fitted(raw, tmp_path, on_point=lambda *point: points.append(point))
+    monkeypatch.setattr(arms, "fit", lambda *args, **how: pytest.fail("trained again"))
+    second = fitted(raw, tmp_path, on_point=lambda *point: again.append(point))
+    assert second.fingerprint == first.fingerprint
+    assert [step for step, _ in points] == [2, 4]
+    for (_, live), (_, told) in zip(points, again, strict=True):
+        assert told == pytest.approx(live)
+
+
+def test_a_fit_cut_off_leaves_nothing_that_looks_finished(raw, tmp_path):
+    def stop(step, metrics):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fitted(raw, tmp_path, on_point=stop)
+    fingerprint = fit_fingerprint("vanilla", 0, {"raw": raw}, quick_settings())
+    assert finished_fit(tmp_path / "checkpoints", fingerprint) is None
+
+
+def test_arms_differ_in_their_images_alone(raw, tmp_path):
+    vanilla = fitted(raw, tmp_path)
+    mixed = fitted(raw, tmp_path, arm="diffusemix")
+    assert mixed.images == 2 * vanilla.images
+    assert mixed.steps == vanilla.steps == 4
+    assert mixed.fingerprint != vanilla.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("training.arms=[vanilla]", True),
+        ("training.seeds=[0, 1]", True),
+        ("evaluation.batch_size=7", True),
+        ("mixing.lam=0.5", True),  # it changes the augmented images' version, not the recipe
+        ("training.steps=5", False),
+        ("training.model=resnet18", False),
+        ("size=64", False),
+        ("seed=1", False),
+    ],
+)
+def test_a_fit_is_known_by_what_shapes_it(override, same, raw):
+    stages = {"raw": raw}
+    before = fit_fingerprint("vanilla", 0, stages, quick_settings())
+    assert (fit_fingerprint("vanilla", 0, stages, quick_settings(override)) == before) == same
+
+
+def test_the_weights_that_val_likes_best_are_kept(raw, tmp_path):
+    fit = fitted(raw, tmp_path, "training.steps=30", "training.validations=10")
+    classifier = load_classifier(fit.folder)
+    val = load_images(raw, "val", classifier.classes, 32)
+    accuracy = (classifier.predict_proba(val.images).argmax(1) == val.labels).mean()
+    assert accuracy == pytest.approx(fit.curve["val_accuracy"].max())
+    assert fit.best["val_accuracy"] == pytest.approx(accuracy)
+
+
+def test_it_learns(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = np.arange(40) % 2
+    images = rng.integers(0, 100, (40, 32, 32, 3), dtype=np.uint8)
+    images[labels == 1] += 120  # one class is brighter
+    data = LabelledImages(images, labels, [str(n) for n in range(40)])
+    torch.manual_seed(0)
+    classifier = build_classifier("resnet10t", ["dark", "bright"], 32)
+    settings = quick_settings("training.steps=30").training
+    curve = loop.fit(classifier, data, data, settings, seed=0, device="cpu")
+    assert curve["val_accuracy"].max() == 1.0
+
+
+def test_a_classifier_reads_back_as_it_was_saved(raw, tmp_path):
+    fit = fitted(raw, tmp_path)
+    classifier = load_classifier(fit.folder)
+    assert classifier.classes == ("cat", "dog", "emu")
+    image = classifier.prepare(raw.folder / raw.manifest()["file_name"][0])
+    assert image.shape == (32, 32, 3)
+    probabilities = classifier.predict_proba(image[None])
+    assert probabilities.shape == (1, 3)
+    assert probabilities.sum() == pytest.approx(1, abs=1e-5)
+    assert not [p for p in fit.folder.iterdir() if p.suffix in (".pt", ".pth", ".bin", ".pkl")]
+
+
+def test_an_unknown_model_is_named_with_its_neighbours():
+    with pytest.raises(UserError, match=r"no model 'resnet10s'.*resnet10t"):
+        build_classifier("resnet10s", ["a", "b"], 32)
+
+
+def test_each_epoch_shows_every_image_once():
+    batches = loop._batches(10, 4, seed=0)
+    seen = np.concatenate([next(batches) for _ in range(5)])
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert list(seen[:10]) != list(seen[10:])
+
+
+def test_crops_shift_and_flips_mirror():
+    images = np.zeros((640, 8, 8, 3), np.uint8)
+    images[:, 4, 2] = 255
+    training = quick_settings("training.crop_padding=1", "training.flip=true").training
+    cropped = loop._crop_and_flip(images, training, np.random.default_rng(0))
+    spots = {tuple(np.argwhere(image[..., 0])[0]) for image in cropped}
+    assert spots == {(y, x) for y in (3, 4, 5) for x in (1, 2, 3, 4, 5, 6)}
+    still = quick_settings("training.crop_padding=0", "training.flip=false").training
+    assert np.array_equal(loop._crop_and_flip(images, still, np.random.default_rng(0)), images)
