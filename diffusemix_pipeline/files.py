@@ -21,6 +21,12 @@ def write_bytes(path: Path, content: bytes) -> None:
         aside.unlink(missing_ok=True)
 
 
+def write_if_changed(path: Path, content: bytes) -> None:
+    """Write a whole file, but leave one that holds the same bytes as it is, time and links included."""
+    if not path.exists() or path.read_bytes() != content:
+        write_bytes(path, content)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON that people read and that is the same for the same value."""
     text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False)

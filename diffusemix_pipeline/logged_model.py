@@ -1,8 +1,8 @@
 """What MLflow runs when a registered classifier is loaded: raw images in, a table of answers out.
 
-MLflow keeps a copy of this file beside the weights ("models from code") and executes that copy. What
-belongs here: telling inputs apart. What does not: decoding, resizing and the network, which are the
-classifier's (`training/classifier.py`).
+MLflow keeps a copy of this file beside the weights ("models from code") and executes that copy.
+What belongs here: telling inputs apart. What does not: decoding, resizing and the network, which
+are the classifier's (`training/classifier.py`).
 """
 
 import importlib.util
@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
 import pandas as pd
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
 from PIL import Image
 
 
-class LoggedClassifier(mlflow.pyfunc.PythonModel):
+class LoggedClassifier(PythonModel):
     """A classifier that takes images as they are."""
 
     def load_context(self, context: Any) -> None:
@@ -27,7 +28,8 @@ class LoggedClassifier(mlflow.pyfunc.PythonModel):
 
         self.classifier = load_classifier(Path(context.artifacts["classifier"]))
 
-    def predict(self, context: Any, model_input: Any, params: Any = None) -> pd.DataFrame:
+    # `model_input` has no type here: MLflow takes a hint for a schema, and refuses what differs.
+    def predict(self, context: Any, model_input, params: Any = None) -> pd.DataFrame:  # type: ignore[no-untyped-def]
         """Return a row an image: `label`, and `p(<class>)` for each class.
 
         `model_input` is uint8 pixels (N, H, W, 3), a list of such images of any sizes, a list of
@@ -52,4 +54,4 @@ def _image(item: Any) -> str | Image.Image:
     return Image.fromarray(pixels)
 
 
-mlflow.models.set_model(LoggedClassifier())
+set_model(LoggedClassifier())

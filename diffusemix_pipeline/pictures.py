@@ -288,6 +288,8 @@ def heat_map(
 def reliability_diagram(curves: "Mapping[str, pd.DataFrame]", *, theme: Theme = LIGHT) -> bytes:
     """Return a PNG of accuracy over confidence, and of how many images have which confidence.
 
+    A mark is larger where it stands for more images.
+
     `curves` is arm -> a row a bin, with columns confidence and accuracy (0 to 1, NaN in an empty
     bin) and share (of the images, 0 to 1).
     """
@@ -299,8 +301,10 @@ def reliability_diagram(curves: "Mapping[str, pd.DataFrame]", *, theme: Theme = 
     top.plot([0, 1], [0, 1], color=theme.muted, linewidth=1, linestyle=(0, (2, 3)))
     for index, (name, curve) in enumerate(curves.items()):
         known = curve.dropna()
-        line = _line_style(index, theme, marked=True)
+        line = _line_style(index, theme, marked=False)
+        marker, sizes = _MARKERS[index % len(_MARKERS)], 8 + 90 * known["share"]
         top.plot(known["confidence"], known["accuracy"], label=_escaped(name), **line)
+        top.scatter(known["confidence"], known["accuracy"], sizes, line["color"], marker, zorder=3)
         edges = np.linspace(0, 1, len(curve) + 1)
         bottom.stairs(curve["share"], edges, color=line["color"], linestyle=line["linestyle"])
     top.set_ylabel("accuracy", color=theme.muted)

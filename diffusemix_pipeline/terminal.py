@@ -31,6 +31,7 @@ def progress_bars() -> Iterator[Progress]:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
+        disable=not console.is_terminal,
     )
     tasks: dict[str, TaskID] = {}
 

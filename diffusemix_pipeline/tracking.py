@@ -8,15 +8,17 @@ Runs lie in a SQLite database under `.diffusemix/` with their files beside it, o
 MLflow takes seconds to import, so functions import it when they need it.
 """
 
+import json
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +29,7 @@ from filelock import FileLock
 
 from diffusemix_pipeline import settings
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.files import link_or_copy, write_bytes
 from diffusemix_pipeline.project import Project
 
 if TYPE_CHECKING:
@@ -97,17 +100,19 @@ class Run:
 
         `mlflow.pyfunc.load_model("models:/NAME/VERSION").predict(...)` then takes images as they
         are: uint8 (N, H, W, 3), a list of files, or a data frame with a column `path`. It returns
-        a row an image, with `label` and `p(<class>)`. There is no input signature: a signature
-        would allow one of the three only.
+        a row an image, with `label` and `p(<class>)`. The signature tells the answer's columns
+        only: with one for the input too, MLflow would take one of the three and refuse the others.
         """
         import mlflow
+        import numpy as np
         from mlflow.models import ModelSignature
-        from mlflow.types.schema import ColSpec, Schema
+        from mlflow.types.schema import ColSpec, Schema, TensorSpec
 
         from diffusemix_pipeline.training.classifier import load_classifier
 
         classes = load_classifier(folder).classes
-        columns = [ColSpec("string", "label"), *(ColSpec("float", f"p({c})") for c in classes)]
+        columns: list[ColSpec | TensorSpec] = [ColSpec("string", "label")]
+        columns += [ColSpec("float", f"p({c})") for c in classes]
         with tempfile.TemporaryDirectory() as aside:
             logged = mlflow.pyfunc.log_model(
                 name="classifier",
@@ -115,6 +120,7 @@ class Run:
                 artifacts={"classifier": str(folder), "code": str(_copy_code(Path(aside)))},
                 pip_requirements=[f"{n}=={version(n).split('+')[0]}" for n in _CLASSIFIER_NEEDS],
                 signature=ModelSignature(outputs=Schema(columns)),
+                input_example=np.zeros((1, 8, 8, 3), dtype=np.uint8),
                 registered_model_name=self.model_name,
             )
         result = LoggedRun(self.run_id, logged.model_id, str(logged.registered_model_version))
@@ -200,9 +206,10 @@ class Tracker:
 
 
 def open_tracking(project: Project, tracking: settings.Tracking) -> Tracker:
-    """Open the project's experiment; the database, its schema and the experiment are made if need be.
+    """Open the project's experiment, after making or upgrading the database where need be.
 
-    Raises UserError where the server of `tracking.uri` does not answer, or the experiment is deleted.
+    Raises UserError where the server of `tracking.uri` does not answer, and for an experiment that
+    was deleted.
     """
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -214,7 +221,7 @@ def open_tracking(project: Project, tracking: settings.Tracking) -> Tracker:
     with FileLock(project.state / "mlflow.lock"):
         try:
             if not tracking.uri:
-                _upgrade_if_old(project)
+                _make_database(project)
             experiment = client.get_experiment_by_name(tracking.experiment)
             if experiment is None:
                 files = None if tracking.uri else _files(project)
@@ -256,22 +263,37 @@ def _files(project: Project) -> str:
     return (project.state / "mlflow").resolve().as_uri()
 
 
-def _upgrade_if_old(project: Project) -> None:
-    """Bring the database of an older MLflow to this one's schema, and keep a copy of it as it was."""
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
+def _make_database(project: Project) -> None:
+    """Make the database, or bring that of an older MLflow to this one's schema and keep the old one.
 
-    try:
-        MlflowClient(_database(project)).search_experiments(max_results=1)
-    except MlflowException as error:
-        if "out-of-date database schema" not in str(error):
-            raise
-        file = project.state / "mlflow.db"
-        shutil.copyfile(file, file.with_name(f"mlflow.before-{version('mlflow')}.db"))
-        upgrade = [sys.executable, "-m", "mlflow", "db", "upgrade", _database(project)]
-        done = subprocess.run(upgrade, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise UserError(f"{file} cannot be upgraded: {done.stderr[-500:]}") from None
+    It is done on a copy that then takes its place: MLflow cannot go on with a half-made one.
+    """
+    database, aside = project.state / "mlflow.db", project.state / "mlflow.partial.db"
+    made_by, installed = project.state / "mlflow.version", version("mlflow")
+    if database.exists() and made_by.exists() and made_by.read_text() == installed:
+        return
+    aside.unlink(missing_ok=True)
+    if database.exists():
+        with closing(sqlite3.connect(database)) as old, closing(sqlite3.connect(aside)) as copy:
+            old.backup(copy)
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "mlflow",
+        "db",
+        "upgrade",
+        f"sqlite:///{aside.resolve()}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"MLflow {installed} cannot use {database}: {done.stderr.strip()[-500:]}")
+    if database.exists():
+        kept = project.state / f"mlflow.before-{installed}.db"
+        kept.unlink(missing_ok=True)
+        link_or_copy(database, kept)
+    aside.replace(database)
+    write_bytes(made_by, installed.encode())
 
 
 def _copy_code(folder: Path) -> Path:
@@ -306,8 +328,6 @@ def _log_metrics(
 
 
 def _dataset_input(dataset: Dataset, context: str) -> "DatasetInput":
-    import json
-
     from mlflow.entities import Dataset as DatasetEntity
     from mlflow.entities import DatasetInput, InputTag
 
@@ -317,7 +337,7 @@ def _dataset_input(dataset: Dataset, context: str) -> "DatasetInput":
 
 
 def _commit(root: Path) -> dict[str, str]:
-    """Return the commit of the project's folder and whether files differ from it; {} without git."""
+    """Return the project's commit and whether files differ from it; {} without git."""
 
     def git(*command: str) -> str | None:
         try:

@@ -78,7 +78,11 @@ def ensure_repository(root: Path) -> None:
             write_bytes(root / name, content.encode())
     with _locked(root):
         no_git = str(not _git_would_keep(root / "data.dvc")).lower()
-        if (_configured(root, "core", "no_scm") or "false").lower() != no_git:
+        if (_configured(root, "core", "no_scm") or "false").lower() == no_git:
+            return
+        if not (root / ".dvc" / "config.local").exists():
+            write_bytes(root / ".dvc" / "config.local", b"[core]\n    no_scm = true\n")
+        else:
             _run_dvc(root, "config", "--local", "core.no_scm", no_git)
 
 

@@ -1,4 +1,4 @@
-"""Versions of data/, on real DVC repositories with git, below the top of a git tree, without git."""
+"""Versions of data/, on real DVC repositories with git, below a git tree's top, without git."""
 
 import json
 import os
@@ -95,11 +95,10 @@ def test_a_version_is_pinned_and_comes_back(tmp_path: Path) -> None:
     assert content(root) == before
 
 
-@pytest.mark.parametrize("place", ["folder of a git tree", "ignored by git", "no git"])
+@pytest.mark.parametrize("place", ["folder of a git tree", "ignored by git"])
 def test_any_folder_can_be_versioned(place: str, tmp_path: Path) -> None:
     root = tmp_path / "project"
-    if place != "no git":
-        git(tmp_path, "init", "--quiet")
+    git(tmp_path, "init", "--quiet")
     if place == "ignored by git":
         (tmp_path / ".gitignore").write_text("/project\n")
     fill(root, "first")
@@ -108,9 +107,9 @@ def test_any_folder_can_be_versioned(place: str, tmp_path: Path) -> None:
         untracked = git(root, "status", "--short", "--untracked-files=all", ".").split()
         assert "data.dvc" in untracked and not any("data/" in name for name in untracked)
     else:
-        git(root, "init", "--quiet")  # git may come later
+        (tmp_path / ".gitignore").unlink()
         versioning.ensure_repository(root)
-        assert dvc(root, "config", "core.no_scm") == "false"
+        assert "no_scm = false" in (root / ".dvc" / "config.local").read_text()
 
 
 def test_a_clone_pulls_what_was_pushed(tmp_path: Path) -> None:
@@ -155,7 +154,7 @@ def test_a_clone_pulls_what_was_pushed(tmp_path: Path) -> None:
     assert content(clone) == left, "a failed pull takes nothing away"
 
 
-def test_what_kills_leave_behind_is_no_obstacle(tmp_path: Path) -> None:
+def test_without_git_what_kills_leave_behind_is_no_obstacle(tmp_path: Path) -> None:
     fill(tmp_path, "first")
     digest = versioning.snapshot(tmp_path).digest
     rwlock = tmp_path / ".dvc" / "tmp" / "rwlock"

@@ -30,6 +30,7 @@ from diffusemix_pipeline.identity import seed_from
 from diffusemix_pipeline.settings import Arm, Settings
 
 SCHEMA_VERSION = 1
+CODE_VERSION = "1"
 MEASURES = ("clean", "corrupted", "fgsm", "ece")
 
 _BASELINE = "vanilla"
@@ -80,6 +81,8 @@ class Report:
     summary: pd.DataFrame
     """A row an arm. For each of `MEASURES` m (0 to 1) the columns m, m_low, m_high, and, against
     vanilla and NaN in its own row, m_difference, m_difference_low, m_difference_high."""
+    versions: Mapping[str, str]
+    """What was judged: see `ReportInputs.versions`."""
     fgsm_epsilon: float
     """The FGSM strength of the summary, in units of 1/255."""
     folder: Path
@@ -108,14 +111,24 @@ def write_report(inputs: ReportInputs, out: Path, *, aside: Path) -> Report:
             files["stages"] = inputs.stages
         for name, png in files.items():
             write_bytes(folder / f"{name}.png", png)
+    return read_report(out)
+
+
+def read_report(folder: Path) -> Report:
+    """Return what a written report says; UserError where there is none."""
+    path = folder / "report.json"
+    if not path.exists():
+        raise UserError(f"{folder} holds no report.json: materialize robustness_report first.")
+    document = json.loads(path.read_text(encoding="utf-8"))
     return Report(
         headline=document["headline"],
         summary=_summary(document),
+        versions=document["versions"],
         fgsm_epsilon=document["fgsm_epsilon"],
-        folder=out,
-        html=out / "index.html",
-        json=out / "report.json",
-        plots=tuple(out / f"{name}.png" for name in files),
+        folder=folder,
+        html=folder / "index.html",
+        json=path,
+        plots=tuple(sorted(folder.glob("*.png"))),
     )
 
 
@@ -322,11 +335,14 @@ def _headline(document: Mapping[str, Any]) -> str:
     }
     difference = subject["difference"]
     first, second, third = (
-        f"{_verb(difference[measure])} {name} ({_interval(difference[measure])})"
+        f"{_verb(difference[measure])} {name} ({_change(difference[measure])})"
         for measure, name in names.items()
     )
     title = _TITLES[subject["arm"]]
-    return f"Against vanilla, on {images}, {title} {first}, {second} and {third}."
+    return (
+        f"Against vanilla, on {images}, {title} {first}, {second} and {third}; "
+        "in brackets, the difference and its 95 % interval."
+    )
 
 
 def _verb(difference: Mapping[str, Any]) -> str:
@@ -335,9 +351,9 @@ def _verb(difference: Mapping[str, Any]) -> str:
     return "improved" if difference["value"] > 0 else "hurt"
 
 
-def _interval(difference: Mapping[str, Any]) -> str:
-    low, high = _points(difference["low"]), _points(difference["high"])
-    return f"{_points(difference['value'])} points, 95 % interval {low} to {high}"
+def _change(difference: Mapping[str, Any]) -> str:
+    value, low, high = map(_points, _triple(difference))
+    return f"{value} points, {low} to {high}"
 
 
 def _notes(document: Mapping[str, Any]) -> list[str]:
@@ -564,6 +580,7 @@ def _page(
         "points": _points,
         "spoken": _spoken,
         "data_uri": _data_uri,
+        "unbroken": lambda text: text.replace(" %", "\u00a0%"),
         "title_of": _TITLES.__getitem__,
         "css_width": lambda png: _width(png) // 2,
     }
@@ -629,4 +646,6 @@ def _setting_rows(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[s
 def _setting(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_setting, value))
-    return value if isinstance(value, str) else json.dumps(value)
+    if value is None or value == "":
+        return "–"
+    return value if isinstance(value, str) else json.dumps(value).removesuffix(".0")

@@ -1,6 +1,7 @@
 """Running the pipeline from a terminal: the same definitions and the same instance as the UI's."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 
@@ -18,13 +19,18 @@ _WRAPPERS = {"DagsterExecutionStepExecutionError", "DagsterExecutionLoadInputErr
 
 @dataclass
 class Outcome:
-    """How a run ended: what went wrong, and whether the user can mend it."""
+    """How a run ended: what each asset showed, what went wrong, whether the user can mend it."""
 
     run_id: str
     success: bool
     problems: list[str] = field(default_factory=list)
     user_error: bool = False
-    reused: bool = False
+    metadata: dict[str, Mapping[str, dg.MetadataValue]] = field(default_factory=dict)
+
+    @property
+    def reused(self) -> bool:
+        """Whether every asset was there already."""
+        return all(shown["reused"].value for shown in self.metadata.values())
 
 
 def prepare_instance(project: Project) -> None:
@@ -58,11 +64,9 @@ def run_here(project: Project, settings: Settings, progress: Progress) -> Outcom
     for event in result.all_events:
         if event.is_step_failure:
             _explain_failure(event, outcome)
-    materializations = [
-        event.step_materialization_data.materialization
-        for event in result.get_asset_materialization_events()
-    ]
-    outcome.reused = all(made.metadata["reused"].value for made in materializations)
+    for event in result.get_asset_materialization_events():
+        made = event.step_materialization_data.materialization
+        outcome.metadata[made.asset_key.to_user_string()] = made.metadata
     return outcome
 
 

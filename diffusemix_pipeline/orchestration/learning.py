@@ -13,7 +13,13 @@ from diffusemix_pipeline.devices import choose_device
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.evaluation.evidence import Evidence, evaluate
 from diffusemix_pipeline.evaluation.readings import record_read, version_of_test
-from diffusemix_pipeline.evaluation.report import Report, ReportInputs, write_report
+from diffusemix_pipeline.evaluation.report import (
+    CODE_VERSION,
+    Report,
+    ReportInputs,
+    read_report,
+    write_report,
+)
 from diffusemix_pipeline.files import replaced_folder
 from diffusemix_pipeline.identity import digest, seed_from
 from diffusemix_pipeline.orchestration.metadata import stages_picture
@@ -97,15 +103,28 @@ def train_arms(
 
 
 def judge(project: Project, settings: Settings, progress: Progress) -> Judged:
-    """Judge every fit on the test images, each once in its life, and write the report."""
+    """Judge every fit on the test images, each once in its life, and write the report.
+
+    A report on the same fits, test images and settings is left as it is.
+    """
     stages = _stages(project)
     raw = stages["raw"]
     fits = [_expected_fit(project, arm, seed, stages, settings) for arm, seed in all_arms(settings)]
-    evidence, reads, new = {}, 0, []
+    reads = [_record_read(project, raw, fit) for fit in fits][-1]
+    versions = {
+        "data.dvc": _data_digest(project),
+        **{name: stage.version for name, stage in stages.items()},
+        "fits": digest([fit.fingerprint for fit in fits]),
+        "settings": digest(flatten(settings)),
+        "report": CODE_VERSION,
+    }
+    if (project.report / "index.html").exists():
+        report = read_report(project.report)
+        if report.versions == versions:
+            return Judged(report, digest(versions), reused=True)
+    evidence = {}
+    new = []
     for fit in fits:
-        reads = record_read(
-            project.state / "test_reads.json", version_of_test(raw), fit.fingerprint
-        )
         evidence[fit.arm, fit.seed], known = _evidence(project, fit, raw, settings, progress)
         if not known:
             new.append(fit)
@@ -117,19 +136,18 @@ def judge(project: Project, settings: Settings, progress: Progress) -> Judged:
         curves={(fit.arm, fit.seed): fit.curve for fit in fits},
         steps={fit.arm: fit.steps for fit in fits},
         test_reads=reads,
-        versions={
-            "data.dvc": _data_digest(project),
-            **{name: stage.version for name, stage in stages.items()},
-        },
+        versions=versions,
         copies=raw.notes["train_copies_of_held_out"],
         set_aside=raw.notes["set_aside"],
         stages=stages_picture(stages),
     )
     report = write_report(inputs, project.report, aside=project.aside)
-    if new:
-        _log_evaluations(project, settings, new, report)
-    version = digest([fit.fingerprint for fit in fits], raw.version, flatten(settings))
-    return Judged(report, version, reused=not new)
+    _log_evaluations(project, settings, new, report)
+    return Judged(report, digest(versions), reused=False)
+
+
+def _record_read(project: Project, raw: Stage, fit: Fit) -> int:
+    return record_read(project.state / "test_reads.json", version_of_test(raw), fit.fingerprint)
 
 
 def _stages(project: Project) -> dict[str, Stage]:

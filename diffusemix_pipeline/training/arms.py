@@ -47,7 +47,8 @@ class Fit:
     @property
     def best(self) -> dict[str, float]:
         """The curve's row whose weights were kept: the first with the best val accuracy."""
-        return dict(self.curve.loc[self.curve["val_accuracy"].idxmax()])
+        row = self.curve.loc[self.curve["val_accuracy"].idxmax()]
+        return {name: float(value) for name, value in row.items()}
 
 
 def fit_fingerprint(arm: str, seed: int, stages: Mapping[str, Stage], settings: Settings) -> str:

@@ -37,7 +37,7 @@ def load_images(
         images[index] = read_square(stage.folder / name, size)
         progress(f"Reading {stage.name} images", index + 1, len(rows))
     index_of = {label: index for index, label in enumerate(classes)}
-    labels = rows["label"].map(index_of).to_numpy(np.int64)
+    labels = np.array(rows["label"].map(index_of), np.int64)
     return LabelledImages(images, labels, list(rows["image_id"]))
 
 

@@ -22,7 +22,7 @@ from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
 )
 def fractal_augmented_dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
     from diffusemix_pipeline.datasets.manifest import read_stage
-    from diffusemix_pipeline.files import write_bytes
+    from diffusemix_pipeline.files import write_if_changed
     from diffusemix_pipeline.mixing.stages import make_augmented
     from diffusemix_pipeline.settings import data_settings
     from diffusemix_pipeline.versioning import snapshot
@@ -37,7 +37,7 @@ def fractal_augmented_dataset(context: dg.AssetExecutionContext) -> dg.Materiali
         aside=project.aside,
         progress=context.resources.progress(context.log),
     )
-    write_bytes(project.data / "settings.yaml", data_settings(settings).encode())
+    write_if_changed(project.data / "settings.yaml", data_settings(settings).encode())
     version = snapshot(project.root)
     context.log.info(version.note)
     return dg.MaterializeResult(

@@ -1,0 +1,211 @@
+"""Promises of the whole: one run makes everything, a second nothing, two the same bytes."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import quick_settings, tiny_editor
+
+from diffusemix_pipeline.editing.editor import InstructPix2PixEditor
+from diffusemix_pipeline.orchestration.launch import Outcome, run_here
+from diffusemix_pipeline.progress import silent
+from diffusemix_pipeline.project import Project
+from diffusemix_pipeline.training import arms
+from diffusemix_pipeline.versioning import pinned_digest
+
+ASSETS = [
+    "raw_dataset",
+    "generated_images",
+    "hybrid_images",
+    "fractal_augmented_dataset",
+    "trained_classifier",
+    "robustness_report",
+]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    return tiny_editor(tmp_path_factory.mktemp("editor"))
+
+
+@pytest.fixture(scope="module")
+def done(weights, tmp_path_factory) -> tuple[Project, Outcome]:
+    """A project in which the pipeline ran once."""
+    project = Project(tmp_path_factory.mktemp("project"))
+    return project, run(project, weights)
+
+
+def run(project: Project, weights: Path, *overrides: str) -> Outcome:
+    settings = quick_settings(f"editing.editor={weights}", *overrides)
+    return run_here(project, settings, silent)
+
+
+def bytes_below(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def times_of(project: Project) -> dict[str, int]:
+    kept = [project.data, project.checkpoints, project.report, project.root / "data.dvc"]
+    files = [path for top in kept for path in ([top] if top.is_file() else top.rglob("*"))]
+    return {str(path): path.stat().st_mtime_ns for path in files if path.is_file()}
+
+
+def mlflow_runs(project: Project) -> pd.DataFrame:
+    import mlflow
+
+    mlflow.set_tracking_uri(f"sqlite:///{project.state / 'mlflow.db'}")
+    return mlflow.search_runs(experiment_names=["diffusemix"])
+
+
+def test_every_asset_is_materialized_and_every_check_passes(done):
+    _, outcome = done
+    assert outcome.problems == []
+    assert outcome.success
+    assert not outcome.reused
+    assert sorted(outcome.metadata) == sorted(ASSETS)
+
+
+def test_every_asset_shows_what_a_person_looks_at(done):
+    _, outcome = done
+    for asset in ASSETS[:4]:
+        assert outcome.metadata[asset]["images"].value > 0
+        sheet = outcome.metadata[asset]["contact_sheet"].value
+        assert "data:image/png;base64," in sheet
+        assert len(sheet) < 300_000  # it lies in Dagster's event log
+    assert "class_histogram" in outcome.metadata["raw_dataset"]
+    assert "learning_curves" in outcome.metadata["trained_classifier"]
+    assert "significant" in outcome.metadata["robustness_report"]["headline"].value
+
+
+def test_every_augmented_image_is_traceable(done):
+    project, _ = done
+    raw = pd.read_parquet(project.raw / "manifest.parquet").set_index("image_id")
+    edits = pd.read_parquet(project.generated / "manifest.parquet").set_index("image_id")
+    augmented = pd.read_parquet(project.augmented / "manifest.parquet")
+    assert len(augmented) == 20
+    for row in augmented.itertuples():
+        assert raw.loc[row.source_id, "label"] == row.label
+        assert raw.loc[row.source_id, "split"] == "train"
+        assert raw.loc[row.source_id, "source_sha256"] == row.source_sha256
+        assert edits.loc[row.image_id, "edit_key"] == row.edit_key
+        assert row.prompt in ("sunset", "mosaic")
+        assert row.mask in ("left", "right", "top", "bottom")
+        assert row.fractal_id.startswith("made-")
+        assert row.lam == 0.2
+
+
+def test_the_three_tools_share_one_id(done):
+    project, outcome = done
+    digest = pinned_digest(project.root)
+    assert outcome.metadata["fractal_augmented_dataset"]["dvc_digest"].value == digest
+    report = json.loads((project.report / "report.json").read_text())
+    assert report["versions"]["data.dvc"] == digest
+    assert set(mlflow_runs(project)["tags.dvc.data"]) == {digest}
+
+
+def test_each_arm_is_a_run_with_a_model_that_serves_raw_images(done):
+    import mlflow
+
+    project, _ = done
+    runs = mlflow_runs(project)
+    assert set(runs["status"]) == {"FINISHED"}
+    assert sorted(runs["tags.diffusemix.arm"]) == ["diffusemix", "vanilla"]
+    assert runs["metrics.test_clean"].between(0, 1).all()
+    assert runs["metrics.val_accuracy"].between(0, 1).all()
+    model = mlflow.pyfunc.load_model("models:/diffusemix-classifier/1")
+    files = sorted((project.raw / "test").rglob("*.png"))[:2]
+    answers = model.predict([str(file) for file in files])
+    assert set(answers["label"]) <= set("0123456789")
+
+
+def test_without_a_remote_it_says_so_and_goes_on(done):
+    _, outcome = done
+    assert "no DVC remote" in outcome.metadata["fractal_augmented_dataset"]["dvc_push"].value
+
+
+def test_a_second_run_does_nothing_and_says_so(done, weights, monkeypatch):
+    project, _ = done
+    before, runs = times_of(project), len(mlflow_runs(project))
+    monkeypatch.setattr(InstructPix2PixEditor, "edit", lambda *a: pytest.fail("edited"))
+    monkeypatch.setattr(arms, "fit", lambda *a, **how: pytest.fail("trained"))
+    again = run(project, weights)
+    assert again.success
+    assert again.reused
+    assert times_of(project) == before
+    assert len(mlflow_runs(project)) == runs
+
+
+def test_two_runs_into_empty_folders_give_the_same_bytes(done, weights, tmp_path):
+    project, _ = done
+    other = Project(tmp_path)
+    assert run(other, weights).success
+    assert bytes_below(other.data) == bytes_below(project.data)
+    assert pinned_digest(tmp_path) == pinned_digest(project.root)
+    evidence = [path.read_bytes() for path in sorted(project.evidence.rglob("*.npz"))]
+    assert evidence == [path.read_bytes() for path in sorted(other.evidence.rglob("*.npz"))]
+
+
+def test_a_new_lambda_edits_nothing_and_old_bytes_come_back(weights, tmp_path, monkeypatch):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    project = Project(tmp_path)
+    assert run(project, weights).success
+    old_bytes, old_pin = bytes_below(project.data), (tmp_path / "data.dvc").read_bytes()
+    monkeypatch.setattr(InstructPix2PixEditor, "edit", lambda *a: pytest.fail("edited"))
+    changed = run(project, weights, "mixing.lam=0.5")
+    assert changed.success
+    assert changed.metadata["generated_images"]["reused"].value
+    assert changed.metadata["hybrid_images"]["reused"].value
+    assert len(mlflow_runs(project)) == 3  # vanilla is as it was
+    assert bytes_below(project.data) != old_bytes
+    (tmp_path / "data.dvc").write_bytes(old_pin)
+    subprocess.run(["dvc", "checkout", "-q"], cwd=tmp_path, check=True, env=_venv_path())
+    assert bytes_below(project.data) == old_bytes
+
+
+def test_a_failing_check_fails_the_run(weights, tmp_path, monkeypatch):
+    from diffusemix_pipeline.mixing import stages
+
+    project = Project(tmp_path)
+    real = stages.png_bytes
+    written: list[Path] = []
+
+    def with_a_stray_file(pixels: np.ndarray) -> bytes:
+        (partial,) = project.aside.glob("hybrid.*") or [None]
+        if partial and not written:
+            written.append(partial / "stray.png")
+            written[0].write_bytes(real(pixels))
+        return real(pixels)
+
+    monkeypatch.setattr(stages, "png_bytes", with_a_stray_file)
+    outcome = run(project, weights)
+    assert not outcome.success
+    assert any("files_match_manifest on hybrid_images" in problem for problem in outcome.problems)
+    assert "trained_classifier" not in outcome.metadata
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("source.path=nowhere", "source.path: the folder nowhere does not exist"),
+        ("training.model=resnet10s", "timm has no model 'resnet10s'"),
+        ("mixing.fractal_dir=nowhere", "mixing.fractal_dir: the folder nowhere"),
+        ("mixing.seam=40", "mixing.seam: 40 px is wider than size"),
+    ],
+)
+def test_a_mistake_is_told_before_any_work(override, message, weights, project):
+    outcome = run(project, weights, override)
+    assert outcome.user_error
+    assert any(message in problem for problem in outcome.problems)
+    assert not any("Traceback" in problem or "Stack" in problem for problem in outcome.problems)
+    assert not project.data.exists()
+
+
+def _venv_path() -> dict[str, str]:
+    import os
+    import sys
+
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
