@@ -13,6 +13,7 @@ from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import digest
 from diffusemix_pipeline.mixing.stages import make_augmented
+from diffusemix_pipeline.preflight import check_augmentation
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings
@@ -27,6 +28,7 @@ def augment_folder(
     UserError where `out` holds something else or lies within `train_dir`.
     """
     _check_out(train_dir, out)
+    check_augmentation(settings)
     work = project.state / "augment" / digest(str(out.resolve()))
     raw = ingest(
         str(train_dir),

@@ -24,6 +24,22 @@ _LOOPBACK = "127.0.0.1"
 _FOLDER = click.Path(path_type=Path)
 
 
+class _NamedFolder(click.ParamType):
+    """NAME=FOLDER."""
+
+    name = "NAME=FOLDER"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, Path]:
+        """Split at the first equals sign."""
+        name, equals, folder = str(value).partition("=")
+        if not equals or not Path(folder).is_dir():
+            self.fail(f"{value}: write NAME=FOLDER, and the folder must exist.", param, ctx)
+        return name, Path(folder)
+
+
+_NAMED_FOLDER = _NamedFolder()
+
+
 class _Command(click.Group):
     """A group whose UserErrors end as one message and exit code 2."""
 
@@ -174,6 +190,40 @@ def train(out: Path, images: Sequence[Path], seed: int) -> None:
             out, image_folders=images, seed=seed, checkpoint_dir=checkpoints, progress=progress
         )
     click.echo(f"The editor is in {folder}: use it with --set editing.editor={folder}")
+
+
+@editor.command()
+@click.option("--editor", "location", default="bundled", show_default=True, help="As in a setting.")
+@click.option("--train", type=_NAMED_FOLDER, multiple=True, help="NAME=FOLDER to train judges on.")
+@click.option("--test", type=_NAMED_FOLDER, multiple=True, help="NAME=FOLDER to judge edits of.")
+@click.option("--sheet", type=_FOLDER, default=Path("editor.png"), show_default=True)
+def evaluate(
+    location: str,
+    train: Sequence[tuple[str, Path]],
+    test: Sequence[tuple[str, Path]],
+    sheet: Path,
+) -> None:
+    """Print an editor's figures on the digits and on image folders, and draw a contact sheet.
+
+    \b
+    diffusemix editor evaluate --train cifar10=cifar10/train --test cifar10=cifar10/test
+    """
+    from diffusemix_pipeline.bundled_editor.evaluation import evaluate_editor
+    from diffusemix_pipeline.editing.editor import locate_editor
+    from diffusemix_pipeline.terminal import progress_bars
+
+    if dict(train).keys() != dict(test).keys():
+        raise UserError("--train and --test must name the same sets, e.g. cifar10=FOLDER in both.")
+    with progress_bars() as progress:
+        figures = evaluate_editor(
+            locate_editor(location, None),
+            image_folders=dict(test),
+            train_folders=dict(train),
+            sheet=sheet,
+            progress=progress,
+        )
+    click.echo(json.dumps(figures, indent=2))
+    click.echo(f"Contact sheet: {sheet}", err=True)
 
 
 def _print_outcome(project: Project, outcome: "Outcome") -> None:

@@ -22,7 +22,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_if_changed(path: Path, content: bytes) -> None:
-    """Write a whole file, but leave one that holds the same bytes as it is, time and links included."""
+    """Write a whole file, but leave one that holds the same bytes as it is, with its time."""
     if not path.exists() or path.read_bytes() != content:
         write_bytes(path, content)
 

@@ -28,14 +28,15 @@ class LoggedClassifier(PythonModel):
 
         self.classifier = load_classifier(Path(context.artifacts["classifier"]))
 
-    # `model_input` has no type here: MLflow takes a hint for a schema, and refuses what differs.
-    def predict(self, context: Any, model_input, params: Any = None) -> pd.DataFrame:  # type: ignore[no-untyped-def]
+    # MLflow makes a schema of most type hints, refuses what differs from it, and warns where there
+    # is no hint. Of an array it makes none.
+    def predict(self, context: Any, model_input: np.ndarray, params: Any = None) -> pd.DataFrame:
         """Return a row an image: `label`, and `p(<class>)` for each class.
 
         `model_input` is uint8 pixels (N, H, W, 3), a list of such images of any sizes, a list of
         image files, or a data frame with a column `path`.
         """
-        items = model_input["path"] if isinstance(model_input, pd.DataFrame) else model_input
+        items: Any = model_input["path"] if isinstance(model_input, pd.DataFrame) else model_input
         images = [self.classifier.prepare(_image(item)) for item in items]
         probabilities = self.classifier.predict_proba(np.stack(images))
         table = pd.DataFrame(probabilities, columns=[f"p({c})" for c in self.classifier.classes])

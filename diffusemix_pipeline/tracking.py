@@ -216,12 +216,12 @@ def open_tracking(project: Project, tracking: settings.Tracking) -> Tracker:
 
     project.state.mkdir(parents=True, exist_ok=True)
     uri = tracking.uri or _database(project)
-    client = MlflowClient(uri)
     # MLflow 3.17 breaks where two processes make the tables or the experiment at once.
     with FileLock(project.state / "mlflow.lock"):
         try:
             if not tracking.uri:
                 _make_database(project)
+            client = MlflowClient(uri)
             experiment = client.get_experiment_by_name(tracking.experiment)
             if experiment is None:
                 files = None if tracking.uri else _files(project)
@@ -264,7 +264,7 @@ def _files(project: Project) -> str:
 
 
 def _make_database(project: Project) -> None:
-    """Make the database, or bring that of an older MLflow to this one's schema and keep the old one.
+    """Make the database, or bring an older MLflow's to this one's schema and keep it as it was.
 
     It is done on a copy that then takes its place: MLflow cannot go on with a half-made one.
     """

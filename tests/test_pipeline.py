@@ -209,3 +209,27 @@ def _venv_path() -> dict[str, str]:
     import sys
 
     return os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def test_a_clone_with_a_remote_pulls_what_is_pinned(weights, tmp_path):
+    import shutil
+
+    from diffusemix_pipeline.versioning import ensure_repository
+
+    first, clone = Project(tmp_path / "first"), Project(tmp_path / "clone")
+    first.root.mkdir()
+    ensure_repository(first.root)
+    remote = ["dvc", "remote", "add", "-q", "-d", "store", tmp_path / "remote"]
+    subprocess.run(remote, cwd=first.root, check=True, env=_venv_path())
+    outcome = run(first, weights)
+    assert outcome.success
+    assert "pushed" in outcome.metadata["fractal_augmented_dataset"]["dvc_push"].value
+
+    (clone.root / ".dvc").mkdir(parents=True)
+    for name in ("data.dvc", ".dvc/config"):
+        shutil.copy(first.root / name, clone.root / name)
+    pulled = run(clone, weights, "source.path=''")
+    assert pulled.success
+    assert pulled.metadata["raw_dataset"]["origin"].value.startswith("data.dvc, ")
+    assert pulled.metadata["generated_images"]["edits_made"].value == 0
+    assert bytes_below(clone.data) == bytes_below(first.data)

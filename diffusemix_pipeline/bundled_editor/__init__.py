@@ -1,4 +1,4 @@
-"""The small InstructPix2Pix that the project trains itself and ships, so that everything runs offline.
+"""The small InstructPix2Pix that the project trains and ships, so that everything runs offline.
 
 What belongs here: the procedural edits that it learns (`teachers`), the pictures that it learns
 them on (`sources`), its training (`training`), its figures (`evaluation`) and the trained pipeline

@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     DPMSolverMultistepScheduler,
     StableDiffusionInstructPix2PixPipeline,
 )
 from torch import Tensor, nn
+from torch.nn import functional
 
 from diffusemix_pipeline.bundled_editor.sources import (
     make_pictures,
@@ -37,7 +37,9 @@ from diffusemix_pipeline.bundled_editor.sources import (
 )
 from diffusemix_pipeline.bundled_editor.teachers import PROMPTS, apply_teacher, apply_teachers
 from diffusemix_pipeline.bundled_editor.training import TEMPLATE
+from diffusemix_pipeline.files import write_bytes
 from diffusemix_pipeline.identity import seed_from
+from diffusemix_pipeline.pictures import contact_sheet
 from diffusemix_pipeline.progress import Progress, silent
 
 STEPS = 10
@@ -279,7 +281,7 @@ def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
     side = images.shape[-1]
     down, right = torch.randint(0, 7, (2,), generator=generator).tolist()
-    moved = F.pad(images, (3, 3, 3, 3), mode="reflect")
+    moved = functional.pad(images, (3, 3, 3, 3), mode="reflect")
     moved = moved[..., down : down + side, right : right + side]
     contrast = uniform(0.4, 1.1) * uniform(0.8, 1.2, 3)
     toned = (moved - 0.5) * contrast + 0.5 + uniform(-0.15, 0.15) + uniform(-0.15, 0.15, 3)
@@ -308,7 +310,7 @@ def _train_judge(
         images, labels = batch(step)
         with torch.autocast("cpu", torch.bfloat16):
             scores = judge(images.contiguous(memory_format=torch.channels_last))
-        loss = F.cross_entropy(scores.float(), labels, label_smoothing=0.05)
+        loss = functional.cross_entropy(scores.float(), labels, label_smoothing=0.05)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -330,7 +332,7 @@ def _accuracy(judge: nn.Module, images: Tensor, labels: Tensor) -> float:
 def _resize(images: Tensor, size: int) -> Tensor:
     if images.shape[-1] == size:
         return images
-    return F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+    return functional.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
 
 
 # Pictures
@@ -363,22 +365,14 @@ def write_sheet(path: Path, parts: Sequence[tuple[str, Tensor]]) -> None:
 
     parts: titles, each with images [1 + 2 * prompts, N, 3, S, S] in [0, 1], originals first.
     """
-    cell, gap, margin, head = 64, 2, 190, 44
     names = ["original", *(f"{prompt}, seed {seed}" for prompt in PROMPTS for seed in (0, 1))]
-    columns = sum(images.shape[1] for _, images in parts)
-    size = (margin + columns * (cell + gap), head + len(names) * (cell + gap))
-    sheet = Image.new("RGB", size, "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
-    for row, name in enumerate(names):
-        pen.text((6, head + row * (cell + gap) + cell // 3), name, "black", font)
-    left = margin
-    for title, images in parts:
-        pen.text((left, 4), title.replace(" ", "\n", 1), "black", font)
-        for row, its_images in enumerate(images):
-            for column, image in enumerate(its_images):
-                pixels = (image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-                drawn = Image.fromarray(pixels).resize((cell, cell), Image.Resampling.NEAREST)
-                sheet.paste(drawn, (left + column * (cell + gap), head + row * (cell + gap)))
-        left += images.shape[1] * (cell + gap)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    rows = [
+        [
+            (image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+            for _, images in parts
+            for image in images[row]
+        ]
+        for row in range(len(names))
+    ]
+    titles = [title for title, images in parts for _ in range(images.shape[1])]
+    write_bytes(path, contact_sheet(rows, row_labels=names, column_labels=titles, cell=64))

@@ -16,6 +16,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from diffusemix_pipeline.errors import UserError
+
 Images = NDArray[np.uint8]
 SIZES = (32, 64)
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -27,6 +29,8 @@ def read_image_folder(folder: Path, size: int) -> tuple[Images, NDArray[np.int64
     Returns uint8 [N, size, size, 3] and class numbers [N], in the order of sorted class and file
     names. A folder without class folders is read as one class.
     """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: name a folder of class folders of images.")
     classes = sorted(child for child in folder.iterdir() if child.is_dir()) or [folder]
     files = [
         (path, number)
@@ -35,7 +39,7 @@ def read_image_folder(folder: Path, size: int) -> tuple[Images, NDArray[np.int64
         if path.suffix.lower() in SUFFIXES
     ]
     if not files:
-        raise ValueError(f"{folder} holds no images: name a folder of class folders of images")
+        raise UserError(f"{folder} holds no images: name a folder of class folders of images.")
     images = np.stack([_read_square(path, size) for path, _ in files])
     return images, np.array([number for _, number in files])
 

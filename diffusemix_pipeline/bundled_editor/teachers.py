@@ -15,8 +15,8 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 PROMPTS = (
     "autumn",
@@ -151,8 +151,8 @@ def _mosaic(image: Tensor, draw: _Draw) -> Tensor:
     """Eight by eight tiles, alternately bright and dull, in dark or pale grout."""
     grout, hold, warm = draw.choice(0, 1), draw.uniform(0.22, 0.42), draw.uniform(-1, 1)
     tiles = 8
-    flat = F.interpolate(
-        F.adaptive_avg_pool2d(image, tiles), size=image.shape[-2:], mode="nearest-exact"
+    flat = functional.interpolate(
+        functional.adaptive_avg_pool2d(image, tiles), size=image.shape[-2:], mode="nearest-exact"
     )
     y, x = (tiles * axis for axis in _coordinates(image))
     glazed = _saturate(_mix(image, flat, 0.4), 1.25)
@@ -255,15 +255,19 @@ def _blur(image: Tensor, sigma: float) -> Tensor:
     kernel = torch.exp(-(torch.arange(-reach, reach + 1) ** 2) / (2 * pixels**2))
     kernel = kernel / kernel.sum()
     channels = image.shape[1]
-    padded = F.pad(image, (reach, reach, reach, reach), mode="reflect")
-    rows = F.conv2d(padded, kernel.view(1, 1, -1, 1).expand(channels, -1, -1, -1), groups=channels)
-    return F.conv2d(rows, kernel.view(1, 1, 1, -1).expand(channels, -1, -1, -1), groups=channels)
+    padded = functional.pad(image, (reach, reach, reach, reach), mode="reflect")
+    rows = functional.conv2d(
+        padded, kernel.view(1, 1, -1, 1).expand(channels, -1, -1, -1), groups=channels
+    )
+    return functional.conv2d(
+        rows, kernel.view(1, 1, 1, -1).expand(channels, -1, -1, -1), groups=channels
+    )
 
 
 def _outline(luma: Tensor) -> Tensor:
     """How much of an edge lies at each pixel, 0 to 1; the slope is counted per side length."""
     side = min(luma.shape[-2:])
-    padded = F.pad(luma, (1, 1, 1, 1), mode="replicate")
+    padded = functional.pad(luma, (1, 1, 1, 1), mode="replicate")
     down = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
     right = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]
     slope = torch.sqrt(down**2 + right**2) * side / 64

@@ -14,7 +14,9 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -23,7 +25,6 @@ from diffusers import (
     StableDiffusionInstructPix2PixPipeline,
     UNet2DConditionModel,
 )
-from diffusers.models.resnet import ResnetBlock2D
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -44,7 +45,7 @@ class Recipe:
     A batch holds `small_batch` images of 32 px, or, in every third step, `large_batch` of 64 px.
     """
 
-    steps: int = 3600
+    steps: int = 2600
     rate: float = 6e-4
     small_batch: int = 40
     large_batch: int = 10
@@ -71,7 +72,7 @@ def train_editor(
     bank = SourceBank(image_folders, made_pictures=recipe.made_pictures, seed=seed)
     autoencoder = build_autoencoder()
     text_encoder, unet = train_unet(autoencoder, bank, recipe, seed, checkpoint_dir, progress)
-    save_pipeline(out, autoencoder, text_encoder, unet, aside=checkpoint_dir)
+    save_pipeline(out, autoencoder, text_encoder, unet)
     return out
 
 
@@ -106,23 +107,21 @@ def build_autoencoder() -> AutoencoderKL:
         for one_to_one in (autoencoder.quant_conv, autoencoder.post_quant_conv):
             one_to_one.weight.copy_(torch.eye(len(one_to_one.weight))[..., None, None])
             one_to_one.bias.zero_()
+        autoencoder.quant_conv.bias[3:] = -20  # log variance: the latents are certain
     return autoencoder.eval().requires_grad_(False)
 
 
-def _set_linear(half: nn.Module, matrix: Tensor) -> None:
+def _set_linear(half: Any, matrix: Tensor) -> None:
     """Make an encoder or decoder multiply the three channels of every pixel by `matrix`.
 
     Residual blocks add nothing. Each value goes in with both signs, since silu(x) - silu(-x) = x,
     next to two constants so large that the group norm divides by what they say alone.
     """
     constant = 64.0
-    for block in half.modules():
-        if isinstance(block, ResnetBlock2D):
-            block.conv2.weight.zero_()
-            block.conv2.bias.zero_()
-    for convolution in (half.conv_in, half.conv_out):
-        convolution.weight.zero_()
-        convolution.bias.zero_()
+    for convolution in half.modules():
+        if isinstance(convolution, nn.Conv2d):
+            convolution.weight.zero_()
+            convolution.bias.zero_()
     half.conv_in.weight[0:3, :, 1, 1] = torch.eye(3)
     half.conv_in.weight[3:6, :, 1, 1] = -torch.eye(3)
     half.conv_in.bias[6], half.conv_in.bias[7] = constant, -constant
@@ -146,7 +145,7 @@ def build_tokenizer() -> CLIPTokenizer:
     for word in text.split():
         pieces = [*word[:-1], word[-1] + "</w>"]
         while len(pieces) > 1:
-            pairs = list(zip(pieces, pieces[1:], strict=False))
+            pairs = list(pairwise(pieces))
             known = [pair for pair in merges if pair in pairs]
             # Older merges go first, as the tokenizer has it, so none that follows undoes a word.
             if not known:
@@ -272,7 +271,7 @@ def train_unet(
 def _draw_pairs(
     bank: SourceBank, recipe: Recipe, step: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Half a batch: originals and their edits [N, 3, S, S] in [0, 1], and the prompts' numbers [N]."""
+    """Half a batch: originals and their edits [N, 3, S, S] in [0, 1], prompts' numbers [N]."""
     large = step % 3 == 2
     count = (recipe.large_batch if large else recipe.small_batch) // 2
     originals = _shift_colours(bank.draw(count, 64 if large else 32, generator), generator)
@@ -314,8 +313,9 @@ def _train(
 
     Every step averages two parts, each worked on by a thread of its own on a replica that shares
     the weights and has its own gradients: on two cores that others use too, this is several times
-    as fast as splitting every single operation in two. The caller sets torch to one thread.
+    as fast as splitting every single operation in two.
     """
+    torch.set_num_threads(1)
     average = copy.deepcopy(model)
     replica = copy.deepcopy(model)
     for shared, its_own in zip(replica.parameters(), model.parameters(), strict=True):
@@ -334,7 +334,12 @@ def _train(
         optimiser,
         lambda step: min((step + 1) / warm_up, 1 - (step - warm_up) / (steps - warm_up + 1)),
     )
-    parts = {"model": model, "average": average, "optimiser": optimiser, "schedule": schedule}
+    parts: dict[str, Any] = {
+        "model": model,
+        "average": average,
+        "optimiser": optimiser,
+        "schedule": schedule,
+    }
     start = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -345,7 +350,7 @@ def _train(
         for step in range(start, steps):
             value = sum(threads.map(backward, [(model, 0), (replica, 1)]))
             for summed, other in zip(model.parameters(), replica.parameters(), strict=True):
-                if summed.grad is not None:
+                if summed.grad is not None and other.grad is not None:
                     summed.grad += other.grad
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
@@ -361,8 +366,8 @@ def _train(
 
 @torch.no_grad()
 def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
-    slow, fast = list(average.parameters()), list(model.parameters())
-    torch._foreach_lerp_(slow, fast, 1 - decay)
+    for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
+        slow.lerp_(fast, 1 - decay)
 
 
 def _save_checkpoint(path: Path, state: dict[str, object]) -> None:
@@ -377,8 +382,6 @@ def save_pipeline(
     autoencoder: AutoencoderKL,
     text_encoder: CLIPTextModel,
     unet: UNet2DConditionModel,
-    *,
-    aside: Path,
 ) -> None:
     """Write the pipeline folder in half precision, as a whole or not at all."""
     pipeline = StableDiffusionInstructPix2PixPipeline(
@@ -391,5 +394,5 @@ def save_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    with replaced_folder(out, aside=aside) as folder:
+    with replaced_folder(out, aside=out.parent) as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)

@@ -28,7 +28,7 @@ _STRENGTHS: dict[Corruption, tuple[float, float, float, float, float]] = {
     "gaussian_noise": (0.08, 0.13, 0.19, 0.27, 0.38),  # standard deviation, of 1
     "shot_noise": (60, 25, 12, 6, 3),  # photons in a white pixel
     "defocus_blur": (2.5, 4, 5.5, 7.5, 10),  # radius of the disc, px
-    "motion_blur": (7, 12, 18, 26, 36),  # length of the path, px
+    "motion_blur": (6, 10, 15, 21, 28),  # length of the path, px
     "fog": (0.25, 0.5, 0.8, 1.2, 1.7),  # mean optical depth
     "brightness": (0.1, 0.2, 0.3, 0.4, 0.5),  # added to the value of HSV, of 1
     "contrast": (0.7, 0.5, 0.35, 0.22, 0.13),  # what is left of it

@@ -104,7 +104,7 @@ def write_report(inputs: ReportInputs, out: Path, *, aside: Path) -> Report:
     dark = _plots(inputs, document, pictures.DARK)
     page = _page(document, light, dark, inputs.stages)
     with replaced_folder(out, aside=aside) as folder:
-        write_bytes(folder / "index.html", page.encode())
+        write_bytes(folder / "index.html", page.encode("utf-8", "replace"))
         write_json(folder / "report.json", document)
         files = {name: plot.png for name, plot in light.items()}
         if inputs.stages is not None:

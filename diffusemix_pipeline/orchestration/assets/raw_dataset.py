@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     "the three splits share no file.",
 )
 def raw_dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-    from diffusemix_pipeline.orchestration.preflight import preflight
     from diffusemix_pipeline.pictures import class_histogram
+    from diffusemix_pipeline.preflight import check_run
 
-    preflight(context.resources.settings)
+    check_run(context.resources.settings)
     stage, origin = _bring(context)
     set_aside = stage.notes["set_aside"]
     for item in set_aside[:20]:

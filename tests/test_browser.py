@@ -1,0 +1,158 @@
+"""Promise: the UI shows the pipeline, "Materialize all" runs it, and the report reads well."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import QUICK, quick_settings, tiny_editor
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from diffusemix_pipeline.orchestration.launch import run_here
+from diffusemix_pipeline.progress import silent
+from diffusemix_pipeline.project import Project
+from diffusemix_pipeline.settings import _nested
+
+ASSETS = [
+    "raw_dataset",
+    "generated_images",
+    "hybrid_images",
+    "fractal_augmented_dataset",
+    "trained_classifier",
+    "robustness_report",
+]
+pytestmark = [pytest.mark.slow, pytest.mark.browser]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("Chromium is not installed")
+    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu", *quiet]
+        )
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Project:
+    """A project whose settings file makes the pipeline quick."""
+    project = Project(tmp_path_factory.mktemp("project"))
+    weights = tiny_editor(tmp_path_factory.mktemp("editor"))
+    values: dict = {}
+    for override in [*QUICK, f"editing.editor={weights}"]:
+        key, _, value = override.partition("=")
+        _merge(values, _nested(key, yaml.safe_load(value)))
+    (project.root / "diffusemix.yaml").write_text(yaml.safe_dump(values))
+    return project
+
+
+@pytest.fixture
+def page(browser) -> Iterator[Page]:
+    context = browser.new_context(viewport={"width": 1500, "height": 1000})
+    page = context.new_page()
+    page.set_default_timeout(60_000)
+    yield page
+    context.close()
+
+
+def _merge(values: dict, more: dict) -> None:
+    for key, value in more.items():
+        if isinstance(value, dict):
+            _merge(values.setdefault(key, {}), value)
+        else:
+            values[key] = value
+
+
+@contextmanager
+def serving(project: Project, command: str) -> Iterator[str]:
+    """Run `diffusemix COMMAND` on a free port; end it with all its children."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = (project.root / f"{command}.log").open("w")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "diffusemix_pipeline.cli", command, "--port", str(port)],
+        cwd=project.root,
+        env={k: v for k, v in os.environ.items() if k != "DAGSTER_HOME"},
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline and server.poll() is None:
+            with closing(socket.socket()) as client:
+                if client.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.5)
+        else:
+            pytest.fail(f"{command} did not start:\n{Path(log.name).read_text()}")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(server.pid, signal.SIGINT)
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+        log.close()
+
+
+def test_materialize_all_in_the_ui_does_what_the_command_does(project, page):
+    with serving(project, "ui") as address:
+        page.goto(f"{address}/asset-groups")
+        for asset in ASSETS:
+            expect(page.get_by_text(asset, exact=True).first).to_be_visible()
+        page.get_by_role("button", name="Materialize all").click()
+        deadline = time.monotonic() + 240
+        while not (project.report / "report.json").exists() and time.monotonic() < deadline:
+            time.sleep(1)
+        assert (project.report / "report.json").exists()
+        time.sleep(3)  # the last asset's event follows its files
+        page.goto(f"{address}/assets/raw_dataset")
+        expect(page.get_by_text("set_aside").first).to_be_visible()
+        expect(page.locator("img[src^='data:image/png']").first).to_be_visible()
+    weights = yaml.safe_load((project.root / "diffusemix.yaml").read_text())["editing"]["editor"]
+    here = run_here(project, quick_settings(f"editing.editor={weights}"), silent)
+    assert here.success
+    assert here.reused  # the command finds that the UI has done it all
+
+
+def test_mlflow_shows_the_runs(project, page):
+    with serving(project, "mlflow") as address:
+        page.goto(address)
+        page.get_by_text("diffusemix", exact=True).first.click()
+        expect(page.get_by_text("vanilla, seed 0").first).to_be_visible()
+        expect(page.get_by_text("diffusemix, seed 0").first).to_be_visible()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (390, "light"), (390, "dark")])
+def test_the_report_fits_the_screen_and_asks_no_one(project, browser, width, scheme):
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page = context.new_page()
+    asked, problems = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto((project.report / "index.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    images = page.locator("img")
+    assert images.count() > 3
+    for index in range(images.count()):
+        assert images.nth(index).get_attribute("alt")
+        if images.nth(index).is_visible():
+            assert images.nth(index).evaluate("image => image.naturalWidth") > 0
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+    assert problems == []
+    context.close()

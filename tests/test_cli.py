@@ -1,0 +1,149 @@
+"""Promise: the command line says what it did, and a mistake gets one message and exit code 2."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from conftest import QUICK, tiny_editor, write_classes
+
+from diffusemix_pipeline.cli import main
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    return tiny_editor(tmp_path_factory.mktemp("editor"))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty folder that commands run in."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def quick(*more: str) -> list[str]:
+    return [part for setting in [*QUICK, *more] for part in ("--set", setting)]
+
+
+def augmented(source: Path, weights: Path, *more: str) -> Result:
+    editor = f"editing.editor={weights}"
+    return call("augment", "--train-dir", source, "--out", "out", *quick(editor), *more)
+
+
+def test_augment_gives_an_image_folder_that_others_open(here, weights):
+    from datasets import load_dataset
+    from torchvision.datasets import ImageFolder
+
+    source = write_classes(here / "photos", ["cat", "dog"], 5)
+    result = augmented(source, weights)
+    assert result.exit_code == 0, result.output
+    assert "10 augmented images in out" in result.output
+    folder = ImageFolder("out")
+    assert folder.classes == ["cat", "dog"]
+    assert len(folder) == 10
+    opened = load_dataset("imagefolder", data_dir="out", split="train", cache_dir=str(here / "hf"))
+    assert opened.features["label"].names == ["cat", "dog"]
+    assert opened.num_rows == 10
+    assert "nothing done" in augmented(source, weights).output
+
+
+def test_augment_is_a_superset_of_the_official_command_line(here, weights):
+    import pandas as pd
+
+    source = write_classes(here / "photos", ["cat", "dog"], 3)
+    write_classes(here / "fractals", ["any"], 2, seed=99)
+    official = ["--train_dir", source, "--fractal_dir", "fractals", "--prompts", "sunset, autumn"]
+    editor = f"editing.editor={weights}"
+    all_prompts = quick(editor, "editing.prompts_per_image=all")
+    result = call("augment", *official, "--out", "out", *all_prompts)
+    assert result.exit_code == 0, result.output
+    manifest = pd.read_parquet("out/manifest.parquet")
+    assert sorted(set(manifest["prompt"])) == ["autumn", "sunset"]
+    assert set(manifest["fractal_id"]) <= {"any/0.png", "any/1.png"}
+    assert len(manifest) == 2 * 3 * 2
+
+
+def test_augment_loads_neither_dagster_nor_mlflow_nor_dvc(here, weights):
+    import subprocess
+
+    source = write_classes(here / "photos", ["cat", "dog"], 2)
+    arguments = ["augment", "--train-dir", str(source), "--out", "out"]
+    arguments += quick(f"editing.editor={weights}")
+    script = (
+        "import sys\nfrom diffusemix_pipeline.cli import main\n"
+        f"main({arguments!r}, standalone_mode=False)\n"
+        "print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    assert "diffusers" in loaded
+    assert not loaded & {"dagster", "mlflow", "dvc"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--preset", "papr"], "no preset 'papr'"),
+        (["run", "--set", "editing.stpes=3"], "Did you mean editing.steps"),
+        (["run", "--config", "missing.yaml"], "missing.yaml cannot be read"),
+        (["run", "--data", "nowhere"], "nowhere does not exist"),
+        (["run", "--set", "training.model=resnet10s"], "timm has no model 'resnet10s'"),
+        (["run", "--set", "editing.editor=nobody/nothing"], "editing.editor: nobody/nothing"),
+        (["settings", "--set", "seed=-1"], "seed = -1"),
+        (["augment", "--train-dir", "nowhere", "--out", "out"], "nowhere does not exist"),
+        (["augment", "--train-dir", ".", "--out", "out"], "lies inside --train-dir"),
+        (["augment", "--train-dir", "../photos", "--out", "out", "--prompts", ""], "prompts.0"),
+        (
+            ["augment", "--train-dir", "../photos", "--out", "out", "--fractal-dir", "nowhere"],
+            "nowhere",
+        ),
+    ],
+)
+def test_a_mistake_gets_one_message_and_exit_code_2(arguments, message, here, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    write_classes(here.parent / "photos", ["cat", "dog"], 2)
+    result = call(*arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_augment_refuses_to_write_over_what_is_not_its_own(here, weights):
+    source = write_classes(here / "photos", ["cat", "dog"], 2)
+    write_classes(here / "out", ["precious"], 1)
+    result = augmented(source, weights)
+    assert result.exit_code == 2
+    assert "not empty and no earlier result" in result.output
+    assert (here / "out" / "precious" / "0.png").exists()
+
+
+def test_settings_prints_value_origin_and_meaning(here):
+    result = call("settings", "--preset", "paper")
+    assert result.exit_code == 0
+    assert "editing.steps = 100" in result.output
+    assert "from preset paper (the library defaults of the authors' code" in result.output
+    assert "Sampling steps." in result.output
+
+
+def test_prompts_reach_the_settings_as_they_were_written(here, weights):
+    import pandas as pd
+
+    source = write_classes(here / "photos", ["cat", "dog"], 1)
+    result = augmented(source, weights, "--prompts", "it's: [odd]")
+    assert result.exit_code == 0, result.output
+    assert set(pd.read_parquet("out/manifest.parquet")["prompt"]) == {"it's: [odd]"}
+
+
+@pytest.mark.parametrize("command", ["run", "augment", "ui", "mlflow", "settings", "editor"])
+def test_every_command_explains_itself(command, here):
+    result = call(command, "--help")
+    assert result.exit_code == 0
+    assert len(result.output.splitlines()) > 4

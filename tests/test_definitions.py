@@ -1,0 +1,83 @@
+"""Promise: Dagster holds six documented assets in a row, one job, one schedule, one typed resource."""
+
+import dagster as dg
+import pytest
+from conftest import quick_settings
+
+from diffusemix_pipeline.orchestration.build import build_definitions
+from diffusemix_pipeline.project import Project
+
+ROW = [
+    "raw_dataset",
+    "generated_images",
+    "hybrid_images",
+    "fractal_augmented_dataset",
+    "trained_classifier",
+    "robustness_report",
+]
+
+
+@pytest.fixture
+def definitions(project: Project) -> dg.Definitions:
+    return build_definitions(project, quick_settings())
+
+
+def test_the_assets_stand_in_a_row(definitions):
+    graph = definitions.resolve_asset_graph()
+    assert {key.to_user_string() for key in graph.get_all_asset_keys()} == set(ROW)
+    for before, after in zip(ROW, ROW[1:], strict=False):
+        parents = graph.get(dg.AssetKey(after)).parent_keys
+        assert dg.AssetKey(before) in parents
+
+
+@pytest.mark.parametrize("asset", ROW)
+def test_every_asset_says_what_it_is_and_guarantees(asset, definitions):
+    node = definitions.resolve_asset_graph().get(dg.AssetKey(asset))
+    assert "Guarantees:" in node.description
+    assert node.group_name in ("data", "model", "evidence")
+    assert node.kinds
+    assert node.code_version
+
+
+def test_the_schedule_asks_for_the_whole_job_once_a_week(definitions):
+    schedule = definitions.resolve_schedule_def("weekly_retrain")
+    assert schedule.cron_schedule == "0 4 * * 1"
+    with dg.DagsterInstance.ephemeral() as instance:
+        context = dg.build_schedule_context(instance=instance)
+        requests = schedule.evaluate_tick(context).run_requests
+    assert len(requests) == 1
+    job = definitions.resolve_job_def(schedule.job_name)
+    assert {node.name for node in job.nodes} >= set(ROW)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"editing": {"stepz": 3}}, 'unexpected config entry "stepz"'),
+        ({"editing": {"steps": "many"}}, 'Expected type "Int"|not valid for expected type "Int"'),
+        ({"editing": {"sampler": "dpm"}}, "not in enum"),
+        ({"training": {"arms": ["vanila"]}}, "not in enum"),
+    ],
+)
+def test_the_launchpad_refuses_unknown_keys_and_wrong_types(config, message, definitions):
+    job = definitions.resolve_job_def("diffusemix")
+    with pytest.raises(dg.DagsterInvalidConfigError, match=message):
+        dg.validate_run_config(job, {"resources": {"settings": {"config": config}}})
+
+
+def test_the_launchpad_starts_from_the_projects_settings(project):
+    definitions = build_definitions(project, quick_settings("editing.steps=7"))
+    resource = definitions.resolve_job_def("diffusemix").resource_defs["settings"]
+    context = dg.build_init_resource_context(config={"mixing": {"lam": 0.5}})
+    settings = resource(context)
+    assert settings.editing.steps == 7
+    assert settings.mixing.lam == 0.5
+
+
+def test_ranges_are_refused_before_any_work(definitions, project):
+    job = definitions.resolve_job_def("diffusemix")
+    config = {"resources": {"settings": {"config": {"editing": {"steps": -1}}}}}
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = job.execute_in_process(run_config=config, instance=instance, raise_on_error=False)
+    assert not result.success
+    assert not project.data.exists()

@@ -1,0 +1,98 @@
+"""Pictures: sizes and pixels of sheets, the same bytes twice, and hostile text."""
+
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from diffusemix_pipeline import pictures
+
+HOSTILE = ["$\\frac{1}$", "_hidden", "a\nb\x00", "\udcff", "<b>", "x" * 200, ""]
+CURVE = pd.DataFrame(
+    {"step": [1, 2, 3], "train_loss": [2.0, 1.5, 1.0], "val_accuracy": [np.nan, 0.4, 0.6]}
+)
+BINS = pd.DataFrame(
+    {"confidence": [np.nan, 0.5, 0.9], "accuracy": [np.nan, 0.4, 0.95], "share": [0.0, 0.3, 0.7]}
+)
+
+
+def pixels_of(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+def test_importing_pictures_loads_neither_matplotlib_nor_pandas():
+    code = (
+        "import sys, diffusemix_pipeline.pictures; print({'matplotlib', 'pandas'} & {*sys.modules})"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
+
+
+def test_a_sheet_enlarges_pixels_to_squares_and_keeps_the_order():
+    checks = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [9, 9, 9]]], np.uint8)
+    black = np.zeros((8, 8, 3), np.uint8)
+    sheet = pixels_of(pictures.contact_sheet([[checks, black], [black]], cell=32))
+    gap = 4
+    assert sheet.shape == (2 * 32 + 3 * gap, 2 * 32 + 3 * gap, 3)
+    first = sheet[gap : gap + 32, gap : gap + 32]
+    assert (first == checks.repeat(16, axis=0).repeat(16, axis=1)).all()
+    assert (sheet[gap : gap + 32, gap + 36 : gap + 68] == 0).all()
+    assert (sheet[gap + 36 : gap + 68, gap + 36 : gap + 68] == 255).all()  # an empty place
+
+
+def test_a_wide_image_keeps_its_shape():
+    wide = np.zeros((20, 60, 3), np.uint8)
+    sheet = pixels_of(pictures.contact_sheet([[wide]], cell=96))
+    rows, columns = np.nonzero((sheet == 0).all(axis=2))
+    assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == (32, 96)
+
+
+def test_labels_are_not_clipped():
+    """Ink reaches no edge: the outermost pixels are paper."""
+    grey = np.full((32, 32, 3), 200, np.uint8)
+    labels = ["a transformed version of an image", "W" * 60, "gjpqy"]
+    png = pictures.contact_sheet([[grey] * 3] * 3, row_labels=labels, column_labels=labels)
+    sheet = pixels_of(png)
+    for edge in (sheet[:2], sheet[-2:], sheet[:, :2], sheet[:, -2:]):
+        assert (edge == 255).all()
+
+
+def draw_everything(text: list[str], theme: pictures.Theme = pictures.LIGHT) -> list[bytes]:
+    image = np.zeros((4, 4, 3), np.uint8)
+    interval = (0.1, -0.2, 0.3)
+    some = text[:3]
+    return [
+        pictures.contact_sheet([[image]] * len(text), row_labels=text, column_labels=text[:1]),
+        pictures.class_histogram({"train": dict.fromkeys(text, 3)}, theme=theme),
+        pictures.class_histogram({"train": {f"{n}": n for n in range(200)}}, theme=theme),
+        pictures.learning_curves(dict.fromkeys(some, CURVE), theme=theme),
+        pictures.accuracy_curves(
+            [1, 2], {name: [(0.5, 0.4, 0.6)] * 2 for name in some}, label="ε", theme=theme
+        ),
+        pictures.heat_map(np.eye(3), some, some, title=text[0], label="severity", theme=theme),
+        pictures.heat_map(
+            -np.eye(3), some, some, title="t", label="l", difference=True, theme=theme
+        ),
+        pictures.reliability_diagram(dict.fromkeys(some, BINS), theme=theme),
+        pictures.differences({name: {"arm": interval} for name in some}, label="l", theme=theme),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_hostile_text_is_drawn_and_twice_the_same():
+    assert draw_everything(HOSTILE) == draw_everything(HOSTILE)
+
+
+def test_png_files_name_no_software_and_no_time():
+    for png in draw_everything(["a", "b", "c"], pictures.DARK):
+        assert set(Image.open(io.BytesIO(png)).info) <= {"dpi"}
+
+
+def test_the_page_colour_is_the_themes():
+    for theme in (pictures.LIGHT, pictures.DARK):
+        plot = pixels_of(pictures.learning_curves({"vanilla": CURVE}, theme=theme))
+        assert tuple(plot[0, 0]) == tuple(bytes.fromhex(theme.paper[1:]))

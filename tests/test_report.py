@@ -1,0 +1,285 @@
+"""The report: its numbers, its words, its schema, its safety, and the same bytes twice."""
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from importlib import resources
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pandas as pd
+import pytest
+
+from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.evaluation.calibration import expected_calibration_error
+from diffusemix_pipeline.evaluation.evidence import Evidence
+from diffusemix_pipeline.evaluation.report import (
+    MEASURES,
+    Report,
+    ReportInputs,
+    read_report,
+    write_report,
+)
+from diffusemix_pipeline.settings import Settings
+
+IMAGES = 200
+SETTINGS = Settings.model_validate({"evaluation": {"bootstrap_samples": 300}})
+CURVE = pd.DataFrame({"step": [5, 10], "train_loss": [2.0, 1.0], "val_accuracy": [0.3, 0.6]})
+HOSTILE = "<script>alert('x')</script>\"'&amp;$a$"
+
+
+def evidence(clean: float, fgsm: float, corrupted: float, seed: int = 0) -> Evidence:
+    """Return evidence in which the first images are right, as many as the shares say."""
+    labels = np.arange(IMAGES) % 4
+    right = np.arange(IMAGES) < clean * IMAGES
+    answers = np.where(right, labels, (labels + 1) % 4)
+    sure = np.random.default_rng(seed).uniform(0.5, 1, IMAGES)
+    probabilities = np.full((IMAGES, 4), ((1 - sure) / 3)[:, None].repeat(4, axis=1))
+    probabilities[np.arange(IMAGES), answers] = sure
+    attacked = np.arange(IMAGES) < fgsm * IMAGES
+    return Evidence(
+        ids=tuple(map(str, range(IMAGES))),
+        labels=labels,
+        probabilities=probabilities.astype(np.float32),
+        epsilons=(1.0, 2.0, 8.0),
+        fgsm=np.stack([right, attacked, np.zeros(IMAGES, bool)]),
+        corruptions=("contrast", "fog"),
+        severities=(1, 5),
+        corrupted=np.broadcast_to(np.arange(IMAGES) < corrupted * IMAGES, (2, 2, IMAGES)),
+    )
+
+
+def inputs(**changed) -> ReportInputs:
+    """Return a comparison in which DiffuseMix gains on corruptions, loses on FGSM, and no more."""
+    given = ReportInputs(
+        evidence={
+            ("vanilla", 0): evidence(0.8, 0.6, 0.4),
+            ("diffusemix", 0): evidence(0.8, 0.4, 0.7, seed=1),
+        },
+        classes=["a", "b", "c", "d"],
+        settings=SETTINGS,
+        counts={"train": dict.fromkeys("abcd", 30), "test": dict.fromkeys("abcd", 50)},
+        curves={("vanilla", 0): CURVE, ("diffusemix", 0): CURVE},
+        steps={"vanilla": 900, "diffusemix": 900},
+        test_reads=3,
+        versions={"data.dvc": "0123456789abcdef.dir"},
+    )
+    return replace(given, **changed)
+
+
+def written(folder: Path, given: ReportInputs | None = None) -> Report:
+    return write_report(given or inputs(), folder / "report", aside=folder / "aside")
+
+
+def words(report: Report) -> str:
+    """Return the page's text without its tags."""
+    text = re.sub(r"<style>.*?</style>|<[^>]+>", " ", report.html.read_text("utf-8"), flags=re.S)
+    return re.sub(r"\s+", " ", text.replace("\u00a0", " "))
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Report:
+    return written(tmp_path_factory.mktemp("report"))
+
+
+def test_the_numbers_are_those_of_the_evidence(report):
+    vanilla, diffusemix = report.summary.loc["vanilla"], report.summary.loc["diffusemix"]
+    assert vanilla[["clean", "corrupted", "fgsm"]].tolist() == pytest.approx([0.8, 0.4, 0.6])
+    assert diffusemix[["clean", "corrupted", "fgsm"]].tolist() == pytest.approx([0.8, 0.7, 0.4])
+    assert report.fgsm_epsilon == 2
+    for arm, row in (("vanilla", vanilla), ("diffusemix", diffusemix)):
+        judged = inputs().evidence[arm, 0]
+        expected = expected_calibration_error(judged.probabilities, judged.labels)
+        assert row["ece"] == pytest.approx(expected, abs=1e-5)
+    assert diffusemix["corrupted_difference"] == pytest.approx(0.3)
+    assert (
+        0 < diffusemix["corrupted_difference_low"] < 0.3 < diffusemix["corrupted_difference_high"]
+    )
+    assert np.isnan(vanilla["corrupted_difference"])
+    ends = [f"{name}{end}" for name in MEASURES for end in ("", "_low", "_high")]
+    assert set(ends) < set(report.summary.columns)
+
+
+def test_the_headline_says_what_helped_what_hurt_and_what_did_neither(report):
+    assert "on 200 test images" in report.headline
+    assert "DiffuseMix made no significant difference to clean accuracy (+0.0" in report.headline
+    assert "improved accuracy under corruption (+30.0 points, +" in report.headline
+    assert "hurt FGSM accuracy at 2/255 (−20.0 points, −" in report.headline
+    assert report.headline in words(report)
+
+
+def test_the_words_follow_the_intervals(report):
+    document = json.loads(report.json.read_text())
+    differences = document["arms"][1]["difference"]
+    assert [differences[name]["significant"] for name in MEASURES[:3]] == [False, True, True]
+    for difference in differences.values():
+        assert difference["significant"] == (not difference["low"] <= 0 <= difference["high"])
+    held = sum(not difference["significant"] for difference in differences.values())
+    in_table = re.findall(r'class="verdict">no significant difference<', report.html.read_text())
+    assert len(in_table) == held
+    assert report.headline.count("no significant difference") == 1
+
+
+def test_the_notes_say_what_the_numbers_do_not_show(report):
+    text = words(report)
+    for note in (
+        "Intervals cover the sampling of test images only",
+        "trained with one seed (0)",
+        "has been read 3 times",
+        "took the same 900 optimiser steps",
+        "No training image is an exact copy of a val or test image",
+        "FGSM is one step of a weak attack",
+        "cannot be compared with a published mCE",
+    ):
+        assert note in text
+
+
+def test_what_is_unfair_or_leaks_is_named(tmp_path):
+    given = inputs(
+        steps={"vanilla": 900, "diffusemix": 1800},
+        copies=[{"train": "train/a/1.png", "held_out": "test/a/9.png"}],
+        set_aside=[{"source_id": "a/broken.png", "reason": "not an image"}],
+    )
+    text = words(written(tmp_path, given))
+    assert "no fair comparison: Vanilla 900, DiffuseMix 1,800" in text
+    assert "1 training image is an exact copy of val or test images" in text
+    for name in ("train/a/1.png", "test/a/9.png", "a/broken.png", "not an image"):
+        assert name in text
+
+
+def test_several_seeds_are_averaged(tmp_path):
+    given = inputs(
+        evidence={
+            ("diffusemix", 1): evidence(0.9, 0.5, 0.5),
+            ("vanilla", 1): evidence(0.6, 0.6, 0.4),
+            ("vanilla", 0): evidence(0.8, 0.6, 0.4),
+            ("diffusemix", 0): evidence(0.7, 0.5, 0.5),
+        }
+    )
+    report = written(tmp_path, given)
+    assert list(report.summary.index) == ["vanilla", "diffusemix"]
+    assert report.summary["clean"].tolist() == pytest.approx([0.7, 0.8])
+    assert report.summary.loc["diffusemix", "clean_difference"] == pytest.approx(0.1)
+    assert "means over 2 training seeds" in words(report)
+
+
+@pytest.mark.parametrize("arm", ["vanilla", "diffusemix"])
+def test_one_arm_alone_is_reported_without_a_comparison(tmp_path, arm):
+    given = inputs()
+    report = written(tmp_path, replace(given, evidence={(arm, 0): given.evidence[arm, 0]}))
+    assert report.headline.startswith("There is no comparison")
+    assert "80.0 % clean" in report.headline
+    validate(report)
+
+
+def test_arms_judged_on_other_images_are_refused(tmp_path):
+    given = inputs()
+    other = replace(given.evidence["diffusemix", 0], ids=tuple("x" * IMAGES))
+    with pytest.raises(UserError, match="diffusemix, seed 0, has other ids"):
+        written(tmp_path, inputs(evidence={**given.evidence, ("diffusemix", 0): other}))
+    with pytest.raises(UserError, match="no arm"):
+        written(tmp_path, inputs(evidence={}))
+
+
+def validate(report: Report) -> None:
+    package = resources.files("diffusemix_pipeline.evaluation")
+    schema = json.loads(package.joinpath("report.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(json.loads(report.json.read_text()), schema)
+
+
+def test_report_json_is_valid_and_documented(report):
+    validate(report)
+    manual = (Path(__file__).parents[1] / "docs" / "report.md").read_text("utf-8")
+    for key in json.loads(report.json.read_text()):
+        assert f"`{key}" in manual
+
+
+def test_the_same_evidence_gives_the_same_bytes(report, tmp_path):
+    again = written(tmp_path)
+    names = {path.name for path in report.folder.iterdir()}
+    assert names == {path.name for path in again.folder.iterdir()}
+    assert {"index.html", "report.json", "fgsm.png", "differences.png"} < names
+    for name in names:
+        assert (report.folder / name).read_bytes() == (again.folder / name).read_bytes()
+
+
+def test_a_report_is_replaced_as_a_whole_and_read_back(tmp_path):
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "old.png").write_bytes(b"")
+    report = written(tmp_path)
+    assert not (tmp_path / "report" / "old.png").exists()
+    assert not list((tmp_path / "aside").iterdir())
+    assert all(path.exists() for path in (report.html, report.json, *report.plots))
+    again = read_report(report.folder)
+    assert again.headline == report.headline
+    pd.testing.assert_frame_equal(again.summary, report.summary)
+
+
+class Page(HTMLParser):
+    """Collects what a page has that could run or load, and pictures without words."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+        self.silent_images = 0
+        self.handlers: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        given = dict(attrs)
+        self.sources += [given[name] for name in ("src", "srcset", "href") if name in given]
+        self.silent_images += tag == "img" and not given.get("alt")
+        self.handlers += [name for name in given if name.startswith("on")]
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_hostile_names_are_shown_and_nothing_runs(tmp_path):
+    hostile = [HOSTILE, "\udcff\x00", "x" * 300, "</style><img src=x onerror=alert(1)>"]
+    counts = {"train": dict.fromkeys(hostile, 3)}
+    editing = SETTINGS.editing.model_copy(update={"prompts": [HOSTILE]})
+    given = inputs(
+        classes=hostile,
+        counts=counts,
+        settings=SETTINGS.model_copy(update={"editing": editing}),
+        copies=[{"train": HOSTILE, "held_out": HOSTILE}],
+        set_aside=[{"source_id": HOSTILE, "reason": HOSTILE}],
+        versions={HOSTILE: HOSTILE},
+    )
+    report = written(tmp_path, given)
+    text = report.html.read_text("utf-8")
+    page = Page(text)
+    assert "script" not in page.tags
+    assert not page.handlers
+    assert HOSTILE not in text
+    assert "&lt;script&gt;alert(" in text
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert not page.silent_images
+    assert len(report.folder.joinpath("report.json").read_bytes()) > 0
+
+
+def test_the_page_needs_nothing_but_itself(report):
+    text = report.html.read_text("utf-8")
+    page = Page(text)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert "@import" not in text
+    assert "url(" not in text
+    assert "default-src 'none'" in text
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_very_many_classes_are_shown_in_part(tmp_path):
+    names = [f"class {number}" for number in range(IMAGES // 2)]
+    labels = np.arange(IMAGES) % len(names)
+    given = inputs()
+    wide = {
+        key: replace(one, labels=labels, probabilities=np.eye(len(names), dtype=np.float32)[labels])
+        for key, one in given.evidence.items()
+    }
+    report = written(tmp_path, replace(given, evidence=wide, classes=names))
+    assert "30 of 100 classes" in words(report)
+    assert len(json.loads(report.json.read_text())["arms"][0]["classes"]) == 100

@@ -1,0 +1,84 @@
+"""Statistics: what a bootstrap must give by hand, by theory, and in any case."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusemix_pipeline.evaluation import statistics
+from diffusemix_pipeline.evaluation.statistics import (
+    Estimate,
+    calibration_estimate,
+    mean_estimate,
+    resampled_sums,
+)
+
+RNG = np.random.default_rng(0)
+
+
+@given(st.floats(-1, 1), st.integers(1, 50))
+def test_a_constant_has_no_spread(constant, images):
+    estimate = mean_estimate(np.full(images, constant), 100, seed=1)
+    assert [estimate.low, estimate.value, estimate.high] == pytest.approx([constant] * 3)
+
+
+def test_the_interval_of_a_share_is_the_textbooks():
+    estimate = mean_estimate(np.arange(1000) < 800, 4000, seed=0)
+    half = 1.96 * np.sqrt(0.8 * 0.2 / 1000)
+    assert estimate.value == 0.8
+    assert [estimate.low, estimate.high] == pytest.approx([0.8 - half, 0.8 + half], abs=0.003)
+
+
+def test_intervals_cover_the_truth_about_95_times_in_100():
+    covered = 0
+    for trial in range(200):
+        estimate = mean_estimate(np.random.default_rng(trial).random(80) < 0.7, 300, seed=trial)
+        covered += estimate.low <= 0.7 <= estimate.high
+    assert 180 <= covered <= 199
+
+
+def test_a_paired_difference_has_the_sign_and_not_the_spread_of_its_arms():
+    hard = RNG.random(400)  # both arms find the same images hard
+    worse, better = hard > 0.5, hard > 0.45
+    difference = mean_estimate(better.astype(float) - worse, 1000, seed=0)
+    alone = mean_estimate(better, 1000, seed=0)
+    assert 0 < difference.low < difference.value < difference.high
+    assert difference.high - difference.low < (alone.high - alone.low) / 2
+    opposite = mean_estimate(worse.astype(float) - better, 1000, seed=0)
+    assert opposite.value == -difference.value
+    assert [opposite.low, opposite.high] == pytest.approx([-difference.high, -difference.low])
+
+
+def test_seeds_are_averaged_before_images_are_drawn():
+    scores = RNG.random((3, 60))
+    assert mean_estimate(scores, 200, seed=0) == mean_estimate(scores.mean(axis=0), 200, seed=0)
+
+
+def test_sums_by_hand_and_the_same_images_for_every_column(monkeypatch):
+    scores = RNG.random((7, 2))
+    drawn = np.random.default_rng(5).integers(7, size=(9, 7))
+    assert resampled_sums(scores, 9, seed=5) == pytest.approx(scores[drawn].sum(axis=1))
+    whole = resampled_sums(scores, 9, seed=5)
+    monkeypatch.setattr(statistics, "_DRAWS_AT_ONCE", 20)  # pieces change nothing
+    assert resampled_sums(scores, 9, seed=5) == pytest.approx(whole)
+
+
+def test_the_calibration_error_by_hand():
+    gaps = np.zeros((1, 4, 2))
+    gaps[0, :2, 0], gaps[0, 2:, 1] = 0.3, -0.1  # every resample of one bin's images is alike
+    estimate = calibration_estimate(gaps, 500, seed=0)
+    assert estimate.value == pytest.approx((0.6 + 0.2) / 4)
+    assert 0.1 <= estimate.low <= estimate.value <= estimate.high <= 0.3
+
+
+def test_an_arm_against_itself_does_not_differ():
+    gaps = RNG.normal(size=(2, 50, 15))
+    estimate = calibration_estimate(gaps, 200, seed=0, against=gaps)
+    assert estimate == Estimate(0, 0, 0)
+    assert estimate.holds_zero
+
+
+def test_zero_at_the_edge_is_held():
+    assert Estimate(0.1, 0.0, 0.2).holds_zero
+    assert not Estimate(0.1, 0.01, 0.2).holds_zero
+    assert not Estimate(-0.1, -0.2, -0.01).holds_zero
