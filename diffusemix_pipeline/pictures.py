@@ -246,22 +246,21 @@ def heat_map(
     *,
     title: str,
     label: str,
-    difference: bool = False,
+    reach: float | None = None,
     theme: Theme = LIGHT,
 ) -> bytes:
     """Return a PNG of `values` (rows, columns) as coloured cells, numbered in percent or points.
 
-    Values are 0 to 1, or with `difference` -1 to 1 around a neutral 0.
+    Values are 0 to 1; with `reach`, differences, coloured from -reach over a neutral 0 to reach.
     """
     from matplotlib import colormaps
     from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 
     rows, columns = values.shape
     figure, axes = _figure(theme, height=0.95 + 0.36 * rows)
-    if difference:
+    if reach is not None:
         ends = ("#d55e00", theme.grid, "#0072b2")
         colours: Colormap = LinearSegmentedColormap.from_list("worse to better", ends)
-        reach = max(0.05, float(np.abs(values).max()))
         norm = Normalize(-reach, reach)
     else:
         colours, norm = colormaps["cividis"], Normalize(0, 1)
@@ -269,7 +268,7 @@ def heat_map(
     for (row, column), value in np.ndenumerate(values):
         red, green, blue, _ = colours(norm(value))
         bright = 0.3 * red + 0.59 * green + 0.11 * blue > 0.5
-        text = f"{100 * value:+.1f}" if difference else f"{100 * value:.0f}"
+        text = f"{100 * value:.0f}" if reach is None else f"{100 * value:+.1f}"
         ink = LIGHT.ink if bright else DARK.ink
         axes.text(column, row, text.replace("-", "−"), color=ink, ha="center", va="center", size=9)
     axes.set_xticks(range(columns), [_escaped(name) for name in column_labels])
@@ -379,9 +378,10 @@ def _line_style(index: int, theme: Theme, *, marked: bool) -> dict[str, Any]:
 
 
 def _legend_above(axes: "Axes", theme: Theme) -> None:
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, frameon=False, fontsize=9,
-        labelcolor=theme.ink, borderaxespad=0.2, handlelength=2.4, columnspacing=1.4,
+    handles, labels = axes.get_legend_handles_labels()
+    axes.figure.legend(
+        handles, labels, loc="outside upper left", ncols=3, frameon=False, fontsize=9,
+        labelcolor=theme.ink, handlelength=2.4, columnspacing=1.4,
     )  # fmt: skip
 
 

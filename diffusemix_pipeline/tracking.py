@@ -41,6 +41,7 @@ for _name, _value in {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight workers that outlive the server
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # the default waits minutes on a mistyped address
 }.items():
     os.environ.setdefault(_name, _value)

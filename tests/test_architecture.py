@@ -48,7 +48,7 @@ def loaded_by(statement: str) -> set[str]:
 def test_importing_the_definitions_loads_nothing_heavy():
     loaded = loaded_by("import diffusemix_pipeline.definitions")
     assert "dagster" in loaded
-    assert not loaded & {"torch", "diffusers", "transformers", "timm", "mlflow", "dvc", "kornia"}
+    assert not loaded & {"torch", "diffusers", "transformers", "timm", "mlflow", "dvc"}
 
 
 def test_help_and_settings_load_neither_torch_nor_dagster():
@@ -58,8 +58,9 @@ def test_help_and_settings_load_neither_torch_nor_dagster():
 
 def test_selection_strings_parse_beside_dvc():
     # DVC's usual dependencies hold antlr at a version under which this raises TypeError.
-    selected = dg.AssetSelection.from_string("raw_dataset+")
-    assert selected.to_selection_str() == "key:raw_dataset+"
+    assert dg.AssetSelection.from_string("*") == dg.AssetSelection.all()
+    one_down = dg.AssetSelection.from_string("key:raw_dataset+1")
+    assert "raw_dataset" in one_down.to_selection_str()
 
 
 def test_torch_and_torchvision_are_of_one_build():

@@ -20,6 +20,7 @@ from diffusemix_pipeline.orchestration.launch import run_here
 from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import _nested
+from diffusemix_pipeline.tracking import open_tracking
 
 ASSETS = [
     "raw_dataset",
@@ -123,6 +124,7 @@ def test_materialize_all_in_the_ui_does_what_the_command_does(project, page):
         time.sleep(3)  # the last asset's event follows its files
         page.goto(f"{address}/assets/raw_dataset")
         expect(page.get_by_text("set_aside").first).to_be_visible()
+        page.get_by_text("[Show Markdown]").first.click()
         expect(page.locator("img[src^='data:image/png']").first).to_be_visible()
     weights = yaml.safe_load((project.root / "diffusemix.yaml").read_text())["editing"]["editor"]
     here = run_here(project, quick_settings(f"editing.editor={weights}"), silent)
@@ -132,10 +134,10 @@ def test_materialize_all_in_the_ui_does_what_the_command_does(project, page):
 
 def test_mlflow_shows_the_runs(project, page):
     with serving(project, "mlflow") as address:
-        page.goto(address)
-        page.get_by_text("diffusemix", exact=True).first.click()
-        expect(page.get_by_text("vanilla, seed 0").first).to_be_visible()
-        expect(page.get_by_text("diffusemix, seed 0").first).to_be_visible()
+        experiment = open_tracking(project, quick_settings().tracking).experiment_id
+        page.goto(f"{address}/#/experiments/{experiment}/runs")
+        for run in ("vanilla, seed 0", "diffusemix, seed 0"):
+            expect(page.get_by_text(run).first).to_be_visible(timeout=60_000)
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (390, "light"), (390, "dark")])

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from diffusemix_pipeline import pictures
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.evaluation.calibration import expected_calibration_error
 from diffusemix_pipeline.evaluation.evidence import Evidence
@@ -79,6 +80,17 @@ def words(report: Report) -> str:
     return re.sub(r"\s+", " ", text.replace("\u00a0", " "))
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Make every plot one and the same: for tests of words and numbers."""
+    png = pictures.contact_sheet([[np.zeros((1, 1, 3), np.uint8)]], cell=1)
+    for name in (
+        "accuracy_curves", "class_histogram", "differences",
+        "heat_map", "learning_curves", "reliability_diagram",
+    ):  # fmt: skip
+        monkeypatch.setattr(pictures, name, lambda *_, **__: png)
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Report:
     return written(tmp_path_factory.mktemp("report"))
@@ -136,6 +148,7 @@ def test_the_notes_say_what_the_numbers_do_not_show(report):
         assert note in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_is_unfair_or_leaks_is_named(tmp_path):
     given = inputs(
         steps={"vanilla": 900, "diffusemix": 1800},
@@ -149,6 +162,7 @@ def test_what_is_unfair_or_leaks_is_named(tmp_path):
         assert name in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_several_seeds_are_averaged(tmp_path):
     given = inputs(
         evidence={
@@ -165,6 +179,7 @@ def test_several_seeds_are_averaged(tmp_path):
     assert "means over 2 training seeds" in words(report)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("arm", ["vanilla", "diffusemix"])
 def test_one_arm_alone_is_reported_without_a_comparison(tmp_path, arm):
     given = inputs()
@@ -174,6 +189,7 @@ def test_one_arm_alone_is_reported_without_a_comparison(tmp_path, arm):
     validate(report)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_arms_judged_on_other_images_are_refused(tmp_path):
     given = inputs()
     other = replace(given.evidence["diffusemix", 0], ids=tuple("x" * IMAGES))
@@ -206,6 +222,7 @@ def test_the_same_evidence_gives_the_same_bytes(report, tmp_path):
         assert (report.folder / name).read_bytes() == (again.folder / name).read_bytes()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_is_replaced_as_a_whole_and_read_back(tmp_path):
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "old.png").write_bytes(b"")
@@ -272,6 +289,7 @@ def test_the_page_needs_nothing_but_itself(report):
     assert "prefers-color-scheme: dark" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_very_many_classes_are_shown_in_part(tmp_path):
     names = [f"class {number}" for number in range(IMAGES // 2)]
     labels = np.arange(IMAGES) % len(names)

@@ -500,15 +500,15 @@ def _corruption_plots(arms: Sequence[Mapping[str, Any]], theme: pictures.Theme) 
     rows = [_spoken(family) for family in first.index]
     columns = [str(severity) for severity in first.columns]
 
-    def plot(table: pd.DataFrame, title: str, *, difference: bool = False) -> _Plot:
-        number: Callable[[float], str] = _points if difference else _percent
+    def plot(table: pd.DataFrame, title: str, reach: float | None = None) -> _Plot:
+        number: Callable[[float], str] = _percent if reach is None else _points
         alt = f"{title}, by family and severity. " + "; ".join(
             f"{_spoken(family)}: {', '.join(map(number, values))}"
             for family, values in zip(table.index, table.to_numpy(), strict=True)
         )
         png = pictures.heat_map(
             table.to_numpy(), rows, columns,
-            title=title, label="severity", difference=difference, theme=theme,
+            title=title, label="severity", reach=reach, theme=theme,
         )  # fmt: skip
         return _Plot(png, alt)
 
@@ -516,11 +516,14 @@ def _corruption_plots(arms: Sequence[Mapping[str, Any]], theme: pictures.Theme) 
         f"corruptions_{arm}": plot(table, f"{_TITLES[arm]}: accuracy, %")
         for arm, table in tables.items()
     }
-    for arm, table in tables.items():
-        if arm != _BASELINE and _BASELINE in tables:
+    base = tables.pop(_BASELINE, None)
+    if base is not None and tables:
+        against = {arm: table - base for arm, table in tables.items()}
+        # One scale for all arms; and differences of a few points stay pale.
+        reach = max(0.1, *(float(table.abs().to_numpy().max()) for table in against.values()))
+        for arm, table in against.items():
             title = f"{_TITLES[arm]} less vanilla, points"
-            against = table - tables[_BASELINE]
-            plots[f"corruptions_{arm}_difference"] = plot(against, title, difference=True)
+            plots[f"corruptions_{arm}_difference"] = plot(table, title, reach)
     return plots
 
 

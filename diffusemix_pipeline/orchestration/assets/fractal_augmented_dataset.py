@@ -11,7 +11,7 @@ from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
 
 @dg.asset(
     deps=[raw_dataset, generated_images, hybrid_images],
-    group_name="data",
+    group_name="diffusemix",
     kinds={"numpy", "dvc"},
     code_version="1",
     pool="dvc",

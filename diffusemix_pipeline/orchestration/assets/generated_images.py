@@ -11,7 +11,7 @@ from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
 
 @dg.asset(
     deps=[raw_dataset],
-    group_name="data",
+    group_name="diffusemix",
     kinds={"diffusers", "pytorch"},
     code_version="1",
     pool="gpu",

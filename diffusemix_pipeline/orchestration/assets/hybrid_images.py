@@ -10,7 +10,7 @@ from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
 
 @dg.asset(
     deps=[raw_dataset, generated_images],
-    group_name="data",
+    group_name="diffusemix",
     kinds={"numpy"},
     code_version="1",
     required_resource_keys=RESOURCE_KEYS,

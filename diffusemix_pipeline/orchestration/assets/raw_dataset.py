@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @dg.asset(
-    group_name="data",
+    group_name="diffusemix",
     kinds={"python", "dvc"},
     code_version="1",
     required_resource_keys=RESOURCE_KEYS,

@@ -9,7 +9,7 @@ from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
 
 @dg.asset(
     deps=[trained_classifier],
-    group_name="evidence",
+    group_name="diffusemix",
     kinds={"pytorch", "mlflow"},
     code_version="1",
     required_resource_keys=RESOURCE_KEYS,

@@ -11,7 +11,7 @@ from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
 
 @dg.asset(
     deps=[fractal_augmented_dataset],
-    group_name="model",
+    group_name="diffusemix",
     kinds={"timm", "mlflow"},
     code_version="1",
     pool="gpu",
