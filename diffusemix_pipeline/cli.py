@@ -4,12 +4,12 @@ Each command reads settings, calls one function and says what came of it.
 """
 
 import json
-import subprocess
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -144,8 +144,8 @@ def ui(port: int) -> None:
 
     prepare_instance(Project(Path.cwd()))
     click.echo(f"Dagster: http://{_LOOPBACK}:{port}")
-    command = ["dagster", "dev", "-h", _LOOPBACK, "-p", str(port), "-w", "workspace.yaml"]
-    raise SystemExit(subprocess.call([sys.executable, "-m", *command]))
+    command = ["-m", "dagster", "dev", "-h", _LOOPBACK, "-p", str(port), "-w", "workspace.yaml"]
+    _become([sys.executable, *command])
 
 
 @main.command()
@@ -156,8 +156,7 @@ def mlflow(port: int) -> None:
 
     settings = load_settings(Path.cwd())
     click.echo(f"MLflow: http://{_LOOPBACK}:{port}")
-    command = mlflow_ui_command(Project(Path.cwd()), settings.tracking, port)
-    raise SystemExit(subprocess.call(command))
+    _become(mlflow_ui_command(Project(Path.cwd()), settings.tracking, port))
 
 
 @main.command()
@@ -224,6 +223,12 @@ def evaluate(
         )
     click.echo(json.dumps(figures, indent=2))
     click.echo(f"Contact sheet: {sheet}", err=True)
+
+
+def _become(command: list[str]) -> NoReturn:
+    """Turn into a server, so that whoever ends this process ends the server."""
+    sys.stdout.flush()
+    os.execv(command[0], command)
 
 
 def _print_outcome(project: Project, outcome: "Outcome") -> None:

@@ -1,4 +1,6 @@
-"""Promise: Dagster holds six documented assets in a row, one job, one schedule, one typed resource."""
+"""Promise: Dagster holds six documented assets, one job, one schedule, one typed resource."""
+
+from itertools import pairwise
 
 import dagster as dg
 import pytest
@@ -25,7 +27,7 @@ def definitions(project: Project) -> dg.Definitions:
 def test_the_assets_stand_in_a_row(definitions):
     graph = definitions.resolve_asset_graph()
     assert {key.to_user_string() for key in graph.get_all_asset_keys()} == set(ROW)
-    for before, after in zip(ROW, ROW[1:], strict=False):
+    for before, after in pairwise(ROW):
         parents = graph.get(dg.AssetKey(after)).parent_keys
         assert dg.AssetKey(before) in parents
 

@@ -114,7 +114,7 @@ def _load_pipeline(
     # flags on small or stylised pictures is mostly wrong. The label gate is what judges edits.
     pipeline = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(
         folder,
-        torch_dtype=dtype,
+        dtype=dtype,
         use_safetensors=True,
         safety_checker=None,
         feature_extractor=None,
