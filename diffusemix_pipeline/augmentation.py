@@ -6,11 +6,18 @@ For whoever has a training loop already. Neither dagster, mlflow nor dvc is impo
 from pathlib import Path
 
 from diffusemix_pipeline.datasets.ingest import ingest
-from diffusemix_pipeline.datasets.manifest import Stage
+from diffusemix_pipeline.datasets.manifest import (
+    MANIFEST,
+    STAGE,
+    Stage,
+    read_manifest,
+    read_stage,
+)
 from diffusemix_pipeline.devices import choose_device
 from diffusemix_pipeline.editing.generate import generate
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.files import write_if_changed
 from diffusemix_pipeline.identity import digest
 from diffusemix_pipeline.mixing.stages import make_augmented
 from diffusemix_pipeline.preflight import check_augmentation
@@ -18,14 +25,18 @@ from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings
 
+SOURCES = "sources.parquet"
+
 
 def augment_folder(
     train_dir: Path, out: Path, settings: Settings, project: Project, progress: Progress = silent
 ) -> Stage:
     """Write `out/<class>/*.png` with `manifest.parquet`, from `train_dir/<class>/*`.
 
-    Copies of the originals, the edits and the store lie under the project's state folder. Raises
-    UserError where `out` holds something else or lies within `train_dir`.
+    `sources.parquet` holds the originals' rows: a manifest row's `source_id` is an `image_id`
+    there, whose own `source_id` is the path below `train_dir`. Copies of the originals, the edits
+    and the store lie under the project's state folder. Raises UserError where `out` holds
+    something else or lies within `train_dir`.
     """
     _check_out(train_dir, out)
     check_augmentation(settings)
@@ -47,19 +58,34 @@ def augment_folder(
         device=choose_device(settings.device),
         progress=progress,
     ).stage
-    return make_augmented(
+    aside = out.parent / f".{out.name}.aside"  # on the file system of `out`
+    augmented = make_augmented(
         raw,
         generated,
         settings,
         out,
         fractal_cache=project.fractals,
-        aside=project.aside,
+        aside=aside,
         progress=progress,
     )
+    if aside.exists():
+        aside.rmdir()
+    write_if_changed(out / SOURCES, (raw.folder / MANIFEST).read_bytes())
+    return augmented
 
 
 def _check_out(train_dir: Path, out: Path) -> None:
     if out.resolve().is_relative_to(train_dir.resolve()):
         raise UserError(f"--out {out} lies inside --train-dir {train_dir}: choose another folder.")
-    if out.exists() and any(out.iterdir()) and not (out / "stage.json").exists():
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: choose a folder.")
+    if out.exists() and any(out.iterdir()) and not _is_earlier_result(out):
         raise UserError(f"--out {out} is not empty and no earlier result: choose another folder.")
+
+
+def _is_earlier_result(out: Path) -> bool:
+    """Tell whether a folder holds what this wrote and nothing else, so that it may be replaced."""
+    if not (out / STAGE).exists() or read_stage(out).name != "augmented":
+        return False
+    own = {MANIFEST, STAGE, SOURCES, *read_manifest(out)["file_name"]}
+    return own >= {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -15,7 +15,13 @@ import click
 
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.project import Project
-from diffusemix_pipeline.settings import describe, load_layers, load_settings, preset_names
+from diffusemix_pipeline.settings import (
+    NO_PRESET,
+    describe,
+    load_layers,
+    load_settings,
+    preset_names,
+)
 
 if TYPE_CHECKING:
     from diffusemix_pipeline.orchestration.launch import Outcome
@@ -61,7 +67,7 @@ def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="One setting, e.g. editing.steps=20; may be repeated.",
         ),
         click.option("--config", type=_FOLDER, help="A YAML file of settings."),
-        click.option("--preset", help=f"One of: {', '.join(preset_names())}."),
+        click.option("--preset", help=f"One of: {', '.join([*preset_names(), NO_PRESET])}."),
     ):
         command = option(command)
     return command
@@ -71,7 +77,8 @@ def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.version_option(package_name="diffusemix-pipeline")
 def main() -> None:
     """DiffuseMix: edit, mix, train and judge, with every image traceable to its source."""
-    warnings.simplefilter("ignore")  # of libraries; ours are errors or lines of output
+    warnings.simplefilter("ignore")  # of libraries
+    warnings.filterwarnings("always", module=r"diffusemix_pipeline\.")
 
 
 @main.command()
@@ -90,6 +97,8 @@ def run(
     from diffusemix_pipeline.terminal import progress_bars
 
     given = [*overrides, *([f"source.path={_quoted(data.resolve())}"] if data else [])]
+    if data and preset is None:
+        preset = NO_PRESET  # the file's preset was not chosen for these images
     settings = load_settings(Path.cwd(), preset=preset, config=config, overrides=given)
     project = Project(Path.cwd())
     with progress_bars() as progress:
@@ -129,7 +138,7 @@ def augment(
         given.append(f"editing.prompts=[{', '.join(map(_quoted, prompts.split(',')))}]")
     if fractal_dir is not None:
         given.append(f"mixing.fractal_dir={_quoted(fractal_dir)}")
-    settings = load_settings(Path.cwd(), preset=preset, config=config, overrides=given)
+    settings = load_settings(Path.cwd(), preset=preset or NO_PRESET, config=config, overrides=given)
     with progress_bars() as progress:
         stage = augment_folder(train_dir, out, settings, Project(Path.cwd()), progress)
     done = "Nothing changed, nothing done" if stage.reused else "Done"
@@ -247,9 +256,23 @@ def _print_outcome(project: Project, outcome: "Outcome") -> None:
     ]
     if outcome.reused:
         console.print("Nothing changed, nothing done: every stage was there already.")
+    for line in _what_to_know(outcome):
+        console.print(line, markup=False)
     print_table(["arm", *measures.values()], rows, "Accuracy on test in %, 95 % interval")
     console.print(report["headline"], markup=False)
     console.print(f"Report: {project.report / 'index.html'}", markup=False)
+
+
+def _what_to_know(outcome: "Outcome") -> Iterator[str]:
+    """Say what a person would find out late: what was left out, what was not pushed."""
+    raw = outcome.metadata["raw_dataset"]
+    yield f"Images: {raw['images'].value} from {raw['origin'].value}"
+    if thinned := raw["left_out_by_train_per_class"].value:
+        yield f"{thinned} training images are left out by source.train_per_class"
+    if set_aside := raw["set_aside"].value:
+        first = raw["first_set_aside"].value
+        yield f"{set_aside} files are set aside, named in data/raw/stage.json; first: {first}"
+    yield f"DVC: {outcome.metadata['fractal_augmented_dataset']['dvc_push'].value}"
 
 
 def _with_interval(estimate: dict[str, float]) -> str:

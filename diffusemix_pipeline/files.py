@@ -57,7 +57,12 @@ def replaced_folder(folder: Path, *, aside: Path) -> Iterator[Path]:
         old = aside / f"{partial.name}.old"
         if folder.exists():
             folder.rename(old)
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

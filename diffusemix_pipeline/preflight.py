@@ -3,19 +3,21 @@
 from pathlib import Path
 
 from diffusemix_pipeline.datasets.sources import DIGITS
+from diffusemix_pipeline.devices import choose_device
 from diffusemix_pipeline.editing.editor import locate_editor
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.mixing.fractals import fractals_version
 from diffusemix_pipeline.settings import Settings
 
 
 def check_run(settings: Settings) -> None:
     """Raise UserError for what would end a whole run after hours of work."""
-    from diffusemix_pipeline.training.classifier import check_model_name
+    from diffusemix_pipeline.training.classifier import check_model
 
     source = settings.source.path
-    if source not in ("", DIGITS):
-        _check_folder("source.path", source)
-    check_model_name(settings.training.model)
+    if source not in ("", DIGITS) and not Path(source).expanduser().is_dir():
+        raise UserError(f"source.path: the folder {source} does not exist.")
+    check_model(settings.training.model, settings.size, settings.training.pretrained)
     check_augmentation(settings)
 
 
@@ -24,15 +26,11 @@ def check_augmentation(settings: Settings) -> None:
     import torch
 
     mixing = settings.mixing
-    if mixing.fractal_dir:
-        _check_folder("mixing.fractal_dir", mixing.fractal_dir)
+    fractals_version(mixing, settings.seed)
     if mixing.seam > settings.size:
         raise UserError(f"mixing.seam: {mixing.seam} px is wider than size, {settings.size} px.")
-    if settings.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device: {settings.device} is not here. Use auto or cpu.")
+    try:
+        torch.empty(0, device=choose_device(settings.device))
+    except (RuntimeError, AssertionError):
+        raise UserError(f"device: {settings.device} is not here. Use auto or cpu.") from None
     locate_editor(settings.editing.editor, settings.editing.revision)
-
-
-def _check_folder(key: str, path: str) -> None:
-    if not Path(path).expanduser().is_dir():
-        raise UserError(f"{key}: the folder {path} does not exist.")

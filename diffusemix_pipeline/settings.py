@@ -27,6 +27,7 @@ from pydantic import (
 from diffusemix_pipeline.errors import UserError
 
 SETTINGS_FILE = "diffusemix.yaml"
+NO_PRESET = "none"
 ENVIRONMENT_PREFIX = "DIFFUSEMIX_"
 PAPER_PROMPTS = [
     "autumn",
@@ -125,7 +126,7 @@ class Editing(Section):
     @field_validator("template")
     @classmethod
     def _template_has_prompt(cls, template: str) -> str:
-        if template.count("{prompt}") != 1 or template.replace("{prompt}", "").count("{"):
+        if template.count("{prompt}") != 1 or set("{}") & set(template.replace("{prompt}", "")):
             raise ValueError("needs {prompt} exactly once, and no other braces")
         return template
 
@@ -219,9 +220,9 @@ class Settings(Section):
 
 
 def flatten(settings: Settings) -> dict[str, Any]:
-    """Return every setting by its dotted key."""
-    values = settings.model_dump(mode="json")
-    return {key: _value_at(values, key) for key, _ in _leaves(Settings)}
+    """Return every setting that shapes a result by its dotted key; where it is tracked does not."""
+    values = settings.model_dump(mode="json", exclude={"tracking"})
+    return {key: _value_at(values, key) for key, _ in _leaves(Settings) if _holds(values, key)}
 
 
 def data_settings(settings: Settings) -> str:
@@ -229,6 +230,11 @@ def data_settings(settings: Settings) -> str:
     values = settings.model_dump(exclude={"device", "training", "evaluation", "tracking"})
     del values["source"]["path"], values["editing"]["batch_size"]
     return yaml.safe_dump(values, sort_keys=True)
+
+
+_SECTIONS = {
+    name for name, field in Settings.model_fields.items() if isinstance(field.default, Section)
+}
 
 
 @dataclass(frozen=True)
@@ -265,22 +271,18 @@ def load_layers(
     overrides: Sequence[str] = (),
     environment: Mapping[str, str] = os.environ,
 ) -> list[Layer]:
-    """Read every layer that applies in `root`, lowest first.
+    """Read every layer that applies in `root`, lowest first; the preset "none" is no layer.
 
     Raises UserError for a file that is missing or no YAML mapping, and for an unknown preset.
     """
-    files = []
-    if (root / SETTINGS_FILE).exists():
-        files.append(_read_yaml(root / SETTINGS_FILE))
+    layers = [_from_environment(environment), _from_overrides(overrides)]
     if config is not None:
-        files.append(_read_yaml(config))
-    from_environment = _from_environment(environment)
-    named = [
-        layer.values["preset"] for layer in [*files, from_environment] if "preset" in layer.values
-    ]
-    chosen = preset or (named[-1] if named else None)
-    layers = [*files, from_environment, _from_overrides(overrides)]
-    if chosen is not None:
+        layers.insert(0, _read_yaml(config))
+    if (root / SETTINGS_FILE).exists():
+        layers.insert(0, _read_yaml(root / SETTINGS_FILE))
+    named = [layer.values["preset"] for layer in layers if "preset" in layer.values]
+    chosen = preset or (named[-1] if named else NO_PRESET)
+    if chosen != NO_PRESET:
         layers.insert(0, _read_preset(chosen))
     return [
         Layer(
@@ -379,6 +381,8 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
 
 def _merge_into(merged: dict[str, Any], values: Mapping[str, Any]) -> None:
     for key, value in values.items():
+        if value is None and key in _SECTIONS:
+            continue  # `editing:` with nothing below it
         if isinstance(value, Mapping) and isinstance(merged.get(key), dict):
             _merge_into(merged[key], value)
         else:
@@ -406,9 +410,17 @@ def _value_at(values: Mapping[str, Any], key: str) -> Any:
     return found
 
 
+def _holds(values: Mapping[str, Any], key: str) -> bool:
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = values.get(section)
+        values = inner if isinstance(inner, Mapping) else {}
+    return last in values
+
+
 def _origin_of(key: str, layers: Sequence[Layer]) -> str:
     for layer in reversed(layers):
-        if _value_at(layer.values, key) is not None:
+        if _holds(layer.values, key):
             why = layer.known_from.get(key)
             return f"{layer.name} ({why})" if why else layer.name
     return "default"

@@ -92,10 +92,6 @@ class Run:
             file.write_bytes(content)
             self._client.log_artifact(self.run_id, str(file), str(Path(name).parent))
 
-    def log_text(self, name: str, text: str) -> None:
-        """Keep a text file with the run."""
-        self._client.log_text(self.run_id, text, name)
-
     def log_classifier(self, folder: Path) -> LoggedRun:
         """Log and register the classifier of a folder that `training.save_classifier` wrote.
 

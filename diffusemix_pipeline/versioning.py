@@ -124,11 +124,6 @@ def pinned_digest(root: Path) -> str | None:
         ) from None
 
 
-def has_remote(root: Path) -> bool:
-    """Tell whether the project has a default DVC remote to push to and pull from."""
-    return _default_remote(root) is not None
-
-
 def pull(root: Path) -> bool:
     """Make `data/` what `data.dvc` pins; True where it is that, or was made from that since.
 

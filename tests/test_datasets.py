@@ -107,11 +107,30 @@ def test_a_folder_with_splits_keeps_them_and_gets_a_val(tmp_path):
     write_classes(tmp_path / "data" / "train", ["cat", "dog"], 8)
     write_classes(tmp_path / "data" / "test", ["cat", "dog"], 3, seed=500)
     stage = ingested(tmp_path / "data", tmp_path, "source.val_fraction=0.25")
-    assert stage.counts["by_split"] == {
-        "train": {"cat": 6, "dog": 6},
-        "val": {"cat": 2, "dog": 2},
-        "test": {"cat": 3, "dog": 3},
-    }
+    counts = stage.counts["by_split"]
+    assert counts["test"] == {"cat": 3, "dog": 3}
+    for label in ("cat", "dog"):
+        assert counts["train"][label] + counts["val"][label] == 8
+        assert 1 <= counts["val"][label] <= 6
+
+
+def test_new_images_move_no_old_one_between_splits(tmp_path):
+    shares = ("source.val_fraction=0.3", "source.test_fraction=0.3")
+    source = write_classes(tmp_path / "data", ["cat", "dog"], 20)
+    before = (
+        ingested(source, tmp_path / "a", *shares).manifest().set_index("source_sha256")["split"]
+    )
+    write_classes(source, ["cat", "dog"], 30)
+    after = ingested(source, tmp_path / "b", *shares).manifest().set_index("source_sha256")["split"]
+    assert len(after) == 60
+    assert after.loc[before.index].equals(before)
+
+
+def test_about_the_stated_share_is_held_out(tmp_path):
+    stage = ingested("digits", tmp_path, "source.val_fraction=0.3", "source.test_fraction=0.4")
+    shares = stage.manifest()["split"].value_counts(normalize=True)
+    assert shares["test"] == pytest.approx(0.4, abs=0.03)
+    assert shares["val"] == pytest.approx(0.6 * 0.3, abs=0.03)
 
 
 def test_a_source_is_only_read_and_its_plain_bytes_are_kept(tmp_path):
@@ -142,13 +161,18 @@ def test_bad_files_are_set_aside_by_name_and_end_nothing(tmp_path):
     source = write_classes(tmp_path / "data", ["cat", "dog"], 6)
     (source / "cat" / "empty.png").write_bytes(b"")
     (source / "cat" / "text.jpg").write_text("no image")
+    (source / "dog" / "photo.heic").write_bytes(b"a format that PIL does not read")
+    (source / "dog" / "program.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     whole = (source / "cat" / "0.png").read_bytes()
     (source / "dog" / "cut.png").write_bytes(whole[: len(whole) // 2])
     (source / "cat" / "again.png").write_bytes((source / "cat" / "1.png").read_bytes())
     stage = ingested(source, tmp_path)
     reasons = {item["source_id"]: item["reason"] for item in stage.notes["set_aside"]}
-    assert set(reasons) == {"cat/empty.png", "cat/text.jpg", "dog/cut.png", "cat/again.png"}
-    assert reasons["cat/again.png"] == "the same bytes as cat/1.png"
+    assert set(reasons) == {
+        *("cat/empty.png", "cat/text.jpg", "cat/again.png"),
+        *("dog/cut.png", "dog/photo.heic", "dog/program.eps"),
+    }
+    assert reasons["cat/again.png"] == "the same picture as cat/1.png"
     assert stage.counts["images"] == 12
     assert str(tmp_path) not in str(reasons)
 
@@ -156,12 +180,13 @@ def test_bad_files_are_set_aside_by_name_and_end_nothing(tmp_path):
 def test_a_training_copy_of_a_test_image_is_told(tmp_path):
     write_classes(tmp_path / "data" / "train", ["cat", "dog"], 8)
     write_classes(tmp_path / "data" / "test", ["cat", "dog"], 3, seed=500)
-    leaked = (tmp_path / "data" / "test" / "cat" / "0.png").read_bytes()
-    (tmp_path / "data" / "train" / "cat" / "leak.png").write_bytes(leaked)
+    leaked = Image.open(tmp_path / "data" / "test" / "cat" / "0.png")
+    leaked.save(tmp_path / "data" / "train" / "cat" / "leak.bmp")  # other bytes, the same picture
     stage = ingested(tmp_path / "data", tmp_path, "source.val_fraction=0.1")
-    split = stage.manifest().set_index("source_id").loc["train/cat/leak.png", "split"]
-    told = {"train": "train/cat/leak.png", "held_out": "test/cat/0.png"}
-    assert (told in stage.notes["train_copies_of_held_out"]) == (split == "train")
+    split = stage.manifest().set_index("source_id").loc["train/cat/leak.bmp", "split"]
+    told = {split: "train/cat/leak.bmp", "held_out": "test/cat/0.png"}
+    note = "train_copies_of_held_out" if split == "train" else "val_copies_of_test"
+    assert stage.notes[note] == [told]
 
 
 def test_unchanged_content_is_not_written_again(tmp_path):

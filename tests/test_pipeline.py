@@ -192,7 +192,9 @@ def test_a_failing_check_fails_the_run(weights, tmp_path, monkeypatch):
     [
         ("source.path=nowhere", "source.path: the folder nowhere does not exist"),
         ("training.model=resnet10s", "timm has no model 'resnet10s'"),
-        ("mixing.fractal_dir=nowhere", "mixing.fractal_dir: the folder nowhere"),
+        ("mixing.fractal_dir=nowhere", "mixing.fractal_dir: nowhere is no folder"),
+        ("training.model=inception_v3", "inception_v3 does not take images of 32 px"),
+        ("device=cuda:7", "device: cuda:7 is not here"),
         ("mixing.seam=40", "mixing.seam: 40 px is wider than size"),
     ],
 )
@@ -209,6 +211,17 @@ def _venv_path() -> dict[str, str]:
     import sys
 
     return os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def test_a_second_run_at_the_same_time_is_refused(weights, project):
+    from filelock import FileLock
+
+    project.state.mkdir()
+    with FileLock(project.state / "run.lock"):
+        outcome = run(project, weights)
+    assert outcome.user_error
+    assert "Another run is at work" in outcome.problems[0]
+    assert not project.data.exists()
 
 
 def test_a_clone_with_a_remote_pulls_what_is_pinned(weights, tmp_path):

@@ -148,6 +148,18 @@ def test_the_notes_say_what_the_numbers_do_not_show(report):
         assert note in text
 
 
+def test_every_corruption_is_shown_with_its_interval(report):
+    text = words(report)
+    for arm, value in zip(json.loads(report.json.read_text())["arms"], (0.4, 0.7), strict=True):
+        assert [(one["family"], one["severity"]) for one in arm["corruptions"]] == [
+            ("contrast", 1), ("contrast", 5), ("fog", 1), ("fog", 5),
+        ]  # fmt: skip
+        for one in arm["corruptions"]:
+            assert one["low"] < one["value"] == value < one["high"]
+            shown = f"{100 * value:.1f} % {100 * one['low']:.1f}–{100 * one['high']:.1f}"
+            assert text.count(shown) == 4
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_what_is_unfair_or_leaks_is_named(tmp_path):
     given = inputs(

@@ -63,6 +63,7 @@ def test_the_paper_preset_says_how_far_each_value_is_known(tmp_path):
         ("editing.prompts=[]", "editing.prompts"),
         ("editing.prompts=['']", r"editing\.prompts\.0"),
         ("editing.prompts=[fog, fog]", "named twice: fog"),
+        ("editing.template=a } {prompt}", "needs {prompt} exactly once"),
         ("editing.template=hello", "needs {prompt} exactly once"),
         ("mixing.lam=1.5", "mixing.lam"),
         ("mixing.lam=.nan", "mixing.lam"),
@@ -75,6 +76,16 @@ def test_the_paper_preset_says_how_far_each_value_is_known(tmp_path):
 def test_a_wrong_setting_gets_one_message_that_names_it_and_the_repair(override, message, tmp_path):
     with pytest.raises(UserError, match=message):
         load(tmp_path, override)
+
+
+def test_no_preset_can_be_asked_for_and_null_is_a_value(tmp_path):
+    (tmp_path / "diffusemix.yaml").write_text("preset: demo\nediting:\n")
+    assert load(tmp_path).source.train_per_class == 20
+    assert load(tmp_path, preset="none").source.train_per_class is None
+    assert load(tmp_path, "preset=paper").size == 512
+    layers = load_layers(tmp_path, overrides=["source.train_per_class=null"], environment={})
+    origins = {setting.key: setting.origin for setting in describe(layers)}
+    assert origins["source.train_per_class"] == "--set"
 
 
 def test_wrong_files_and_presets_are_named(tmp_path):

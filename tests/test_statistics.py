@@ -16,10 +16,38 @@ from diffusemix_pipeline.evaluation.statistics import (
 RNG = np.random.default_rng(0)
 
 
-@given(st.floats(-1, 1), st.integers(1, 50))
-def test_a_constant_has_no_spread(constant, images):
+@given(st.floats(0, 1), st.integers(1, 50))
+def test_a_few_images_that_agree_are_not_certain(constant, images):
     estimate = mean_estimate(np.full(images, constant), 100, seed=1)
-    assert [estimate.low, estimate.value, estimate.high] == pytest.approx([constant] * 3)
+    assert estimate.value == pytest.approx(constant)
+    assert 0 <= estimate.low <= constant + 1e-9
+    assert constant - 1e-9 <= estimate.high <= 1
+    assert estimate.high - estimate.low > 0.01
+
+
+def test_all_right_is_almost_certain():
+    estimate = mean_estimate(np.ones(180), 1000, seed=0)
+    assert 0.95 < estimate.low < estimate.value == estimate.high == 1
+
+
+@pytest.mark.parametrize(
+    ("mended", "broken", "significant"), [(4, 0, False), (7, 1, False), (12, 0, True)]
+)
+def test_few_changed_answers_of_many_are_not_significant(mended, broken, significant):
+    change = np.repeat([1.0, -1.0, 0.0], [mended, broken, 700 - mended - broken])
+    for sign in (1, -1):
+        estimate = mean_estimate(sign * change, 2000, seed=0, kind="difference")
+        assert estimate.value == sign * (mended - broken) / 700
+        assert estimate.holds_zero != significant
+
+
+@pytest.mark.parametrize("kind", ["score", "difference"])
+def test_made_up_images_change_nothing_where_there_are_many(monkeypatch, kind):
+    scores = np.arange(10_000) < 8_000
+    estimate = mean_estimate(scores, 4000, seed=0, kind=kind)
+    monkeypatch.setattr(statistics, "_EACH_WAY", {kind: ()})
+    alone = mean_estimate(scores, 4000, seed=0, kind=kind)
+    assert [estimate.low, estimate.high] == pytest.approx([alone.low, alone.high], abs=0.001)
 
 
 def test_the_interval_of_a_share_is_the_textbooks():
@@ -40,13 +68,14 @@ def test_intervals_cover_the_truth_about_95_times_in_100():
 def test_a_paired_difference_has_the_sign_and_not_the_spread_of_its_arms():
     hard = RNG.random(400)  # both arms find the same images hard
     worse, better = hard > 0.5, hard > 0.45
-    difference = mean_estimate(better.astype(float) - worse, 1000, seed=0)
+    difference = mean_estimate(better.astype(float) - worse, 1000, seed=0, kind="difference")
     alone = mean_estimate(better, 1000, seed=0)
     assert 0 < difference.low < difference.value < difference.high
     assert difference.high - difference.low < (alone.high - alone.low) / 2
-    opposite = mean_estimate(worse.astype(float) - better, 1000, seed=0)
+    opposite = mean_estimate(worse.astype(float) - better, 1000, seed=0, kind="difference")
     assert opposite.value == -difference.value
-    assert [opposite.low, opposite.high] == pytest.approx([-difference.high, -difference.low])
+    ends = [-difference.high, -difference.low]  # other resamples, as the made-up images turn over
+    assert [opposite.low, opposite.high] == pytest.approx(ends, abs=0.005)
 
 
 def test_seeds_are_averaged_before_images_are_drawn():

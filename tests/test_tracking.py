@@ -91,7 +91,7 @@ def logged(tracker: Tracker, classifier_folder: Path) -> LoggedRun:
         for step in range(3):
             run.log_curve(step, {"train/loss": 1 / (step + 1), "val/accuracy": step / 10})
         run.log_bytes("figures/curves.png", b"\x89PNG")
-        run.log_text("settings.yaml", "seed: 0\n")
+        run.log_bytes("texts/settings.yaml", b"seed: 0\n")
         return run.log_classifier(classifier_folder)
 
 
@@ -123,7 +123,7 @@ def test_a_run_holds_params_curves_data_commit_and_files(
     assert run.data.tags["git.changed"] == "false"
     files = project.state / "mlflow" / logged.run_id / "artifacts"
     assert (files / "figures" / "curves.png").read_bytes() == b"\x89PNG"
-    assert (files / "settings.yaml").read_text() == "seed: 0\n"
+    assert (files / "texts" / "settings.yaml").read_text() == "seed: 0\n"
 
 
 def test_the_registered_model_predicts_from_raw_images(

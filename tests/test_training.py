@@ -10,7 +10,11 @@ from diffusemix_pipeline.datasets.manifest import Stage
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.training import arms, loop
 from diffusemix_pipeline.training.arms import Fit, finished_fit, fit_arm, fit_fingerprint
-from diffusemix_pipeline.training.classifier import build_classifier, load_classifier
+from diffusemix_pipeline.training.classifier import (
+    build_classifier,
+    check_model,
+    load_classifier,
+)
 from diffusemix_pipeline.training.data import LabelledImages, load_images
 
 
@@ -130,7 +134,13 @@ def test_a_classifier_reads_back_as_it_was_saved(raw, tmp_path):
 
 def test_an_unknown_model_is_named_with_its_neighbours():
     with pytest.raises(UserError, match=r"no model 'resnet10s'.*resnet10t"):
-        build_classifier("resnet10s", ["a", "b"], 32)
+        check_model("resnet10s", 32, pretrained=False)
+
+
+def test_a_model_that_does_not_take_the_size_is_told_before_training():
+    with pytest.raises(UserError, match="inception_v3 does not take images of 32 px"):
+        check_model("inception_v3", 32, pretrained=False)
+    check_model("vit_tiny_patch16_224", 64, pretrained=False)
 
 
 def test_each_epoch_shows_every_image_once():

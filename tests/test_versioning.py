@@ -115,7 +115,7 @@ def test_any_folder_can_be_versioned(place: str, tmp_path: Path) -> None:
 def test_a_clone_pulls_what_was_pushed(tmp_path: Path) -> None:
     root, clone, remote = tmp_path / "project", tmp_path / "clone", tmp_path / "remote"
     git(tmp_path, "init", "--quiet", "project")
-    assert not versioning.has_remote(root) and not versioning.pull(root)
+    assert not versioning.pull(root)
     versioning.ensure_repository(root)
     dvc(root, "remote", "add", "-d", "store", str(remote))
     pushed = fill(root, "first")
@@ -125,7 +125,7 @@ def test_a_clone_pulls_what_was_pushed(tmp_path: Path) -> None:
     git(root, "commit", "--quiet", "-m", "first")
     git(tmp_path, "clone", "--quiet", "project", "clone")
 
-    assert versioning.has_remote(clone) and versioning.pull(clone)
+    assert versioning.pull(clone)
     assert content(clone) == pushed
 
     # A run killed half-way leaves newer files in data/: the same pin does not undo them.

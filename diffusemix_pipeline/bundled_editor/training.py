@@ -45,7 +45,7 @@ class Recipe:
     A batch holds `small_batch` images of 32 px, or, in every third step, `large_batch` of 64 px.
     """
 
-    steps: int = 2600
+    steps: int = 3800
     rate: float = 6e-4
     small_batch: int = 40
     large_batch: int = 10
@@ -118,10 +118,10 @@ def _set_linear(half: Any, matrix: Tensor) -> None:
     next to two constants so large that the group norm divides by what they say alone.
     """
     constant = 64.0
-    for convolution in half.modules():
-        if isinstance(convolution, nn.Conv2d):
-            convolution.weight.zero_()
-            convolution.bias.zero_()
+    for layer in half.modules():
+        if isinstance(layer, nn.Conv2d):
+            for parameter in layer.parameters():
+                parameter.zero_()
     half.conv_in.weight[0:3, :, 1, 1] = torch.eye(3)
     half.conv_in.weight[3:6, :, 1, 1] = -torch.eye(3)
     half.conv_in.bias[6], half.conv_in.bias[7] = constant, -constant

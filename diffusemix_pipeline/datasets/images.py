@@ -1,5 +1,6 @@
 """Image files: anything that PIL reads as RGB, the one geometry of the pipeline, PNG bytes."""
 
+import hashlib
 import io
 import warnings
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-SUFFIXES = frozenset(Image.registered_extensions())
+Image.init()
+# EPS is a program, which PIL hands to Ghostscript.
+_FORMATS = sorted(set(Image.OPEN) - {"EPS"})
 
 
 class UnreadableImageError(ValueError):
@@ -25,7 +28,7 @@ def read_rgb(path: Path, max_pixels: int) -> Image.Image:
             warnings.simplefilter(
                 "ignore"
             )  # PIL's own bomb limit and EXIF complaints; ours follows
-            with Image.open(path) as image:
+            with Image.open(path, formats=_FORMATS) as image:
                 if image.width * image.height > max_pixels:
                     raise UnreadableImageError(
                         f"{image.width} x {image.height} px is above {max_pixels} px"
@@ -80,6 +83,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", layers.size, "white")
         return Image.alpha_composite(white, layers).convert("RGB")
     return image.convert("RGB")
+
+
+def pixels_sha256(content: bytes) -> str:
+    """Identify an RGB file's picture, however it is encoded."""
+    with Image.open(io.BytesIO(content)) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    return hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
 
 
 def image_size(path: Path) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffusemix_pipeline.datasets.images import UnreadableImageError, image_size
+from diffusemix_pipeline.datasets.images import UnreadableImageError, image_size, pixels_sha256
 from diffusemix_pipeline.datasets.manifest import Stage, finished_stage, read_stage, write_stage
 from diffusemix_pipeline.datasets.sources import Item, list_items, source_digest
 from diffusemix_pipeline.datasets.splits import assign_splits
@@ -16,7 +16,7 @@ from diffusemix_pipeline.identity import digest
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 
 
 def ingest(
@@ -56,7 +56,9 @@ def ingest(
             stage.rows.append(_copied(item, stage.folder, settings.source.max_pixels))
             progress("Copying images", done, len(used))
         stage.notes["set_aside"] = set_aside
-        stage.notes["train_copies_of_held_out"] = _copies(used)
+        stage.notes["left_out_by_train_per_class"] = len(readable) - len(used)
+        stage.notes["train_copies_of_held_out"] = _copies(used, "train", {"val", "test"})
+        stage.notes["val_copies_of_test"] = _copies(used, "val", {"test"})
     return read_stage(out)
 
 
@@ -68,16 +70,17 @@ def _readable(
     set_aside: list[dict[str, str]] = []
     first: dict[tuple[str | None, str, str], str] = {}
     for done, item in enumerate(items, start=1):
-        key = (item.split, item.label, item.sha256)
         try:
+            content, _ = item.read(max_pixels)
+            pixels = pixels_sha256(content)
+            key = (item.split, item.label, pixels)
             if key in first:
-                raise UnreadableImageError(f"the same bytes as {first[key]}")
-            item.read(max_pixels)
+                raise UnreadableImageError(f"the same picture as {first[key]}")
         except UnreadableImageError as reason:
             set_aside.append({"source_id": item.source_id, "reason": str(reason)})
         else:
             first[key] = item.source_id
-            kept.append(item)
+            kept.append(replace(item, pixels=pixels))
         progress("Checking images", done, len(items))
     if not kept:
         raise UserError(
@@ -114,11 +117,11 @@ def _stem(item: Item) -> str:
     return f"{stem or 'image'}-{item.sha256[:8]}"
 
 
-def _copies(items: Sequence[Item]) -> list[dict[str, str]]:
-    """List training images whose bytes also lie in val or test."""
-    held_out = {item.sha256: item.source_id for item in items if item.split != "train"}
+def _copies(items: Sequence[Item], split: str, others: set[str]) -> list[dict[str, str]]:
+    """List the images of a split whose pixels also lie in other splits."""
+    held_out = {item.pixels: item.source_id for item in items if item.split in others}
     return [
-        {"train": item.source_id, "held_out": held_out[item.sha256]}
+        {split: item.source_id, "held_out": held_out[item.pixels]}
         for item in items
-        if item.split == "train" and item.sha256 in held_out
+        if item.split == split and item.pixels in held_out
     ]

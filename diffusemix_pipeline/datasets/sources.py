@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from diffusemix_pipeline.datasets.images import SUFFIXES, is_plain_rgb, png_bytes, read_rgb
+from diffusemix_pipeline.datasets.images import is_plain_rgb, png_bytes, read_rgb
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import digest, file_sha256
 
@@ -34,8 +34,11 @@ class Item:
     label: str
     split: str | None
     sha256: str
+    """Of the file's bytes."""
     read: Callable[[int], tuple[bytes, str]]
     """From the pixel limit to the bytes and suffix in `data/raw`, or UnreadableImageError."""
+    pixels: str = ""
+    """SHA-256 of the decoded picture, once it was read."""
 
 
 def list_items(source: str) -> list[Item]:
@@ -91,7 +94,7 @@ def _folder(root: Path) -> Iterable[Item]:
     found = [
         _file_item(root, path, label, split)
         for split, folder, label in classes
-        for path in _image_files(root / folder)
+        for path in _files(root / folder)
     ]
     if not found:
         raise UserError(
@@ -125,6 +128,6 @@ def _subfolders(folder: Path) -> list[str]:
     return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
 
 
-def _image_files(folder: Path) -> list[Path]:
+def _files(folder: Path) -> list[Path]:
     files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    return sorted(path for path in files if path.suffix.lower() in SUFFIXES)
+    return sorted(files)

@@ -6,16 +6,17 @@ from dataclasses import replace
 
 from diffusemix_pipeline.datasets.sources import Item
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.identity import digest
+from diffusemix_pipeline.identity import seed_from
 from diffusemix_pipeline.settings import Source
 
 
 def assign_splits(items: Sequence[Item], source: Source, seed: int) -> list[Item]:
     """Return the items that are used, each with its split; a source's own splits are kept.
 
-    Where there is no test, `test_fraction` of each class is held out, where there is no val,
-    `val_fraction` of what then is train; `train_per_class` thins train last. An image's place in
-    the draw follows from its content, so the order and the names of files do not matter.
+    Where there is no test, about `test_fraction` of each class is held out, where there is no val,
+    about `val_fraction` of what then is train; `train_per_class` thins train last. Whether an image
+    is held out follows from its content alone: neither names, order nor new images move it. Only
+    where no image of a class would be held out, the nearest one is.
 
     Raises UserError for fewer than two classes and for a class that some split would lack.
     """
@@ -34,7 +35,8 @@ def assign_splits(items: Sequence[Item], source: Source, seed: int) -> list[Item
 def _hold_out(items: Sequence[Item], split: str, fraction: float, seed: int) -> list[Item]:
     held: set[str] = set()
     for train in _train_by_class(items, split, seed).values():
-        held.update(item.source_id for item in train[: max(1, round(fraction * len(train)))])
+        below = [item for item in train if _place(item, split, seed) < fraction]
+        held.update(item.source_id for item in below or train[:1])
     return [replace(item, split=split) if item.source_id in held else item for item in items]
 
 
@@ -50,8 +52,13 @@ def _train_by_class(items: Sequence[Item], purpose: str, seed: int) -> dict[str,
         if item.split == "train":
             by_class[item.label].append(item)
     for train in by_class.values():
-        train.sort(key=lambda item: digest(seed, purpose, item.sha256))
+        train.sort(key=lambda item: _place(item, purpose, seed))
     return by_class
+
+
+def _place(item: Item, purpose: str, seed: int) -> float:
+    """Return an image's place in [0, 1) in the draw for `purpose`."""
+    return seed_from(seed, purpose, item.sha256) / 2**63
 
 
 def _check_classes(items: Sequence[Item]) -> None:

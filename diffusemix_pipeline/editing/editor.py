@@ -34,10 +34,13 @@ def locate_editor(editor: str, revision: str | None) -> Path:
     if not folder.is_dir():
         folder = _download(editor, revision)
     index = folder / "model_index.json"
-    found = json.loads(index.read_text("utf-8")).get("_class_name") if index.exists() else None
+    try:
+        found = json.loads(index.read_text("utf-8")).get("_class_name")
+    except (OSError, ValueError, AttributeError):
+        found = None
     if found != _CLASS_NAME:
         raise UserError(
-            f"editing.editor: {editor} holds {found or 'no model_index.json'}, "
+            f"editing.editor: {editor} holds {found or 'no readable model_index.json'}, "
             f"but a {_CLASS_NAME} in diffusers' format is needed."
         )
     return folder
@@ -45,7 +48,7 @@ def locate_editor(editor: str, revision: str | None) -> Path:
 
 def editor_fingerprint(folder: Path) -> str:
     """Identify an editor's weights: a hub snapshot by its commit, a folder by its files' bytes."""
-    if folder.parent.name == "snapshots":
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
         return digest("hub", folder.parent.parent.name, folder.name)
     files = sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".txt"))
     return digest([[p.relative_to(folder).as_posix(), file_sha256(p)] for p in files])

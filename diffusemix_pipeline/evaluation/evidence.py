@@ -23,6 +23,8 @@ from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Corruption, Evaluation
 from diffusemix_pipeline.training.classifier import to_tensor
 
+# Raised where the attacks or the corruptions change, so that no two codes are compared.
+CODE_VERSION = "1"
 _FILE = "evidence.npz"
 
 

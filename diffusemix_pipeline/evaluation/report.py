@@ -168,7 +168,7 @@ def _document(inputs: ReportInputs) -> dict[str, Any]:
             "set_aside": [dict(image) for image in inputs.set_aside],
             "test_reads": inputs.test_reads,
         },
-        "settings": inputs.settings.model_dump(mode="json"),
+        "settings": inputs.settings.model_dump(mode="json", exclude={"tracking"}),
         "versions": dict(inputs.versions),
     }
     document["headline"] = _headline(document)
@@ -219,13 +219,16 @@ def _arm(
     def mean(of_image: np.ndarray) -> Estimate:
         return mean_estimate(of_image, samples, seed)
 
+    def paired(of_image: np.ndarray) -> Estimate:
+        return mean_estimate(of_image, samples, seed, kind="difference")
+
     difference = None
     if arm != _BASELINE and _BASELINE in by_arm:
         base = _scores(by_arm[_BASELINE])
         difference = {
-            "clean": mean(scores.clean - base.clean),
-            "corrupted": mean(scores.corrupted - base.corrupted),
-            "fgsm": mean(scores.by_epsilon[epsilon] - base.by_epsilon[epsilon]),
+            "clean": paired(scores.clean - base.clean),
+            "corrupted": paired(scores.corrupted - base.corrupted),
+            "fgsm": paired(scores.by_epsilon[epsilon] - base.by_epsilon[epsilon]),
             "ece": calibration_estimate(scores.gaps, samples, seed, against=base.gaps),
         }
     return {
@@ -245,7 +248,7 @@ def _arm(
             {"epsilon": strength, **_numbers(mean(of_image))}
             for strength, of_image in scores.by_epsilon.items()
         ],
-        "corruptions": _corruptions(by_arm[arm]),
+        "corruptions": _corruptions(by_arm[arm], mean),
         "reliability": _reliability(by_arm[arm]),
         "classes": _classes(by_arm[arm], inputs.classes),
     }
@@ -260,11 +263,13 @@ def _rounded(number: float) -> float:
     return round(float(number), 6) + 0.0  # no -0.0
 
 
-def _corruptions(of_seed: Mapping[int, Evidence]) -> list[dict[str, Any]]:
+def _corruptions(
+    of_seed: Mapping[int, Evidence], mean: Callable[[np.ndarray], Estimate]
+) -> list[dict[str, Any]]:
     first = next(iter(of_seed.values()))
-    accuracy = np.mean([one.corrupted.mean(axis=2) for one in of_seed.values()], axis=0)
+    right = np.mean([one.corrupted for one in of_seed.values()], axis=0)
     return [
-        {"family": family, "severity": severity, "accuracy": _rounded(accuracy[row, column])}
+        {"family": family, "severity": severity, **_numbers(mean(right[row, column]))}
         for row, family in enumerate(first.corruptions)
         for column, severity in enumerate(first.severities)
     ]
@@ -492,7 +497,7 @@ def _corruption_plots(arms: Sequence[Mapping[str, Any]], theme: pictures.Theme) 
     """Draw a map of each arm, and of each arm's difference to vanilla."""
     tables = {
         arm["arm"]: pd.DataFrame(arm["corruptions"]).pivot_table(
-            "accuracy", "family", "severity", sort=False
+            "value", "family", "severity", sort=False
         )
         for arm in arms
     }
@@ -594,6 +599,7 @@ def _page(
         dark=dark,
         stages=stages,
         epsilon=_epsilon(document["fgsm_epsilon"]),
+        corruption_rows=_corruption_rows(document["arms"]),
         class_rows=_class_rows(document["arms"]),
         split_rows=_split_rows(document["data"]),
         setting_rows=_setting_rows(document["settings"]),
@@ -606,6 +612,13 @@ def _data_uri(png: bytes) -> str:
 
 def _width(png: bytes) -> int:
     return Image.open(io.BytesIO(png)).width
+
+
+def _corruption_rows(arms: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]]:
+    """Return each family and its rows: a row a severity, holding an estimate an arm."""
+    rows = zip(*(arm["corruptions"] for arm in arms), strict=True)
+    by_family = groupby(rows, key=lambda of_arms: of_arms[0]["family"])
+    return [(family, list(group)) for family, group in by_family]
 
 
 def _class_rows(arms: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

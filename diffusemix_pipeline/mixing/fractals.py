@@ -58,7 +58,7 @@ def load_fractals(
     Raises UserError if the folder does not exist or holds no image that can be read.
     """
     if mixing.fractal_dir:
-        return _read_folder(Path(mixing.fractal_dir), size, progress)
+        return _read_folder(Path(mixing.fractal_dir).expanduser(), size, progress)
     folder = cache / digest("fractals", CODE_VERSION, seed, size)
     fractals = {}
     for index in range(mixing.fractal_count):
@@ -75,7 +75,7 @@ def fractals_version(mixing: Mixing, seed: int) -> str:
     """
     if not mixing.fractal_dir:
         return digest("made", CODE_VERSION, seed, mixing.fractal_count)
-    files = _image_files(Path(mixing.fractal_dir))
+    files = _image_files(Path(mixing.fractal_dir).expanduser())
     return digest("read", CODE_VERSION, [[name, file_sha256(file)] for name, file in files.items()])
 
 

@@ -34,10 +34,16 @@ def _files_match_manifest(name: str, asset: dg.AssetsDefinition) -> dg.AssetChec
         rows = set(read_manifest(folder)["file_name"])
         files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
         files -= {MANIFEST, STAGE}
+        strays, missing = sorted(files - rows), sorted(rows - files)
+        found = [f"{len(rows)} rows, {len(files)} files"]
+        if strays:
+            found.append(f"not the pipeline's, take out: {', '.join(strays[:5])}")
+        if missing:
+            found.append(f"missing: {', '.join(missing[:5])}")
         return _result(
             rows == files,
-            f"{len(rows)} rows, {len(files)} files",
-            {"rows_without_file": len(rows - files), "files_without_row": len(files - rows)},
+            f"{folder.name}: {'; '.join(found)}",
+            {"rows_without_file": len(missing), "files_without_row": len(strays)},
         )
 
     return files_match_manifest
@@ -71,15 +77,16 @@ def wrong_labels(raw: pd.DataFrame, made: pd.DataFrame) -> list[str]:
     asset=raw_dataset,
     blocking=False,
     required_resource_keys={"project"},
-    description="No training image has the bytes of a val or test image; the report names them.",
+    description="No training image is the picture of a val or test image, nor val of a test image.",
 )
 def splits_disjoint(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
     from diffusemix_pipeline.datasets.manifest import read_stage
 
-    copies = read_stage(context.resources.project.raw).notes["train_copies_of_held_out"]
+    notes = read_stage(context.resources.project.raw).notes
+    copies = notes["train_copies_of_held_out"] + notes["val_copies_of_test"]
     return _result(
         not copies,
-        f"{len(copies)} training images are copies of held-out ones",
+        f"{len(copies)} images are copies of images of another split; the report names them",
         {"copies": copies[:20]},
         severity=dg.AssetCheckSeverity.WARN,
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 
 import dagster as dg
+from dagster._utils.error import SerializableErrorInfo
 
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import write_bytes
@@ -14,7 +15,8 @@ from diffusemix_pipeline.progress import Progress
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings
 
-_WRAPPERS = {"DagsterExecutionStepExecutionError", "DagsterExecutionLoadInputError", "Failure"}
+_WRAPPERS = {"DagsterExecutionStepExecutionError", "DagsterResourceFunctionError"}
+_TOLD = {UserError.__name__, dg.Failure.__name__}
 
 
 @dataclass
@@ -63,22 +65,23 @@ def run_here(project: Project, settings: Settings, progress: Progress) -> Outcom
     outcome = Outcome(result.run_id, result.success and not failed_checks, failed_checks)
     for event in result.all_events:
         if event.is_step_failure:
-            _explain_failure(event, outcome)
+            _explain(event.step_failure_data.error, event.step_key or "", outcome)
+        elif event.event_type == dg.DagsterEventType.RESOURCE_INIT_FAILURE:
+            _explain(event.engine_event_data.error, "The start", outcome)
     for event in result.get_asset_materialization_events():
         made = event.step_materialization_data.materialization
         outcome.metadata[made.asset_key.to_user_string()] = made.metadata
     return outcome
 
 
-def _explain_failure(event: dg.DagsterEvent, outcome: Outcome) -> None:
-    """Add what a failed step says: a UserError as it was meant, anything else with its trace."""
-    error = event.step_failure_data.error
+def _explain(error: SerializableErrorInfo | None, what: str, outcome: Outcome) -> None:
+    """Add what failed: a UserError as it was meant, anything else with its trace."""
     while error is not None and error.cls_name in _WRAPPERS and error.cause is not None:
         error = error.cause
     if error is None:
         return
-    if error.cls_name == UserError.__name__:
+    if error.cls_name in _TOLD:
         outcome.user_error = True
         outcome.problems.append(error.message.split(": ", 1)[1].strip())
     else:
-        outcome.problems.append(f"{event.step_key} failed.\n{error.to_string()}")
+        outcome.problems.append(f"{what} failed.\n{error.to_string()}")

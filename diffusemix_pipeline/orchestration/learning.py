@@ -4,13 +4,15 @@ A fit is known to MLflow by the tag that holds its fingerprint: a finished fit t
 neither trained nor logged again, and a report is logged to the run of the model that it judges.
 """
 
+import json
 from dataclasses import dataclass
-
-import pandas as pd
+from pathlib import Path
 
 from diffusemix_pipeline.datasets.manifest import Stage, class_names, read_stage
 from diffusemix_pipeline.devices import choose_device
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.evaluation.calibration import expected_calibration_error
+from diffusemix_pipeline.evaluation.evidence import CODE_VERSION as EVIDENCE_VERSION
 from diffusemix_pipeline.evaluation.evidence import Evidence, evaluate
 from diffusemix_pipeline.evaluation.readings import record_read, version_of_test
 from diffusemix_pipeline.evaluation.report import (
@@ -20,7 +22,7 @@ from diffusemix_pipeline.evaluation.report import (
     read_report,
     write_report,
 )
-from diffusemix_pipeline.files import replaced_folder
+from diffusemix_pipeline.files import replaced_folder, write_json
 from diffusemix_pipeline.identity import digest, seed_from
 from diffusemix_pipeline.orchestration.metadata import stages_picture
 from diffusemix_pipeline.pictures import learning_curves
@@ -44,7 +46,7 @@ _FIT_TAG = "diffusemix.fit"
 
 @dataclass(frozen=True)
 class Trained:
-    """The fits of all arms and seeds, where MLflow shows the first, and whether all were there."""
+    """The fits of all arms and seeds, where MLflow shows each, and whether all were there."""
 
     fits: list[Fit]
     run_urls: dict[str, str]
@@ -118,16 +120,13 @@ def judge(project: Project, settings: Settings, progress: Progress) -> Judged:
         "settings": digest(flatten(settings)),
         "report": CODE_VERSION,
     }
-    if (project.report / "index.html").exists():
+    if (project.report / "report.json").exists() and _is_logged(project, versions):
         report = read_report(project.report)
         if report.versions == versions:
             return Judged(report, digest(versions), reused=True)
-    evidence = {}
-    new = []
-    for fit in fits:
-        evidence[fit.arm, fit.seed], known = _evidence(project, fit, raw, settings, progress)
-        if not known:
-            new.append(fit)
+    evidence = {
+        (fit.arm, fit.seed): _evidence(project, fit, raw, settings, progress) for fit in fits
+    }
     inputs = ReportInputs(
         evidence=evidence,
         classes=class_names(raw.counts),
@@ -142,8 +141,19 @@ def judge(project: Project, settings: Settings, progress: Progress) -> Judged:
         stages=stages_picture(stages),
     )
     report = write_report(inputs, project.report, aside=project.aside)
-    _log_evaluations(project, settings, new, report)
+    _log_evaluations(project, settings, fits, evidence, report)
+    write_json(_logged(project), versions)  # last: a run cut off before this logs again
     return Judged(report, digest(versions), reused=False)
+
+
+def _logged(project: Project) -> Path:
+    """The file that says which report MLflow has."""
+    return project.state / "logged_report.json"
+
+
+def _is_logged(project: Project, versions: dict[str, str]) -> bool:
+    path = _logged(project)
+    return path.exists() and json.loads(path.read_text(encoding="utf-8")) == versions
 
 
 def _record_read(project: Project, raw: Stage, fit: Fit) -> int:
@@ -181,13 +191,13 @@ def _expected_fit(
 
 def _evidence(
     project: Project, fit: Fit, raw: Stage, settings: Settings, progress: Progress
-) -> tuple[Evidence, bool]:
-    """Return one fit's answers on the test images, and whether they were known already."""
+) -> Evidence:
+    """Return one fit's answers on the test images, asking it where they are not known."""
     asked = settings.evaluation.model_dump(exclude={"bootstrap_samples", "batch_size"})
-    key = digest(fit.fingerprint, version_of_test(raw), asked, settings.seed)
+    key = digest(EVIDENCE_VERSION, fit.fingerprint, version_of_test(raw), asked, settings.seed)
     folder = project.evidence / key
     if folder.exists():
-        return Evidence.load(folder), True
+        return Evidence.load(folder)
     device = choose_device(settings.device)
     classifier = load_classifier(fit.folder, device)
     test = load_images(raw, "test", classifier.classes, settings.size)
@@ -203,10 +213,17 @@ def _evidence(
     )
     with replaced_folder(folder, aside=project.aside) as partial:
         evidence.save(partial)
-    return evidence, False
+    return evidence
 
 
-def _log_evaluations(project: Project, settings: Settings, fits: list[Fit], report: Report) -> None:
+def _log_evaluations(
+    project: Project,
+    settings: Settings,
+    fits: list[Fit],
+    evidence: dict[tuple[str, int], Evidence],
+    report: Report,
+) -> None:
+    """Log what each model scored to its own run; a run that has it shows the same values."""
     tracker = open_tracking(project, settings.tracking)
     test = Dataset("test", "data/raw/test", version_of_test(read_stage(project.raw)))
     for fit in fits:
@@ -216,10 +233,18 @@ def _log_evaluations(project: Project, settings: Settings, fits: list[Fit], repo
                 f"MLflow has no run of the arm {fit.arm}, seed {fit.seed}: "
                 "materialize trained_classifier first."
             )
-        tracker.log_evaluation(
-            logged, _test_metrics(report.summary.loc[fit.arm]), test, report.folder
-        )
+        metrics = _test_metrics(evidence[fit.arm, fit.seed])
+        tracker.log_evaluation(logged, metrics, test, report.folder)
 
 
-def _test_metrics(row: pd.Series) -> dict[str, float]:
-    return {f"test_{name}": value for name, value in row.dropna().items()}
+def _test_metrics(evidence: Evidence) -> dict[str, float]:
+    """Return one model's scores, shares of 1."""
+    by_epsilon = zip(evidence.epsilons, evidence.fgsm.mean(axis=1), strict=True)
+    by_family = zip(evidence.corruptions, evidence.corrupted.mean(axis=(1, 2)), strict=True)
+    return {
+        "test_clean": float(evidence.correct.mean()),
+        "test_corrupted": float(evidence.corrupted.mean()),
+        "test_ece": expected_calibration_error(evidence.probabilities, evidence.labels),
+        **{f"test_fgsm_{epsilon:g}_255": float(share) for epsilon, share in by_epsilon},
+        **{f"test_{family}": float(share) for family, share in by_family},
+    }

@@ -3,10 +3,11 @@
 import time
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args, get_origin
 
 import dagster as dg
+from filelock import FileLock, Timeout
 
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.progress import Progress
@@ -40,8 +41,20 @@ def settings_resource(defaults: Settings) -> dg.ResourceDefinition:
 
 
 def project_resource(project: Project) -> dg.ResourceDefinition:
-    """Return the project's paths as a resource."""
-    return dg.ResourceDefinition.hardcoded_resource(project, "Where the project's files lie.")
+    """Return the project's paths as a resource, which one run at a time can hold."""
+
+    def hold(context: dg.InitResourceContext) -> Iterator[Project]:
+        project.state.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(project.state / "run.lock", timeout=0):
+                yield project
+        except Timeout:
+            raise dg.Failure(
+                f"Another run is at work in {project.root}. Wait for it to end.",
+                allow_retries=False,
+            ) from None
+
+    return dg.ResourceDefinition(hold, description="Where the project's files lie.")
 
 
 def progress_resource(make_progress: MakeProgress) -> dg.ResourceDefinition:

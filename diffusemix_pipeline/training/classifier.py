@@ -71,19 +71,35 @@ class Classifier:
         return np.concatenate(parts)
 
 
-def check_model_name(name: str) -> None:
-    """Raise UserError, naming what is near, for a name that timm does not know."""
+def check_model(name: str, size: int, pretrained: bool) -> None:
+    """Raise UserError for a model that timm does not know, fetch, or build for `size`."""
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"Did you mean {' or '.join(near)}?" if near else "See timm.list_models()."
         raise UserError(f"training.model: timm has no model '{name}'. {hint}")
+    try:
+        with torch.device("meta"):
+            classifier = build_classifier(name, ["a", "b"], size)
+            classifier.model.eval()(torch.empty(1, 3, size, size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"training.model: {name} does not take images of {size} px ({error}). "
+            "Choose another model or a larger size."
+        ) from None
+    if pretrained:
+        try:
+            timm.create_model(name, pretrained=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"training.pretrained: the weights of {name} cannot be had ({error}). "
+                "Check the network, or set it to false."
+            ) from None
 
 
 def build_classifier(
     name: str, classes: Sequence[str], size: int, *, pretrained: bool = False
 ) -> Classifier:
-    """Build a timm model by name for `classes`; UserError for a name that timm does not know."""
-    check_model_name(name)
+    """Build a timm model by name for `classes`; see `check_model` for what cannot be built."""
     fixed = {"img_size": size} if _takes_image_size(name) else {}
     backbone = timm.create_model(name, pretrained=pretrained, num_classes=len(classes), **fixed)
     config = backbone.pretrained_cfg

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     required_resource_keys=RESOURCE_KEYS,
     description="Labelled images as `data/raw/{train,val,test}/<class>/`, RGB and upright. "
     "Guarantees: source files are only read; what cannot be read is set aside by name; "
-    "the three splits share no file.",
+    "a picture that lies in two splits is told.",
 )
 def raw_dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
     from diffusemix_pipeline.pictures import class_histogram
@@ -37,6 +37,8 @@ def raw_dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
             "origin": origin,
             "classes": len(stage.counts["by_split"]["train"]),
             "set_aside": len(set_aside),
+            "first_set_aside": "; ".join(f"{x['source_id']}: {x['reason']}" for x in set_aside[:3]),
+            "left_out_by_train_per_class": stage.notes["left_out_by_train_per_class"],
             "train_copies_of_held_out": len(stage.notes["train_copies_of_held_out"]),
             "class_histogram": picture(histogram, "images a class and split"),
             "contact_sheet": stage_sheet(stage, "label"),
