@@ -78,7 +78,7 @@ def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def main() -> None:
     """DiffuseMix: edit, mix, train and judge, with every image traceable to its source."""
     warnings.simplefilter("ignore")  # of libraries
-    warnings.filterwarnings("always", module=r"diffusemix_pipeline\.")
+    warnings.filterwarnings("always", category=UserWarning, module=r"diffusemix_pipeline\.")
 
 
 @main.command()

@@ -303,7 +303,9 @@ def reliability_diagram(curves: "Mapping[str, pd.DataFrame]", *, theme: Theme = 
         line = _line_style(index, theme, marked=False)
         marker, sizes = _MARKERS[index % len(_MARKERS)], 8 + 90 * known["share"]
         top.plot(known["confidence"], known["accuracy"], label=_escaped(name), **line)
-        top.scatter(known["confidence"], known["accuracy"], sizes, line["color"], marker, zorder=3)
+        top.scatter(
+            known["confidence"], known["accuracy"], sizes, line["color"], marker=marker, zorder=3
+        )
         edges = np.linspace(0, 1, len(curve) + 1)
         bottom.stairs(curve["share"], edges, color=line["color"], linestyle=line["linestyle"])
     top.set_ylabel("accuracy", color=theme.muted)
