@@ -13,6 +13,14 @@ from diffusemix_pipeline.settings import Settings, load_settings
 # Two threads on small tensors wait for each other more than they compute.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+ASSETS = [
+    "raw_dataset",
+    "generated_images",
+    "hybrid_images",
+    "fractal_augmented_dataset",
+    "trained_classifier",
+    "robustness_report",
+]
 QUICK = [
     "size=32",
     "source.path=digits",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import QUICK, quick_settings, tiny_editor
+from conftest import ASSETS, QUICK, quick_settings, tiny_editor
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from diffusemix_pipeline.orchestration.launch import run_here
@@ -22,14 +22,6 @@ from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import _nested
 from diffusemix_pipeline.tracking import open_tracking
 
-ASSETS = [
-    "raw_dataset",
-    "generated_images",
-    "hybrid_images",
-    "fractal_augmented_dataset",
-    "trained_classifier",
-    "robustness_report",
-]
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
 

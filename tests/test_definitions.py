@@ -4,19 +4,10 @@ from itertools import pairwise
 
 import dagster as dg
 import pytest
-from conftest import quick_settings
+from conftest import ASSETS, quick_settings
 
 from diffusemix_pipeline.orchestration.build import build_definitions
 from diffusemix_pipeline.project import Project
-
-ROW = [
-    "raw_dataset",
-    "generated_images",
-    "hybrid_images",
-    "fractal_augmented_dataset",
-    "trained_classifier",
-    "robustness_report",
-]
 
 
 @pytest.fixture
@@ -26,13 +17,13 @@ def definitions(project: Project) -> dg.Definitions:
 
 def test_the_assets_stand_in_a_row(definitions):
     graph = definitions.resolve_asset_graph()
-    assert {key.to_user_string() for key in graph.get_all_asset_keys()} == set(ROW)
-    for before, after in pairwise(ROW):
+    assert {key.to_user_string() for key in graph.get_all_asset_keys()} == set(ASSETS)
+    for before, after in pairwise(ASSETS):
         parents = graph.get(dg.AssetKey(after)).parent_keys
         assert dg.AssetKey(before) in parents
 
 
-@pytest.mark.parametrize("asset", ROW)
+@pytest.mark.parametrize("asset", ASSETS)
 def test_every_asset_says_what_it_is_and_guarantees(asset, definitions):
     node = definitions.resolve_asset_graph().get(dg.AssetKey(asset))
     assert "Guarantees:" in node.description
@@ -49,7 +40,7 @@ def test_the_schedule_asks_for_the_whole_job_once_a_week(definitions):
         requests = schedule.evaluate_tick(context).run_requests
     assert len(requests) == 1
     job = definitions.resolve_job_def(schedule.job_name)
-    assert {node.name for node in job.nodes} >= set(ROW)
+    assert {node.name for node in job.nodes} >= set(ASSETS)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import quick_settings, tiny_editor
+from conftest import ASSETS, quick_settings, tiny_editor
 
 from diffusemix_pipeline.editing.editor import InstructPix2PixEditor
 from diffusemix_pipeline.orchestration.launch import Outcome, run_here
@@ -15,15 +15,6 @@ from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.training import arms
 from diffusemix_pipeline.versioning import pinned_digest
-
-ASSETS = [
-    "raw_dataset",
-    "generated_images",
-    "hybrid_images",
-    "fractal_augmented_dataset",
-    "trained_classifier",
-    "robustness_report",
-]
 
 
 @pytest.fixture(scope="module")
