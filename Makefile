@@ -16,7 +16,7 @@ install: $(INSTALLED)  ## set .venv up, exactly as requirements.lock says
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else \
 		"Python %d.%d will not do: name one of 3.11 to 3.13, e.g. make PYTHON=python3.12 $(MAKECMDGOALS)" % v)'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --clear .venv  # packages that the lock no longer names go
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	$(BIN)/uv pip install --python $(BIN)/python --quiet --require-hashes --requirements requirements.lock
 	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation --editable .

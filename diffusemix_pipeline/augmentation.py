@@ -3,6 +3,7 @@
 For whoever has a training loop already. Neither dagster, mlflow nor dvc is imported.
 """
 
+import shutil
 from pathlib import Path
 
 from diffusemix_pipeline.datasets.ingest import ingest
@@ -41,11 +42,12 @@ def augment_folder(
     _check_out(train_dir, out)
     check_augmentation(settings)
     work = project.state / "augment" / digest(str(out.resolve()))
+    parts = work / "aside"
     raw = ingest(
         str(train_dir),
         settings,
         work / "raw",
-        aside=project.aside,
+        aside=parts,
         train_only=True,
         progress=progress,
     )
@@ -54,7 +56,7 @@ def augment_folder(
         settings,
         work / "generated",
         store=EditStore(project.edits),
-        aside=project.aside,
+        aside=parts,
         device=choose_device(settings.device),
         progress=progress,
     ).stage
@@ -68,9 +70,9 @@ def augment_folder(
         aside=aside,
         progress=progress,
     )
-    if aside.exists():
-        aside.rmdir()
-    write_if_changed(out / SOURCES, (raw.folder / MANIFEST).read_bytes())
+    write_if_changed(out / SOURCES, (raw.folder / MANIFEST).read_bytes(), aside=aside)
+    for folder in (parts, aside):
+        shutil.rmtree(folder, ignore_errors=True)  # with what killed calls left there
     return augmented
 
 

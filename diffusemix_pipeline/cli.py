@@ -97,9 +97,9 @@ def run(
     from diffusemix_pipeline.terminal import progress_bars
 
     given = [*overrides, *([f"source.path={_quoted(data.resolve())}"] if data else [])]
-    if data and preset is None:
-        preset = NO_PRESET  # the file's preset was not chosen for these images
-    settings = load_settings(Path.cwd(), preset=preset, config=config, overrides=given)
+    settings = load_settings(
+        Path.cwd(), preset=preset, project_preset=not data, config=config, overrides=given
+    )
     project = Project(Path.cwd())
     with progress_bars() as progress:
         outcome = run_here(project, settings, progress)
@@ -138,7 +138,9 @@ def augment(
         given.append(f"editing.prompts=[{', '.join(map(_quoted, prompts.split(',')))}]")
     if fractal_dir is not None:
         given.append(f"mixing.fractal_dir={_quoted(fractal_dir)}")
-    settings = load_settings(Path.cwd(), preset=preset or NO_PRESET, config=config, overrides=given)
+    settings = load_settings(
+        Path.cwd(), preset=preset, project_preset=False, config=config, overrides=given
+    )
     with progress_bars() as progress:
         stage = augment_folder(train_dir, out, settings, Project(Path.cwd()), progress)
     done = "Nothing changed, nothing done" if stage.reused else "Done"

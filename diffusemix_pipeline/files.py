@@ -10,21 +10,26 @@ from pathlib import Path
 from typing import Any
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a whole file or nothing; parents are made, an older file is replaced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+def write_bytes(path: Path, content: bytes, *, aside: Path | None = None) -> None:
+    """Write a whole file or nothing; parents are made, an older file is replaced.
+
+    What a kill leaves half-written lies in `aside`, on the same file system, or else beside `path`.
+    """
+    folder = aside or path.parent
+    for needed in (folder, path.parent):
+        needed.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{path.name}.{uuid.uuid4().hex[:8]}"
     try:
-        aside.write_bytes(content)
-        aside.replace(path)
+        partial.write_bytes(content)
+        partial.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
-def write_if_changed(path: Path, content: bytes) -> None:
+def write_if_changed(path: Path, content: bytes, *, aside: Path) -> None:
     """Write a whole file, but leave one that holds the same bytes as it is, with its time."""
     if not path.exists() or path.read_bytes() != content:
-        write_bytes(path, content)
+        write_bytes(path, content, aside=aside)
 
 
 def write_json(path: Path, value: Any) -> None:

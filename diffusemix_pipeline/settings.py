@@ -69,8 +69,7 @@ class Source(Section):
     path: str = Field(
         "",
         description="A folder of class folders, or of train[/val]/test folders of class folders; "
-        "'digits' for the bundled sample. Empty: what data.dvc pins, if a DVC remote has it, "
-        "else 'digits'.",
+        "'digits' for the bundled sample. Empty: what data.dvc pins, else 'digits'.",
     )
     train_per_class: int | None = Field(
         None, gt=0, description="At most this many training images a class (few-shot); empty: all."
@@ -79,7 +78,10 @@ class Source(Section):
         0.15, gt=0, lt=1, description="Share of the training images held out where there is no val."
     )
     test_fraction: float = Field(
-        0.2, gt=0, lt=1, description="Share of all images held out where there is no test folder."
+        0.2,
+        gt=0,
+        lt=1,
+        description="Share of the images held out where no test folder is; a val folder stays.",
     )
     max_pixels: int = Field(
         64_000_000, gt=0, description="A larger image is set aside unread (decompression bombs)."
@@ -226,9 +228,14 @@ def flatten(settings: Settings) -> dict[str, Any]:
 
 
 def data_settings(settings: Settings) -> str:
-    """Return, as YAML, the settings that shape `data/`; where a source lies does not."""
-    values = settings.model_dump(exclude={"device", "training", "evaluation", "tracking"})
-    del values["source"]["path"], values["editing"]["batch_size"]
+    """Return, as YAML, the settings that shape the made stages of `data/`; places do not.
+
+    What was asked of the source is in the notes of `data/raw`, the editor's identity in those of
+    `data/generated`: both may come from elsewhere than these settings say.
+    """
+    values = settings.model_dump(exclude={"device", "source", "training", "evaluation", "tracking"})
+    del values["editing"]["editor"], values["editing"]["revision"], values["editing"]["batch_size"]
+    del values["mixing"]["fractal_dir"]
     return yaml.safe_dump(values, sort_keys=True)
 
 
@@ -267,20 +274,26 @@ def load_layers(
     root: Path,
     *,
     preset: str | None = None,
+    project_preset: bool = True,
     config: Path | None = None,
     overrides: Sequence[str] = (),
     environment: Mapping[str, str] = os.environ,
 ) -> list[Layer]:
     """Read every layer that applies in `root`, lowest first; the preset "none" is no layer.
 
+    Without `project_preset`, the preset that the project's settings file names is left out: it was
+    not chosen for the images at hand.
     Raises UserError for a file that is missing or no YAML mapping, and for an unknown preset.
     """
     layers = [_from_environment(environment), _from_overrides(overrides)]
     if config is not None:
         layers.insert(0, _read_yaml(config))
+    choosing = list(layers)
     if (root / SETTINGS_FILE).exists():
         layers.insert(0, _read_yaml(root / SETTINGS_FILE))
-    named = [layer.values["preset"] for layer in layers if "preset" in layer.values]
+        if project_preset:
+            choosing.insert(0, layers[0])
+    named = [layer.values["preset"] for layer in choosing if "preset" in layer.values]
     chosen = preset or (named[-1] if named else NO_PRESET)
     if chosen != NO_PRESET:
         layers.insert(0, _read_preset(chosen))

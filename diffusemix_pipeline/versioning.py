@@ -61,8 +61,6 @@ class Snapshot:
     """What `data.dvc` pins now: `digest` is '<md5>.dir'; `note` says in words what became of it."""
 
     digest: str
-    pushed: bool
-    remote: str | None
     note: str
 
 
@@ -108,7 +106,7 @@ def snapshot(root: Path, progress: Progress = silent) -> Snapshot:
             _use_remote(root, remote, "push")
             note = f"pushed to the DVC remote '{remote}'"
     progress("pinning data/ with DVC", 2, 2)
-    return Snapshot(digest, remote is not None, remote, note)
+    return Snapshot(digest, note)
 
 
 def pinned_digest(root: Path) -> str | None:
@@ -150,8 +148,10 @@ def pull(root: Path) -> bool:
                 f"The DVC remote '{remote}' does not hold the version {digest} that "
                 f"{root / 'data.dvc'} pins. Run `dvc push` where that version was made."
             )
-        if remote is None and (project.data.exists() or not _is_cached(root, digest)):
-            return False
+        if remote is None:
+            there = project.data.exists()
+            if not (_is_as_pinned(root) if there else _is_cached(root, digest)):
+                return False
         _run_dvc(root, "checkout", "data.dvc")
         write_bytes(basis, digest.encode())
         return True
@@ -194,6 +194,11 @@ def _default_remote(root: Path) -> str | None:
 def _is_cached(root: Path, digest: str) -> bool:
     cache = root / ".dvc" / (_configured(root, "cache", "dir") or "cache")
     return (cache / "files" / "md5" / digest[:2] / digest[2:]).exists()
+
+
+def _is_as_pinned(root: Path) -> bool:
+    """Tell whether `data/` is what `data.dvc` pins, as after a `dvc checkout` by hand."""
+    return json.loads(_run_dvc(root, "status", "--json", "data.dvc")) == {}
 
 
 def _configured(root: Path, section: str, option: str) -> str | None:

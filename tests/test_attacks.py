@@ -62,8 +62,3 @@ def test_the_model_stays_as_it_was():
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert torch.equal(same, fgsm(model.eval(), images[:8], labels[:8], 0.1))
-
-
-def test_no_strength_changes_nothing():
-    images, labels = digits()[1]
-    assert torch.equal(fgsm(digits_model(), images, labels, 0.0), images)

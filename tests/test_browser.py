@@ -13,13 +13,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ASSETS, QUICK, quick_settings, tiny_editor
+from conftest import ASSETS, quick_settings, tiny_editor
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from diffusemix_pipeline.orchestration.launch import run_here
 from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.project import Project
-from diffusemix_pipeline.settings import _nested
 from diffusemix_pipeline.tracking import open_tracking
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
@@ -44,11 +43,8 @@ def project(tmp_path_factory) -> Project:
     """A project whose settings file makes the pipeline quick."""
     project = Project(tmp_path_factory.mktemp("project"))
     weights = tiny_editor(tmp_path_factory.mktemp("editor"))
-    values: dict = {}
-    for override in [*QUICK, f"editing.editor={weights}"]:
-        key, _, value = override.partition("=")
-        _merge(values, _nested(key, yaml.safe_load(value)))
-    (project.root / "diffusemix.yaml").write_text(yaml.safe_dump(values))
+    settings = quick_settings(f"editing.editor={weights}")
+    (project.root / "diffusemix.yaml").write_text(yaml.safe_dump(settings.model_dump()))
     return project
 
 
@@ -59,14 +55,6 @@ def page(browser) -> Iterator[Page]:
     page.set_default_timeout(60_000)
     yield page
     context.close()
-
-
-def _merge(values: dict, more: dict) -> None:
-    for key, value in more.items():
-        if isinstance(value, dict):
-            _merge(values.setdefault(key, {}), value)
-        else:
-            values[key] = value
 
 
 @contextmanager

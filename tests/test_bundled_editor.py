@@ -13,7 +13,7 @@ from diffusemix_pipeline.editing.editor import BUNDLED_WEIGHTS
 from diffusemix_pipeline.errors import UserError
 
 TINY = training.Recipe(
-    steps=4, small_batch=4, large_batch=2, made_pictures=6, channels=(16, 16, 32), save_every=1
+    steps=4, small_batch=4, large_batch=2, made_pictures=6, channels=(16, 16, 16, 32), save_every=1
 )
 
 

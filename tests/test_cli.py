@@ -125,6 +125,16 @@ def test_augment_refuses_to_write_over_what_is_not_its_own(here, weights):
     assert (here / "out" / "precious" / "0.png").exists()
 
 
+def test_augment_goes_on_after_a_kill(here, weights):
+    source = write_classes(here / "photos", ["cat", "dog"], 2)
+    for litter in (here / ".out.aside" / "out.0123", here / ".diffusemix" / "augment"):
+        litter.mkdir(parents=True)
+        (litter / "half.png").write_text("torn")
+    assert augmented(source, weights).exit_code == 0
+    assert "nothing done" in augmented(source, weights).output
+    assert not (here / ".out.aside").exists()
+
+
 def test_settings_prints_value_origin_and_meaning(here):
     result = call("settings", "--preset", "paper")
     assert result.exit_code == 0

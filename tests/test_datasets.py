@@ -1,5 +1,6 @@
 """Promise: a user's images are only read, bad ones are set aside by name, splits never mix."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -184,9 +185,24 @@ def test_a_training_copy_of_a_test_image_is_told(tmp_path):
     leaked.save(tmp_path / "data" / "train" / "cat" / "leak.bmp")  # other bytes, the same picture
     stage = ingested(tmp_path / "data", tmp_path, "source.val_fraction=0.1")
     split = stage.manifest().set_index("source_id").loc["train/cat/leak.bmp", "split"]
-    told = {split: "train/cat/leak.bmp", "held_out": "test/cat/0.png"}
-    note = "train_copies_of_held_out" if split == "train" else "val_copies_of_test"
-    assert stage.notes[note] == [told]
+    told = {"split": split, "image": "train/cat/leak.bmp", "held_out": "test/cat/0.png"}
+    assert stage.notes["copies_across_splits"] == [told]
+
+
+def test_names_that_are_no_text_are_escaped(tmp_path):
+    source = write_classes(tmp_path / "data", ["cat", "dog"], 6)
+    first = source / "cat" / "0.png"
+    first.rename(first.with_name(os.fsdecode(b"caf\xe9.png")))
+    stage = ingested(source, tmp_path)
+    assert r"cat/caf\xe9.png" in set(stage.manifest()["source_id"])
+    assert stage.counts["images"] == 12
+
+
+def test_hidden_folders_are_passed_over(tmp_path):
+    source = write_classes(tmp_path / "data", ["cat", "dog"], 6)
+    write_classes(source / "cat" / ".thumbnails", ["small"], 3, seed=70)
+    write_classes(source / "cat", ["kittens"], 3, seed=80)  # a folder within a class is the class's
+    assert ingested(source, tmp_path).counts["images"] == 15
 
 
 def test_unchanged_content_is_not_written_again(tmp_path):

@@ -1,13 +1,14 @@
 """Promises of the whole: one run makes everything, a second nothing, two the same bytes."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ASSETS, quick_settings, tiny_editor
+from conftest import ASSETS, quick_settings, tiny_editor, write_classes
 
 from diffusemix_pipeline.editing.editor import InstructPix2PixEditor
 from diffusemix_pipeline.orchestration.launch import Outcome, run_here
@@ -216,16 +217,16 @@ def test_a_second_run_at_the_same_time_is_refused(weights, project):
 
 
 def test_a_clone_with_a_remote_pulls_what_is_pinned(weights, tmp_path):
-    import shutil
-
     from diffusemix_pipeline.versioning import ensure_repository
 
     first, clone = Project(tmp_path / "first"), Project(tmp_path / "clone")
     first.root.mkdir()
+    photos = write_classes(tmp_path / "photos", ["cat", "dog"], 10)
+    own = ["source.train_per_class=null", "source.val_fraction=0.2", "source.test_fraction=0.2"]
     ensure_repository(first.root)
     remote = ["dvc", "remote", "add", "-q", "-d", "store", tmp_path / "remote"]
     subprocess.run(remote, cwd=first.root, check=True, env=_venv_path())
-    outcome = run(first, weights)
+    outcome = run(first, weights, f"source.path={photos}", *own)
     assert outcome.success
     assert "pushed" in outcome.metadata["fractal_augmented_dataset"]["dvc_push"].value
 
@@ -234,6 +235,29 @@ def test_a_clone_with_a_remote_pulls_what_is_pinned(weights, tmp_path):
         shutil.copy(first.root / name, clone.root / name)
     pulled = run(clone, weights, "source.path=''")
     assert pulled.success
-    assert pulled.metadata["raw_dataset"]["origin"].value.startswith("data.dvc, ")
+    assert pulled.metadata["raw_dataset"]["origin"].value == "data.dvc"
     assert pulled.metadata["generated_images"]["edits_made"].value == 0
     assert bytes_below(clone.data) == bytes_below(first.data)
+    assert run(clone, weights, "source.path=''").reused
+
+
+def test_images_whose_pin_is_nowhere_are_kept(weights, tmp_path):
+    project = Project(tmp_path / "project")
+    project.root.mkdir()
+    photos = write_classes(tmp_path / "photos", ["cat", "dog"], 10)
+    assert run(project, weights, f"source.path={photos}", "source.train_per_class=null").success
+    before = bytes_below(project.raw)
+    pin = project.root / "data.dvc"
+    pin.write_text(pin.read_text().replace(pinned_digest(project.root), f"{'0' * 32}.dir"))
+    again = run(project, weights, "source.path=''")
+    assert again.success
+    assert bytes_below(project.raw) == before
+
+
+def test_a_lost_mlflow_database_is_filled_again(weights, tmp_path):
+    project = Project(tmp_path)
+    assert run(project, weights).success
+    for path in project.state.glob("mlflow*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert run(project, weights).success
+    assert mlflow_runs(project)["metrics.test_clean"].between(0, 1).all()

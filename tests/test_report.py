@@ -141,7 +141,7 @@ def test_the_notes_say_what_the_numbers_do_not_show(report):
         "trained with one seed (0)",
         "has been read 3 times",
         "took the same 900 optimiser steps",
-        "No training image is an exact copy of a val or test image",
+        "No picture lies in two splits",
         "FGSM is one step of a weak attack",
         "cannot be compared with a published mCE",
     ):
@@ -164,12 +164,12 @@ def test_every_corruption_is_shown_with_its_interval(report):
 def test_what_is_unfair_or_leaks_is_named(tmp_path):
     given = inputs(
         steps={"vanilla": 900, "diffusemix": 1800},
-        copies=[{"train": "train/a/1.png", "held_out": "test/a/9.png"}],
+        copies=[{"split": "train", "image": "train/a/1.png", "held_out": "test/a/9.png"}],
         set_aside=[{"source_id": "a/broken.png", "reason": "not an image"}],
     )
     text = words(written(tmp_path, given))
     assert "no fair comparison: Vanilla 900, DiffuseMix 1,800" in text
-    assert "1 training image is an exact copy of val or test images" in text
+    assert "1 picture lies in two splits" in text
     for name in ("train/a/1.png", "test/a/9.png", "a/broken.png", "not an image"):
         assert name in text
 
@@ -275,7 +275,7 @@ def test_hostile_names_are_shown_and_nothing_runs(tmp_path):
         classes=hostile,
         counts=counts,
         settings=SETTINGS.model_copy(update={"editing": editing}),
-        copies=[{"train": HOSTILE, "held_out": HOSTILE}],
+        copies=[{"split": "val", "image": HOSTILE, "held_out": HOSTILE}],
         set_aside=[{"source_id": HOSTILE, "reason": HOSTILE}],
         versions={HOSTILE: HOSTILE},
     )

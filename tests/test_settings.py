@@ -47,6 +47,35 @@ def test_presets_are_valid_and_each_reason_belongs_to_a_value(preset, tmp_path):
     assert set(layer.known_from) <= keys
 
 
+@pytest.mark.parametrize(
+    ("preset", "size", "template", "prompts_per_image", "masks", "seam"),
+    [
+        (
+            *("paper", 512, "A transformed version of image into {prompt}", "one"),
+            *(["left", "right", "top", "bottom"], 0),
+        ),
+        ("official", 256, "{prompt}", "all", ["left", "top"], 20),
+    ],
+)
+def test_presets_hold_what_is_known_of_the_method(
+    preset, size, template, prompts_per_image, masks, seam, tmp_path
+):
+    chosen = load(tmp_path, preset=preset)
+    assert chosen.size == size
+    assert chosen.editing.editor == "timbrooks/instruct-pix2pix"
+    assert chosen.editing.template == template
+    assert chosen.editing.prompts_per_image == prompts_per_image
+    assert chosen.editing.copies == 1
+    assert chosen.editing.sampler == "euler_ancestral"
+    assert chosen.editing.steps == 100
+    assert (chosen.editing.guidance, chosen.editing.image_guidance) == (4, 1.5)
+    assert (chosen.mixing.masks, chosen.mixing.seam, chosen.mixing.lam) == (masks, seam, 0.2)
+    assert chosen.editing.prompts == [
+        *("autumn", "snowy", "watercolor art", "sunset", "rainbow"),
+        *("aurora", "mosaic", "ukiyo-e", "a sketch with crayon"),
+    ]
+
+
 def test_the_paper_preset_says_how_far_each_value_is_known(tmp_path):
     origins = {s.key: s.origin for s in describe(load_layers(tmp_path, preset="paper"))}
     assert "three re-implementations" in origins["editing.template"]
@@ -76,6 +105,18 @@ def test_the_paper_preset_says_how_far_each_value_is_known(tmp_path):
 def test_a_wrong_setting_gets_one_message_that_names_it_and_the_repair(override, message, tmp_path):
     with pytest.raises(UserError, match=message):
         load(tmp_path, override)
+
+
+def test_images_of_ones_own_leave_the_projects_preset_behind_and_no_other(tmp_path):
+    (tmp_path / "diffusemix.yaml").write_text("preset: demo\nseed: 7")
+    (tmp_path / "mine.yaml").write_text("preset: paper")
+    own = {"project_preset": False}
+    assert load(tmp_path, **own).source.train_per_class is None
+    assert load(tmp_path, **own).seed == 7
+    assert load(tmp_path, config=tmp_path / "mine.yaml", **own).size == 512
+    assert load(tmp_path, "preset=paper", **own).size == 512
+    assert load(tmp_path, environment={"DIFFUSEMIX_PRESET": "paper"}, **own).size == 512
+    assert load(tmp_path, preset="demo", **own).source.train_per_class == 20
 
 
 def test_no_preset_can_be_asked_for_and_null_is_a_value(tmp_path):

@@ -1,5 +1,8 @@
 """Promises: training repeats from its seed, is chosen on val, with equal steps for all arms."""
 
+import shutil
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -96,6 +99,21 @@ def test_a_fit_is_known_by_what_shapes_it(override, same, raw):
     stages = {"raw": raw}
     before = fit_fingerprint("vanilla", 0, stages, quick_settings())
     assert (fit_fingerprint("vanilla", 0, stages, quick_settings(override)) == before) == same
+
+
+def test_a_new_test_image_asks_for_no_training(raw, tmp_path):
+    before = fit_fingerprint("vanilla", 0, {"raw": raw}, quick_settings())
+    shutil.copytree(raw.folder, tmp_path / "raw")
+    rows = raw.manifest()
+    of_split = {split: rows.index[rows["split"] == split][0] for split in ("train", "val", "test")}
+
+    def without(split: str) -> str:
+        rows.drop(of_split[split]).to_parquet(tmp_path / "raw" / "manifest.parquet")
+        stages = {"raw": replace(raw, folder=tmp_path / "raw")}
+        return fit_fingerprint("vanilla", 0, stages, quick_settings())
+
+    assert without("test") == before
+    assert before not in (without("train"), without("val"))
 
 
 def test_the_weights_that_val_likes_best_are_kept(raw, tmp_path):

@@ -55,7 +55,7 @@ def evaluate_editor(
     train_folders: Mapping[str, Path],
     sheet: Path,
     sizes: Sequence[int] = (32, 64),
-    images_per_set: int = 36,
+    images_per_set: int = 20,
     classifier_steps: int = 1500,
     seed: int = 0,
     progress: Progress = silent,

@@ -125,7 +125,7 @@ def _sunset(image: Tensor, draw: _Draw) -> Tensor:
 
 def _rainbow(image: Tensor, draw: _Draw) -> Tensor:
     """One wide arc of all the colours, its radius, strength and foot drawn."""
-    strength, radius, foot = draw.uniform(0.4, 0.6), draw.uniform(0.42, 0.68), draw.choice(0.1, 0.9)
+    strength, radius, foot = draw.uniform(0.4, 0.6), draw.uniform(0.45, 0.62), draw.choice(0.1, 0.9)
     y, x = _coordinates(image)
     outwards = (torch.sqrt((x - foot) ** 2 + (y - 1.05) ** 2) - radius) / 0.42
     arc = torch.sigmoid((0.5 - (outwards - 0.5).abs()) / 0.04)

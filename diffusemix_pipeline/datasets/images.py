@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+MAX_PIXELS = 64_000_000  # of one image: a small file may decode to gigabytes
 Image.init()
 # EPS is a program, which PIL hands to Ghostscript.
 _FORMATS = sorted(set(Image.OPEN) - {"EPS"})

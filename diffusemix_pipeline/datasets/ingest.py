@@ -9,14 +9,14 @@ from typing import Any
 
 from diffusemix_pipeline.datasets.images import UnreadableImageError, image_size, pixels_sha256
 from diffusemix_pipeline.datasets.manifest import Stage, finished_stage, read_stage, write_stage
-from diffusemix_pipeline.datasets.sources import Item, list_items, source_digest
+from diffusemix_pipeline.datasets.sources import DIGITS, Item, list_items, source_digest
 from diffusemix_pipeline.datasets.splits import assign_splits
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import digest
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings
 
-CODE_VERSION = "2"
+CODE_VERSION = "3"
 
 
 def ingest(
@@ -57,8 +57,12 @@ def ingest(
             progress("Copying images", done, len(used))
         stage.notes["set_aside"] = set_aside
         stage.notes["left_out_by_train_per_class"] = len(readable) - len(used)
-        stage.notes["train_copies_of_held_out"] = _copies(used, "train", {"val", "test"})
-        stage.notes["val_copies_of_test"] = _copies(used, "val", {"test"})
+        stage.notes["copies_across_splits"] = [
+            *_copies(used, "train", {"val", "test"}),
+            *_copies(used, "val", {"test"}),
+        ]
+        # What was asked of the source, for whoever has data/ without it.
+        stage.notes["source"] = {"kind": _kind(source), "seed": settings.seed, **shape}
     return read_stage(out)
 
 
@@ -117,11 +121,15 @@ def _stem(item: Item) -> str:
     return f"{stem or 'image'}-{item.sha256[:8]}"
 
 
+def _kind(source: str) -> str:
+    return source if source == DIGITS else "folder"
+
+
 def _copies(items: Sequence[Item], split: str, others: set[str]) -> list[dict[str, str]]:
     """List the images of a split whose pixels also lie in other splits."""
     held_out = {item.pixels: item.source_id for item in items if item.split in others}
     return [
-        {split: item.source_id, "held_out": held_out[item.pixels]}
+        {"split": split, "image": item.source_id, "held_out": held_out[item.pixels]}
         for item in items
         if item.split == split and item.pixels in held_out
     ]

@@ -115,7 +115,13 @@ def _file_item(root: Path, path: Path, label: str, split: str | None) -> Item:
         sha256 = file_sha256(path)
     except OSError:  # reading it will fail as well, and say why
         sha256 = ""
-    return Item(path.relative_to(root).as_posix(), label, split, sha256, read)
+    name = path.relative_to(root).as_posix()
+    return Item(_written(name), _written(label), split, sha256, read)
+
+
+def _written(name: str) -> str:
+    """Return a file name as text that can be stored: bytes that are no UTF-8 are escaped."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def image_format(path: Path) -> str:
@@ -129,5 +135,10 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _files(folder: Path) -> list[Path]:
-    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    return sorted(files)
+    """List the files below a class folder; what is hidden, as editors' thumbnails are, is not."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )

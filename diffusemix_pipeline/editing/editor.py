@@ -35,14 +35,21 @@ def locate_editor(editor: str, revision: str | None) -> Path:
         folder = _download(editor, revision)
     index = folder / "model_index.json"
     try:
-        found = json.loads(index.read_text("utf-8")).get("_class_name")
-    except (OSError, ValueError, AttributeError):
-        found = None
+        parts = dict(json.loads(index.read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        parts = {}
+    found = parts.get("_class_name")
     if found != _CLASS_NAME:
         raise UserError(
             f"editing.editor: {editor} holds {found or 'no readable model_index.json'}, "
             f"but a {_CLASS_NAME} in diffusers' format is needed."
         )
+    for model in ("unet", "vae", "text_encoder"):
+        if not any((folder / model).glob("*.safetensors")):
+            raise UserError(
+                f"editing.editor: {editor} holds no {model}/*.safetensors. Other formats are not "
+                "read, as they may run code: convert it, or have it downloaded again."
+            )
     return folder
 
 
@@ -96,8 +103,14 @@ class InstructPix2PixEditor:
             guidance_scale=self._editing.guidance,
             image_guidance_scale=self._editing.image_guidance,
             output_type="np",
-        ).images
-        return (edited[:given] * 255).round().astype(np.uint8)
+        ).images[:given]
+        failed = int((~np.isfinite(edited)).any(axis=(1, 2, 3)).sum())
+        if failed:  # cast to integers, they would be black images with a label
+            raise UserError(
+                f"The editor gave no numbers for {failed} of {given} edits, as half precision does "
+                "where it overflows. Try other guidance scales, another checkpoint, or device=cpu."
+            )
+        return (edited * 255).round().astype(np.uint8)
 
 
 def _load_pipeline(
@@ -114,7 +127,7 @@ def _load_pipeline(
         "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
     }
     # The safety checker is left out as in the authors' code: it blacks images out, and what it
-    # flags on small or stylised pictures is mostly wrong. The label gate is what judges edits.
+    # flags on small or stylised pictures is mostly wrong.
     pipeline = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(
         folder,
         dtype=dtype,

@@ -76,6 +76,8 @@ def generate(
             target = stage.folder / edit.row["file_name"]
             link_or_copy(store.path(edit.key), target)
             stage.rows.append({**edit.row, "sha256": file_sha256(target)})
+            progress("Linking edits", len(stage.rows), len(planned))
+        stage.notes["editor"] = weights
     return Generated(read_stage(out), len(missing))
 
 

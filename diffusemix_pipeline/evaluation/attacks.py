@@ -10,14 +10,12 @@ def fgsm(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float) -> Te
     """Move each pixel by `epsilon` against the true label: the fast gradient sign method.
 
     `images` are float32 (N, 3, H, W) in [0, 1], `labels` int64 (N,); `model` takes such images,
-    however it normalises them, and gives logits (N, classes). `epsilon` in [0, 1] bounds the
+    however it normalises them, and gives logits (N, classes). `epsilon` in (0, 1] bounds the
     L-infinity distance. Returns images of the same shape, range and device. The model is left in
     the mode and on the device that it came in, with no gradients.
 
     Source: Goodfellow et al., Explaining and Harnessing Adversarial Examples (2015), section 4.
     """
-    if epsilon == 0:
-        return images.clone()
     # Imported here, as it takes seconds that a reader of finished evidence should not pay.
     from art.attacks.evasion import FastGradientMethod
     from art.estimators.classification import PyTorchClassifier

@@ -24,7 +24,7 @@ from diffusemix_pipeline.settings import Corruption, Evaluation
 from diffusemix_pipeline.training.classifier import to_tensor
 
 # Raised where the attacks or the corruptions change, so that no two codes are compared.
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 _FILE = "evidence.npz"
 
 
@@ -33,7 +33,7 @@ class Evidence:
     """One classifier's answers on N test images of C classes."""
 
     ids: tuple[str, ...]
-    """N image ids."""
+    """N image ids: what the draws of the corruptions follow from."""
     labels: np.ndarray
     """int64 (N,)."""
     probabilities: np.ndarray

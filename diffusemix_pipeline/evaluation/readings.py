@@ -1,4 +1,4 @@
-"""By how many models each version of the test images was read, over the project's life."""
+"""How often each version of the test images was read, over the project's life on this machine."""
 
 import json
 from pathlib import Path
@@ -11,17 +11,18 @@ from diffusemix_pipeline.identity import digest
 def version_of_test(raw: Stage) -> str:
     """Identify the test images by their content and labels."""
     rows = raw.manifest().query("split == 'test'")
-    return digest(rows[["image_id", "label", "sha256"]].to_csv(index=False))
+    return digest(sorted(rows[["label", "sha256"]].itertuples(index=False, name=None)))
 
 
-def record_read(path: Path, version: str, model: str) -> int:
-    """Note that `model` reads this version of the test images; return how many models have by now.
+def record_read(path: Path, version: str, reading: str) -> int:
+    """Note a reading of this version of the test images; return how many there were by now.
 
-    The same model counts once: looking again at what is known chooses nothing.
+    A reading is one model's evaluation under one choice of attacks and corruptions. The same one
+    counts once: looking again at what is known chooses nothing.
     """
     reads: dict[str, list[str]] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    readers = reads.setdefault(version, [])
-    if model not in readers:
-        readers.append(model)
+    readings = reads.setdefault(version, [])
+    if reading not in readings:
+        readings.append(reading)
         write_json(path, reads)
-    return len(readers)
+    return len(readings)

@@ -61,11 +61,11 @@ class ReportInputs:
     steps: Mapping[str, int]
     """Arm -> optimiser steps."""
     test_reads: int
-    """How many models were evaluated on this version of the test images so far, with these."""
+    """How often this version of the test images was read on this machine, with these."""
     versions: Mapping[str, str]
     """What finds the inputs again, e.g. the digest in data.dvc and the version of the code."""
     copies: Sequence[Mapping[str, str]] = ()
-    """Training images that are exact copies of val or test images: names `train`, `held_out`."""
+    """Pictures of train or val that a held-out split has too: `split`, `image`, `held_out`."""
     set_aside: Sequence[Mapping[str, str]] = ()
     """Source images that were not used: `source_id` and `reason`."""
     stages: bytes | None = None
@@ -164,7 +164,7 @@ def _document(inputs: ReportInputs) -> dict[str, Any]:
         "data": {
             "classes": list(inputs.classes),
             "counts": {split: dict(of_class) for split, of_class in inputs.counts.items()},
-            "train_copies_of_held_out": [dict(copy) for copy in inputs.copies],
+            "copies_across_splits": [dict(copy) for copy in inputs.copies],
             "set_aside": [dict(image) for image in inputs.set_aside],
             "test_reads": inputs.test_reads,
         },
@@ -366,7 +366,7 @@ def _notes(document: Mapping[str, Any]) -> list[str]:
         _seeds_note(document["training_seeds"]),
         _reads_note(document["data"]["test_reads"]),
         _steps_note({arm["arm"]: arm["steps"] for arm in document["arms"]}),
-        _copies_note(document["data"]["train_copies_of_held_out"]),
+        _copies_note(document["data"]["copies_across_splits"]),
         "Each interval is for one number. Of many numbers with 95 % intervals, about one in twenty "
         "lies outside its own by chance.",
         "FGSM is one step of a weak attack: accuracy under it is no measure of robustness against "
@@ -390,8 +390,8 @@ def _seeds_note(seeds: Sequence[int]) -> str:
 def _reads_note(reads: int) -> str:
     times = "once" if reads == 1 else f"{reads:,} times"
     return (
-        f"This version of the test images has been read {times}, a model a time, these included. "
-        "The more often it is read, the less a choice made by it means."
+        f"This version of the test images has been read {times} on this machine, a model a time, "
+        "these included. The more often it is read, the less a choice made by it means."
     )
 
 
@@ -405,12 +405,13 @@ def _steps_note(steps: Mapping[str, int]) -> str:
 
 
 def _copies_note(copies: Sequence[Any]) -> str:
+    looked_for = "(compared pixel by pixel; near-copies are not looked for)"
     if not copies:
-        return "No training image is an exact copy of a val or test image."
-    are = "image is an exact copy" if len(copies) == 1 else "images are exact copies"
+        return f"No picture lies in two splits {looked_for}."
+    lie = "picture lies" if len(copies) == 1 else "pictures lie"
     return (
-        f"{len(copies):,} training {are} of val or test images: "
-        "accuracy on those says nothing about new images."
+        f"{len(copies):,} {lie} in two splits {looked_for}: "
+        "accuracy on such pictures says nothing about new images."
     )
 
 

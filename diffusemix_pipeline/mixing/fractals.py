@@ -9,7 +9,6 @@ An escape-time picture shows how soon z -> fold(z)^n + c leaves a disc, in a win
 or of a parameter plane (Mandelbrot set, burning ship, tricorn) where that varies most.
 """
 
-import io
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,8 +16,15 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
+from diffusemix_pipeline.datasets.images import (
+    MAX_PIXELS,
+    UnreadableImageError,
+    png_bytes,
+    read_rgb,
+    read_square,
+    to_square,
+)
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import write_bytes
 from diffusemix_pipeline.identity import digest, file_sha256, seed_from
@@ -27,10 +33,6 @@ from diffusemix_pipeline.settings import Mixing
 
 # Raise it when a change here changes a picture: the cache and the data version follow.
 CODE_VERSION = 1
-MAX_PIXELS = 64_000_000
-
-# Formats whose decoders run no other program (EPS, for one, would start Ghostscript).
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _PILOT_SIZE = 32
 
@@ -81,12 +83,9 @@ def fractals_version(mixing: Mixing, seed: int) -> str:
 
 def _cached(file: Path, seed: int, size: int) -> Pixels:
     if file.exists():
-        with Image.open(file, formats=("PNG",)) as image:
-            return np.array(image)
+        return read_square(file, size)
     fractal = make_fractal(seed, size)
-    content = io.BytesIO()
-    Image.fromarray(fractal).save(content, "PNG")
-    write_bytes(file, content.getvalue())
+    write_bytes(file, png_bytes(fractal))
     return fractal
 
 
@@ -95,8 +94,8 @@ def _read_folder(folder: Path, size: int, progress: Progress) -> dict[str, Pixel
     fractals, left_out = {}, []
     for done, (name, file) in enumerate(files.items(), start=1):
         try:
-            fractals[name] = _read(file, size)
-        except Exception as error:  # what a decoder raises on a broken file has no common type
+            fractals[name] = to_square(read_rgb(file, MAX_PIXELS), size)
+        except UnreadableImageError as error:
             left_out.append(f"{name} ({error})")
         progress("reading fractals", done, len(files))
     if not fractals:
@@ -124,14 +123,6 @@ def _no_images(folder: Path) -> UserError:
         f"mixing.fractal_dir: {folder} holds no image that can be read "
         f"({', '.join(_SUFFIXES)}). Put some there, or leave it empty to have fractals made."
     )
-
-
-def _read(file: Path, size: int) -> Pixels:
-    with Image.open(file, formats=_FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} px, more than {MAX_PIXELS} in all")
-        square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-    return np.array(square)
 
 
 # One fractal ------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """The third and fourth stage: an edit becomes a hybrid to look at, and an augmented image.
 
 Masks and fractals are drawn here, after the edits: redrawing them costs no UNet evaluation. Both
-stages start from the decoded source and the decoded edit; the hybrid files are no one's input, so
-that encodings do not pile up.
+stages start from the decoded source and the decoded edit, not from each other's files, so that
+encodings do not pile up.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from diffusemix_pipeline.settings import Settings
 
 CODE_VERSION = "1"
 
-Draw = Callable[[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]], np.ndarray]
+Join = Callable[[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]], np.ndarray]
 """Joins an original, an edit and the original's mask, and may add to the manifest row."""
 
 
@@ -86,7 +86,7 @@ def make_augmented(
 def _mixed(
     name: str,
     fingerprint: str,
-    join: Draw,
+    join: Join,
     raw: Stage,
     generated: Stage,
     settings: Settings,

@@ -82,8 +82,7 @@ def wrong_labels(raw: pd.DataFrame, made: pd.DataFrame) -> list[str]:
 def splits_disjoint(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
     from diffusemix_pipeline.datasets.manifest import read_stage
 
-    notes = read_stage(context.resources.project.raw).notes
-    copies = notes["train_copies_of_held_out"] + notes["val_copies_of_test"]
+    copies = read_stage(context.resources.project.raw).notes["copies_across_splits"]
     return _result(
         not copies,
         f"{len(copies)} images are copies of images of another split; the report names them",

@@ -7,6 +7,7 @@ neither trained nor logged again, and a report is logged to the run of the model
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from diffusemix_pipeline.datasets.manifest import Stage, class_names, read_stage
 from diffusemix_pipeline.devices import choose_device
@@ -29,7 +30,7 @@ from diffusemix_pipeline.pictures import learning_curves
 from diffusemix_pipeline.progress import Progress
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings, flatten
-from diffusemix_pipeline.tracking import Dataset, open_tracking
+from diffusemix_pipeline.tracking import Dataset, LoggedRun, Tracker, open_tracking
 from diffusemix_pipeline.training.arms import (
     Fit,
     all_arms,
@@ -112,7 +113,11 @@ def judge(project: Project, settings: Settings, progress: Progress) -> Judged:
     stages = _stages(project)
     raw = stages["raw"]
     fits = [_expected_fit(project, arm, seed, stages, settings) for arm, seed in all_arms(settings)]
-    reads = [_record_read(project, raw, fit) for fit in fits][-1]
+    keys = {(fit.arm, fit.seed): _evidence_key(fit, raw, settings) for fit in fits}
+    test = version_of_test(raw)
+    reads = [record_read(project.state / "test_reads.json", test, key) for key in keys.values()][-1]
+    tracker = open_tracking(project, settings.tracking)
+    runs = {fit.fingerprint: _logged_run(tracker, fit) for fit in fits}
     versions = {
         "data.dvc": _data_digest(project),
         **{name: stage.version for name, stage in stages.items()},
@@ -120,12 +125,16 @@ def judge(project: Project, settings: Settings, progress: Progress) -> Judged:
         "settings": digest(flatten(settings)),
         "report": CODE_VERSION,
     }
-    if (project.report / "report.json").exists() and _is_logged(project, versions):
+    logged = {"versions": versions, "runs": [tracker.uri, *(run.run_id for run in runs.values())]}
+    if (project.report / "report.json").exists() and _is_logged(project, logged):
         report = read_report(project.report)
         if report.versions == versions:
             return Judged(report, digest(versions), reused=True)
     evidence = {
-        (fit.arm, fit.seed): _evidence(project, fit, raw, settings, progress) for fit in fits
+        (fit.arm, fit.seed): _evidence(
+            project.evidence / keys[fit.arm, fit.seed], project, fit, raw, settings, progress
+        )
+        for fit in fits
     }
     inputs = ReportInputs(
         evidence=evidence,
@@ -136,28 +145,37 @@ def judge(project: Project, settings: Settings, progress: Progress) -> Judged:
         steps={fit.arm: fit.steps for fit in fits},
         test_reads=reads,
         versions=versions,
-        copies=raw.notes["train_copies_of_held_out"],
+        copies=raw.notes["copies_across_splits"],
         set_aside=raw.notes["set_aside"],
         stages=stages_picture(stages),
     )
     report = write_report(inputs, project.report, aside=project.aside)
-    _log_evaluations(project, settings, fits, evidence, report)
-    write_json(_logged(project), versions)  # last: a run cut off before this logs again
+    for fit in fits:
+        metrics = _test_metrics(evidence[fit.arm, fit.seed])
+        dataset = Dataset("test", "data/raw/test", test)
+        tracker.log_evaluation(runs[fit.fingerprint], metrics, dataset, report.folder)
+    write_json(_logged(project), logged)  # last: a run cut off before this logs again
     return Judged(report, digest(versions), reused=False)
 
 
 def _logged(project: Project) -> Path:
-    """The file that says which report MLflow has."""
+    """The file that says which report MLflow has, and in which runs."""
     return project.state / "logged_report.json"
 
 
-def _is_logged(project: Project, versions: dict[str, str]) -> bool:
+def _is_logged(project: Project, logged: dict[str, Any]) -> bool:
     path = _logged(project)
-    return path.exists() and json.loads(path.read_text(encoding="utf-8")) == versions
+    return path.exists() and json.loads(path.read_text(encoding="utf-8")) == logged
 
 
-def _record_read(project: Project, raw: Stage, fit: Fit) -> int:
-    return record_read(project.state / "test_reads.json", version_of_test(raw), fit.fingerprint)
+def _logged_run(tracker: Tracker, fit: Fit) -> LoggedRun:
+    run = tracker.find_run(_FIT_TAG, fit.fingerprint)
+    if run is None:
+        raise UserError(
+            f"MLflow has no run of the arm {fit.arm}, seed {fit.seed}: "
+            "materialize trained_classifier first."
+        )
+    return run
 
 
 def _stages(project: Project) -> dict[str, Stage]:
@@ -189,18 +207,26 @@ def _expected_fit(
     return fit
 
 
-def _evidence(
-    project: Project, fit: Fit, raw: Stage, settings: Settings, progress: Progress
-) -> Evidence:
-    """Return one fit's answers on the test images, asking it where they are not known."""
+def _evidence_key(fit: Fit, raw: Stage, settings: Settings) -> str:
+    """Identify a fit's answers: by the test images, and all that is done to them."""
     asked = settings.evaluation.model_dump(exclude={"bootstrap_samples", "batch_size"})
-    key = digest(EVIDENCE_VERSION, fit.fingerprint, version_of_test(raw), asked, settings.seed)
-    folder = project.evidence / key
+    return digest(EVIDENCE_VERSION, fit.fingerprint, version_of_test(raw), asked, settings.seed)
+
+
+def _evidence(
+    folder: Path,
+    project: Project,
+    fit: Fit,
+    raw: Stage,
+    settings: Settings,
+    progress: Progress,
+) -> Evidence:
+    """Return one fit's answers on the test images, asking it where `folder` has none."""
     if folder.exists():
         return Evidence.load(folder)
     device = choose_device(settings.device)
     classifier = load_classifier(fit.folder, device)
-    test = load_images(raw, "test", classifier.classes, settings.size)
+    test = load_images(raw, "test", classifier.classes, settings.size, progress)
     evidence = evaluate(
         classifier.model,
         test.images,
@@ -214,27 +240,6 @@ def _evidence(
     with replaced_folder(folder, aside=project.aside) as partial:
         evidence.save(partial)
     return evidence
-
-
-def _log_evaluations(
-    project: Project,
-    settings: Settings,
-    fits: list[Fit],
-    evidence: dict[tuple[str, int], Evidence],
-    report: Report,
-) -> None:
-    """Log what each model scored to its own run; a run that has it shows the same values."""
-    tracker = open_tracking(project, settings.tracking)
-    test = Dataset("test", "data/raw/test", version_of_test(read_stage(project.raw)))
-    for fit in fits:
-        logged = tracker.find_run(_FIT_TAG, fit.fingerprint)
-        if logged is None:
-            raise UserError(
-                f"MLflow has no run of the arm {fit.arm}, seed {fit.seed}: "
-                "materialize trained_classifier first."
-            )
-        metrics = _test_metrics(evidence[fit.arm, fit.seed])
-        tracker.log_evaluation(logged, metrics, test, report.folder)
 
 
 def _test_metrics(evidence: Evidence) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """What every asset is given: typed settings, the project's paths, and who hears of progress."""
 
+import shutil
 import time
 import types
 import typing
@@ -47,6 +48,7 @@ def project_resource(project: Project) -> dg.ResourceDefinition:
         project.state.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(project.state / "run.lock", timeout=0):
+                shutil.rmtree(project.aside, ignore_errors=True)  # what killed runs left there
                 yield project
         except Timeout:
             raise dg.Failure(

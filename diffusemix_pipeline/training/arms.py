@@ -20,7 +20,7 @@ from diffusemix_pipeline.training.classifier import build_classifier, save_class
 from diffusemix_pipeline.training.data import concatenate, load_images
 from diffusemix_pipeline.training.loop import fit
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 # What an arm adds to the originals.
 _ADDED_STAGE = {
     "vanilla": None,
@@ -52,11 +52,20 @@ class Fit:
 
 
 def fit_fingerprint(arm: str, seed: int, stages: Mapping[str, Stage], settings: Settings) -> str:
-    """Identify a fit by the versions of its images and everything that shapes the training."""
+    """Identify a fit by the images it sees and everything that shapes the training.
+
+    Test images are not among them: a new one costs a reading, not a training.
+    """
     added = _ADDED_STAGE[arm]
-    versions = [stages["raw"].version, stages[added].version if added else None]
+    versions = [_version_of_seen(stages["raw"]), stages[added].version if added else None]
     recipe = settings.training.model_dump(exclude={"arms", "seeds"})
     return digest("fit", CODE_VERSION, arm, seed, versions, settings.size, settings.seed, recipe)
+
+
+def _version_of_seen(raw: Stage) -> str:
+    """Identify the train and val images by content, split and label."""
+    rows = raw.manifest().query("split != 'test'")[["split", "label", "sha256"]]
+    return digest(class_names(raw.counts), sorted(rows.itertuples(index=False, name=None)))
 
 
 def finished_fit(checkpoints: Path, fingerprint: str) -> Fit | None:
@@ -91,10 +100,10 @@ def fit_arm(
             on_point(int(point.pop("step")), point)
         return finished
     classes = class_names(stages["raw"].counts)
-    parts = [load_images(stages["raw"], "train", classes, settings.size)]
+    parts = [load_images(stages["raw"], "train", classes, settings.size, progress)]
     added = _ADDED_STAGE[arm]
     if added:
-        parts.append(load_images(stages[added], "train", classes, settings.size))
+        parts.append(load_images(stages[added], "train", classes, settings.size, progress))
     train = concatenate(parts)
     val = load_images(stages["raw"], "val", classes, settings.size)
     # Every arm of a seed starts from the same weights.

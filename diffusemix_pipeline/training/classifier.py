@@ -16,13 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from diffusemix_pipeline.datasets.images import read_rgb, to_square
+from diffusemix_pipeline.datasets.images import MAX_PIXELS, read_rgb, to_square
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import write_json
 
 WEIGHTS = "model.safetensors"
 DESCRIPTION = "classifier.json"
-_MAX_PIXELS = 64_000_000
 
 
 class NormalizedModel(nn.Module):
@@ -56,7 +55,7 @@ class Classifier:
     def prepare(self, image: Path | str | Image.Image) -> np.ndarray:
         """Return an image file or picture as uint8 (size, size, 3), as in training."""
         if not isinstance(image, Image.Image):
-            image = read_rgb(Path(image), _MAX_PIXELS)
+            image = read_rgb(Path(image), MAX_PIXELS)
         return to_square(image.convert("RGB"), self.size)
 
     def predict_proba(self, images: np.ndarray, batch_size: int = 256) -> np.ndarray:

@@ -13,7 +13,7 @@ from diffusemix_pipeline.progress import Progress, silent
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Decoded images uint8 (N, S, S, 3), their labels int64 (N,) and their ids."""
+    """Decoded images uint8 (N, S, S, 3), their labels int64 (N,), and their files' SHA-256."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -30,15 +30,19 @@ def load_images(
     size: int,
     progress: Progress = silent,
 ) -> LabelledImages:
-    """Decode one split of a stage at `size` px; a label is its class's index in `classes`."""
+    """Decode one split of a stage at `size` px; a label is its class's index in `classes`.
+
+    Their order follows from label and content, so that a file's name changes nothing.
+    """
     rows: pd.DataFrame = stage.manifest().query("split == @split")
+    rows = rows.sort_values(["label", "sha256"])
     images = np.empty((len(rows), size, size, 3), np.uint8)
     for index, name in enumerate(rows["file_name"]):
         images[index] = read_square(stage.folder / name, size)
         progress(f"Reading {stage.name} images", index + 1, len(rows))
     index_of = {label: index for index, label in enumerate(classes)}
     labels = np.array(rows["label"].map(index_of), np.int64)
-    return LabelledImages(images, labels, list(rows["image_id"]))
+    return LabelledImages(images, labels, list(rows["sha256"]))
 
 
 def concatenate(parts: Sequence[LabelledImages]) -> LabelledImages:

@@ -1,5 +1,7 @@
 """`fractal_augmented_dataset`: the augmented images, and the version of all data."""
 
+import time
+
 import dagster as dg
 
 from diffusemix_pipeline.orchestration.assets.generated_images import generated_images
@@ -28,6 +30,8 @@ def fractal_augmented_dataset(context: dg.AssetExecutionContext) -> dg.Materiali
     from diffusemix_pipeline.versioning import snapshot
 
     project, settings = context.resources.project, context.resources.settings
+    progress = context.resources.progress(context.log)
+    started = time.monotonic()
     stage = make_augmented(
         read_stage(project.raw),
         read_stage(project.generated),
@@ -35,15 +39,17 @@ def fractal_augmented_dataset(context: dg.AssetExecutionContext) -> dg.Materiali
         project.augmented,
         fractal_cache=project.fractals,
         aside=project.aside,
-        progress=context.resources.progress(context.log),
+        progress=progress,
     )
-    write_if_changed(project.data / "settings.yaml", data_settings(settings).encode())
-    version = snapshot(project.root)
+    shown = stage_metadata(stage, started)
+    content = data_settings(settings).encode()
+    write_if_changed(project.data / "settings.yaml", content, aside=project.aside)
+    version = snapshot(project.root, progress)
     context.log.info(version.note)
     return dg.MaterializeResult(
         data_version=dg.DataVersion(stage.version),
         metadata={
-            **stage_metadata(stage),
+            **shown,
             "dvc_digest": version.digest,
             "dvc_push": version.note,
             "contact_sheet": stage_sheet(stage, "fractal_id"),

@@ -41,7 +41,7 @@ def generated_images(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
     return dg.MaterializeResult(
         data_version=dg.DataVersion(result.stage.version),
         metadata={
-            **stage_metadata(result.stage),
+            **stage_metadata(result.stage, started),
             "edits_made": result.made,
             "edits_from_store": result.stage.counts["images"] - result.made,
             "edits_per_second": result.made / seconds,

@@ -1,5 +1,7 @@
 """`hybrid_images`: half original, half edit."""
 
+import time
+
 import dagster as dg
 
 from diffusemix_pipeline.orchestration.assets.generated_images import generated_images
@@ -15,13 +17,14 @@ from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
     code_version="1",
     required_resource_keys=RESOURCE_KEYS,
     description="H = M I + (1 - M) G: one half of each image is the original, the other its edit. "
-    "Guarantees: the half is drawn from a seed; these files are to look at and no one's input.",
+    "Guarantees: the half is drawn from a seed; the fractal stage does not read these files.",
 )
 def hybrid_images(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
     from diffusemix_pipeline.datasets.manifest import read_stage
     from diffusemix_pipeline.mixing.stages import make_hybrids
 
     project = context.resources.project
+    started = time.monotonic()
     stage = make_hybrids(
         read_stage(project.raw),
         read_stage(project.generated),
@@ -32,5 +35,5 @@ def hybrid_images(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
     )
     return dg.MaterializeResult(
         data_version=dg.DataVersion(stage.version),
-        metadata={**stage_metadata(stage), "contact_sheet": stage_sheet(stage, "mask")},
+        metadata={**stage_metadata(stage, started), "contact_sheet": stage_sheet(stage, "mask")},
     )

@@ -1,11 +1,15 @@
 """`raw_dataset`: the labelled images, copied, checked and split."""
 
+import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import dagster as dg
 
 from diffusemix_pipeline.orchestration.metadata import picture, stage_metadata, stage_sheet
 from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
+from diffusemix_pipeline.progress import Progress
+from diffusemix_pipeline.project import Project
 
 if TYPE_CHECKING:
     from diffusemix_pipeline.datasets.manifest import Stage
@@ -25,7 +29,9 @@ def raw_dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
     from diffusemix_pipeline.preflight import check_run
 
     check_run(context.resources.settings)
+    started = time.monotonic()
     stage, origin = _bring(context)
+    shown = stage_metadata(stage, started)
     set_aside = stage.notes["set_aside"]
     for item in set_aside[:20]:
         context.log.warning(f"Set aside: {item['source_id']}: {item['reason']}")
@@ -33,13 +39,13 @@ def raw_dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
     return dg.MaterializeResult(
         data_version=dg.DataVersion(stage.version),
         metadata={
-            **stage_metadata(stage),
+            **shown,
             "origin": origin,
             "classes": len(stage.counts["by_split"]["train"]),
             "set_aside": len(set_aside),
             "first_set_aside": "; ".join(f"{x['source_id']}: {x['reason']}" for x in set_aside[:3]),
             "left_out_by_train_per_class": stage.notes["left_out_by_train_per_class"],
-            "train_copies_of_held_out": len(stage.notes["train_copies_of_held_out"]),
+            "copies_across_splits": len(stage.notes["copies_across_splits"]),
             "class_histogram": picture(histogram, "images a class and split"),
             "contact_sheet": stage_sheet(stage, "label"),
         },
@@ -49,17 +55,37 @@ def raw_dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
 def _bring(context: dg.AssetExecutionContext) -> "tuple[Stage, str]":
     """Return the raw stage and its origin: the source, else what data.dvc pins, else digits."""
     from diffusemix_pipeline.datasets.ingest import ingest
-    from diffusemix_pipeline.datasets.manifest import read_stage
-    from diffusemix_pipeline.versioning import pinned_digest, pull
+    from diffusemix_pipeline.datasets.sources import DIGITS
 
     project, settings = context.resources.project, context.resources.settings
+    progress = context.resources.progress(context.log)
     source = settings.source.path
     if not source:
-        if pull(project.root):
-            return read_stage(project.raw), f"data.dvc, {pinned_digest(project.root)}"
-        context.log.info(
-            "No source.path is set and DVC holds no data here: making the digits sample"
-        )
-    progress = context.resources.progress(context.log)
-    source = source or "digits"
+        pinned = _pinned(project, progress)
+        if pinned:
+            return pinned, "data.dvc"
+        source = DIGITS
+        context.log.info("No source.path is set and data/ holds no images: making the digits")
     return ingest(source, settings, project.raw, aside=project.aside, progress=progress), source
+
+
+def _pinned(project: Project, progress: Progress) -> "Stage | None":
+    """Return the images that data.dvc pins, or that lie in data/ all the same.
+
+    None where there are none, and where they are the digits, which can be made anew.
+    """
+    from diffusemix_pipeline.datasets.manifest import STAGE, read_stage
+    from diffusemix_pipeline.datasets.sources import DIGITS
+    from diffusemix_pipeline.versioning import pull
+
+    manifest = project.raw / STAGE
+    before = read_stage(project.raw).version if manifest.exists() else None
+    progress("bringing what data.dvc pins", 0, 1)
+    pull(project.root)
+    progress("bringing what data.dvc pins", 1, 1)
+    if not manifest.exists():
+        return None
+    stage = read_stage(project.raw)
+    if stage.notes["source"]["kind"] == DIGITS:
+        return None
+    return replace(stage, reused=stage.version == before)

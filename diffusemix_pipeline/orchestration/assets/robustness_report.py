@@ -2,13 +2,14 @@
 
 import dagster as dg
 
+from diffusemix_pipeline.orchestration.assets.raw_dataset import raw_dataset
 from diffusemix_pipeline.orchestration.assets.trained_classifier import trained_classifier
 from diffusemix_pipeline.orchestration.metadata import picture
 from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
 
 
 @dg.asset(
-    deps=[trained_classifier],
+    deps=[raw_dataset, trained_classifier],
     group_name="diffusemix",
     kinds={"pytorch", "mlflow"},
     code_version="1",

@@ -5,12 +5,13 @@ import dagster as dg
 from diffusemix_pipeline.orchestration.assets.fractal_augmented_dataset import (
     fractal_augmented_dataset,
 )
+from diffusemix_pipeline.orchestration.assets.raw_dataset import raw_dataset
 from diffusemix_pipeline.orchestration.metadata import picture
 from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
 
 
 @dg.asset(
-    deps=[fractal_augmented_dataset],
+    deps=[raw_dataset, fractal_augmented_dataset],
     group_name="diffusemix",
     kinds={"timm", "mlflow"},
     code_version="1",
