@@ -91,11 +91,11 @@ def snapshot(root: Path, progress: Progress = silent) -> Snapshot:
     Raises UserError where DVC cannot add or push; what was added stays, and a second call goes on.
     """
     ensure_repository(root)
-    progress("pinning data/ with DVC", 0, 2)
+    progress("Pinning data/ with DVC", 0, 2)
     with _locked(root):
         digest = _add(root)
         write_bytes(_basis(root), digest.encode())
-        progress("pinning data/ with DVC", 1, 2)
+        progress("Pinning data/ with DVC", 1, 2)
         remote = _default_remote(root)
         if remote is None:
             note = (
@@ -105,7 +105,7 @@ def snapshot(root: Path, progress: Progress = silent) -> Snapshot:
         else:
             _use_remote(root, remote, "push")
             note = f"pushed to the DVC remote '{remote}'"
-    progress("pinning data/ with DVC", 2, 2)
+    progress("Pinning data/ with DVC", 2, 2)
     return Snapshot(digest, note)
 
 

@@ -81,7 +81,7 @@ def test_a_second_load_only_reads(tmp_path, monkeypatch):
     told = []
     second = load_fractals(mixing, 7, 32, tmp_path, lambda *report: told.append(report))
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == written
-    assert told[-1] == ("making fractals", 3, 3)
+    assert told[-1] == ("Making fractals", 3, 3)
     for name, fractal in first.items():
         np.testing.assert_array_equal(second[name], fractal)
 

@@ -141,7 +141,7 @@ def _counted(progress: Progress, total: int) -> Callable[[int], None]:
     def tell(more: int) -> None:
         nonlocal done
         done += more
-        progress("evaluating test images", done, total)
+        progress("Evaluating test images", done, total)
 
     return tell
 

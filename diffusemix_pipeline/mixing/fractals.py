@@ -66,7 +66,7 @@ def load_fractals(
     for index in range(mixing.fractal_count):
         name = f"made-{index:05d}"
         fractals[name] = _cached(folder / f"{name}.png", seed_from(seed, "fractal", index), size)
-        progress("making fractals", index + 1, mixing.fractal_count)
+        progress("Making fractals", index + 1, mixing.fractal_count)
     return fractals
 
 
@@ -97,7 +97,7 @@ def _read_folder(folder: Path, size: int, progress: Progress) -> dict[str, Pixel
             fractals[name] = to_square(read_rgb(file, MAX_PIXELS), size)
         except UnreadableImageError as error:
             left_out.append(f"{name} ({error})")
-        progress("reading fractals", done, len(files))
+        progress("Reading fractals", done, len(files))
     if not fractals:
         raise _no_images(folder)
     if left_out:

@@ -80,9 +80,9 @@ def _pinned(project: Project, progress: Progress) -> "Stage | None":
 
     manifest = project.raw / STAGE
     before = read_stage(project.raw).version if manifest.exists() else None
-    progress("bringing what data.dvc pins", 0, 1)
+    progress("Bringing what data.dvc pins", 0, 1)
     pull(project.root)
-    progress("bringing what data.dvc pins", 1, 1)
+    progress("Bringing what data.dvc pins", 1, 1)
     if not manifest.exists():
         return None
     stage = read_stage(project.raw)
