@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import chdir
 from dataclasses import dataclass, field
 from importlib import resources
 
@@ -45,10 +46,13 @@ def prepare_instance(project: Project) -> None:
 
 
 def run_here(project: Project, settings: Settings, progress: Progress) -> Outcome:
-    """Materialize every asset in this process, and tell how it went."""
+    """Materialize every asset in this process, and tell how it went.
+
+    Relative paths, those of dagster.yaml among them, are the project's.
+    """
     prepare_instance(project)
     definitions = build_definitions(project, settings, lambda log: progress)
-    with dg.DagsterInstance.get() as instance:
+    with chdir(project.root), dg.DagsterInstance.get() as instance:
         result = definitions.resolve_job_def("diffusemix").execute_in_process(
             instance=instance,
             run_config={
