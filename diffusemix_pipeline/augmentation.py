@@ -5,6 +5,7 @@ For whoever has a training loop already. Neither dagster, mlflow nor dvc is impo
 
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import (
@@ -29,9 +30,16 @@ from diffusemix_pipeline.settings import Settings
 SOURCES = "sources.parquet"
 
 
+class Augmented(NamedTuple):
+    """The finished stage, and the source files that were not used: `source_id` and `reason`."""
+
+    stage: Stage
+    set_aside: list[dict[str, str]]
+
+
 def augment_folder(
     train_dir: Path, out: Path, settings: Settings, project: Project, progress: Progress = silent
-) -> Stage:
+) -> Augmented:
     """Write `out/<class>/*.png` with `manifest.parquet`, from `train_dir/<class>/*`.
 
     `sources.parquet` holds the originals' rows: a manifest row's `source_id` is an `image_id`
@@ -73,7 +81,7 @@ def augment_folder(
     write_if_changed(out / SOURCES, (raw.folder / MANIFEST).read_bytes(), aside=aside)
     for folder in (parts, aside):
         shutil.rmtree(folder, ignore_errors=True)  # with what killed calls left there
-    return augmented
+    return Augmented(augmented, raw.notes["set_aside"])
 
 
 def _check_out(train_dir: Path, out: Path) -> None:

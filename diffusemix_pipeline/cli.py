@@ -142,7 +142,9 @@ def augment(
         Path.cwd(), preset=preset, project_preset=False, config=config, overrides=given
     )
     with progress_bars() as progress:
-        stage = augment_folder(train_dir, out, settings, Project(Path.cwd()), progress)
+        stage, set_aside = augment_folder(train_dir, out, settings, Project(Path.cwd()), progress)
+    for item in set_aside:
+        click.echo(f"Set aside: {item['source_id']}: {item['reason']}", err=True)
     done = "Nothing changed, nothing done" if stage.reused else "Done"
     click.echo(f"{done}: {stage.counts['images']} augmented images in {out}.")
 

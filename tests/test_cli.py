@@ -125,12 +125,15 @@ def test_augment_refuses_to_write_over_what_is_not_its_own(here, weights):
     assert (here / "out" / "precious" / "0.png").exists()
 
 
-def test_augment_goes_on_after_a_kill(here, weights):
+def test_augment_names_what_it_sets_aside_and_goes_on_after_a_kill(here, weights):
     source = write_classes(here / "photos", ["cat", "dog"], 2)
+    (source / "cat" / "torn.png").write_text("no image")
     for litter in (here / ".out.aside" / "out.0123", here / ".diffusemix" / "augment"):
         litter.mkdir(parents=True)
         (litter / "half.png").write_text("torn")
-    assert augmented(source, weights).exit_code == 0
+    result = augmented(source, weights)
+    assert result.exit_code == 0
+    assert "Set aside: cat/torn.png: UnidentifiedImageError" in result.output
     assert "nothing done" in augmented(source, weights).output
     assert not (here / ".out.aside").exists()
 
