@@ -69,7 +69,7 @@ class Source(Section):
     path: str = Field(
         "",
         description="A folder of class folders, or of train[/val]/test folders of class folders; "
-        "'digits' for the bundled sample. Empty: what data.dvc pins, else 'digits'.",
+        "'digits' for the bundled sample. Empty: what data.dvc pins or data/ holds, else 'digits'.",
     )
     train_per_class: int | None = Field(
         None, gt=0, description="At most this many training images a class (few-shot); empty: all."

@@ -125,9 +125,9 @@ def pinned_digest(root: Path) -> str | None:
 def pull(root: Path) -> bool:
     """Make `data/` what `data.dvc` pins; True where it is that, or was made from that since.
 
-    False where nothing is pinned, and where there is no remote and the cache alone cannot give it;
-    without a remote a `data/` that is there is never replaced. Raises UserError where the remote
-    fails, or where `data/` holds files that no version holds.
+    False where nothing is pinned, and where there is no remote and the cache alone cannot give it:
+    `data/` is then left as it is. Raises UserError where the remote fails, or where `data/` holds
+    files that no version holds.
     """
     digest = pinned_digest(root)
     if digest is None:
@@ -148,10 +148,8 @@ def pull(root: Path) -> bool:
                 f"The DVC remote '{remote}' does not hold the version {digest} that "
                 f"{root / 'data.dvc'} pins. Run `dvc push` where that version was made."
             )
-        if remote is None:
-            there = project.data.exists()
-            if not (_is_as_pinned(root) if there else _is_cached(root, digest)):
-                return False
+        if remote is None and not _is_cached(root, digest):
+            return False
         _run_dvc(root, "checkout", "data.dvc")
         write_bytes(basis, digest.encode())
         return True
@@ -194,11 +192,6 @@ def _default_remote(root: Path) -> str | None:
 def _is_cached(root: Path, digest: str) -> bool:
     cache = root / ".dvc" / (_configured(root, "cache", "dir") or "cache")
     return (cache / "files" / "md5" / digest[:2] / digest[2:]).exists()
-
-
-def _is_as_pinned(root: Path) -> bool:
-    """Tell whether `data/` is what `data.dvc` pins, as after a `dvc checkout` by hand."""
-    return json.loads(_run_dvc(root, "status", "--json", "data.dvc")) == {}
 
 
 def _configured(root: Path, section: str, option: str) -> str | None:

@@ -258,7 +258,10 @@ def test_images_whose_pin_is_nowhere_are_kept(weights, tmp_path):
 def test_a_lost_mlflow_database_is_filled_again(weights, tmp_path):
     project = Project(tmp_path)
     assert run(project, weights).success
+    lost = set(mlflow_runs(project)["run_id"])
     for path in project.state.glob("mlflow*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert run(project, weights).success
-    assert mlflow_runs(project)["metrics.test_clean"].between(0, 1).all()
+    runs = mlflow_runs(project)
+    assert lost.isdisjoint(runs["run_id"])
+    assert runs["metrics.test_clean"].between(0, 1).all()

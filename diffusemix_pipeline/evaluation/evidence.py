@@ -33,7 +33,7 @@ class Evidence:
     """One classifier's answers on N test images of C classes."""
 
     ids: tuple[str, ...]
-    """N image ids: what the draws of the corruptions follow from."""
+    """What tells N images apart (SHA-256 of their files): the corruptions' draws follow from it."""
     labels: np.ndarray
     """int64 (N,)."""
     probabilities: np.ndarray

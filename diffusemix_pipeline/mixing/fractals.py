@@ -33,6 +33,7 @@ from diffusemix_pipeline.settings import Mixing
 
 # Raise it when a change here changes a picture: the cache and the data version follow.
 CODE_VERSION = 1
+_READ_VERSION = 2  # of the user's own
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _PILOT_SIZE = 32
 
@@ -78,7 +79,9 @@ def fractals_version(mixing: Mixing, seed: int) -> str:
     if not mixing.fractal_dir:
         return digest("made", CODE_VERSION, seed, mixing.fractal_count)
     files = _image_files(Path(mixing.fractal_dir).expanduser())
-    return digest("read", CODE_VERSION, [[name, file_sha256(file)] for name, file in files.items()])
+    return digest(
+        "read", _READ_VERSION, [[name, file_sha256(file)] for name, file in files.items()]
+    )
 
 
 def _cached(file: Path, seed: int, size: int) -> Pixels:

@@ -53,7 +53,7 @@ def raw_dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
 
 
 def _bring(context: dg.AssetExecutionContext) -> "tuple[Stage, str]":
-    """Return the raw stage and its origin: the source, else what data.dvc pins, else digits."""
+    """Return the raw stage and its origin: the source, what is pinned or there, or digits."""
     from diffusemix_pipeline.datasets.ingest import ingest
     from diffusemix_pipeline.datasets.sources import DIGITS
 
@@ -61,16 +61,16 @@ def _bring(context: dg.AssetExecutionContext) -> "tuple[Stage, str]":
     progress = context.resources.progress(context.log)
     source = settings.source.path
     if not source:
-        pinned = _pinned(project, progress)
-        if pinned:
-            return pinned, "data.dvc"
+        there = _pinned(project, progress)
+        if there:
+            return there
         source = DIGITS
         context.log.info("No source.path is set and data/ holds no images: making the digits")
     return ingest(source, settings, project.raw, aside=project.aside, progress=progress), source
 
 
-def _pinned(project: Project, progress: Progress) -> "Stage | None":
-    """Return the images that data.dvc pins, or that lie in data/ all the same.
+def _pinned(project: Project, progress: Progress) -> "tuple[Stage, str] | None":
+    """Return the images that data.dvc pins, else those that lie in data/, and which it is.
 
     None where there are none, and where they are the digits, which can be made anew.
     """
@@ -81,11 +81,12 @@ def _pinned(project: Project, progress: Progress) -> "Stage | None":
     manifest = project.raw / STAGE
     before = read_stage(project.raw).version if manifest.exists() else None
     progress("Bringing what data.dvc pins", 0, 1)
-    pull(project.root)
+    pulled = pull(project.root)
     progress("Bringing what data.dvc pins", 1, 1)
     if not manifest.exists():
         return None
     stage = read_stage(project.raw)
     if stage.notes["source"]["kind"] == DIGITS:
         return None
-    return replace(stage, reused=stage.version == before)
+    origin = "data.dvc" if pulled else "data/raw, as neither cache nor remote has what is pinned"
+    return replace(stage, reused=stage.version == before), origin
