@@ -1,6 +1,7 @@
 """Promises of the whole: one run makes everything, a second nothing, two the same bytes."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -214,6 +215,31 @@ def test_a_second_run_at_the_same_time_is_refused(weights, project):
     assert outcome.user_error
     assert "Another run is at work" in outcome.problems[0]
     assert not project.data.exists()
+
+
+def test_a_clone_with_a_remote_pulls_what_is_pinned(weights, tmp_path):
+    from diffusemix_pipeline.versioning import ensure_repository
+
+    first, clone = Project(tmp_path / "first"), Project(tmp_path / "clone")
+    first.root.mkdir()
+    photos = write_classes(tmp_path / "photos", ["cat", "dog"], 10)
+    own = ["source.train_per_class=null", "source.val_fraction=0.2", "source.test_fraction=0.2"]
+    ensure_repository(first.root)
+    remote = ["dvc", "remote", "add", "-q", "-d", "store", tmp_path / "remote"]
+    subprocess.run(remote, cwd=first.root, check=True, env=_venv_path())
+    outcome = run(first, weights, f"source.path={photos}", *own)
+    assert outcome.success
+    assert "pushed" in outcome.metadata["fractal_augmented_dataset"]["dvc_push"].value
+
+    (clone.root / ".dvc").mkdir(parents=True)
+    for name in ("data.dvc", ".dvc/config"):
+        shutil.copy(first.root / name, clone.root / name)
+    pulled = run(clone, weights, "source.path=''")
+    assert pulled.success
+    assert pulled.metadata["raw_dataset"]["origin"].value == "data.dvc"
+    assert pulled.metadata["generated_images"]["edits_made"].value == 0
+    assert bytes_below(clone.data) == bytes_below(first.data)
+    assert run(clone, weights, "source.path=''").reused
 
 
 def test_images_whose_pin_is_nowhere_are_kept(weights, tmp_path):
