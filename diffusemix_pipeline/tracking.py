@@ -1,10 +1,11 @@
-"""Runs, metrics and registered models: with `logged_model.py` the only code that knows MLflow.
+"""Runs, metrics and registered models: the only code that imports MLflow.
 
 What belongs here: what a training run records, and the classifier as a model that loads by name.
 What does not: what is trained and measured, and which model is promoted.
 
 Runs lie in a SQLite database under `.diffusemix/` with their files beside it, or on the server that
-`tracking.uri` names. Nothing is pickled: a model is code (`logged_model.py`) and safetensors.
+`tracking.uri` names. Nothing is pickled: a model is safetensors and a copy of this package, whose
+`training/served_classifier.py` MLflow calls.
 MLflow takes seconds to import, so functions import it when they need it.
 """
 
@@ -51,8 +52,7 @@ _PROCESS = "diffusemix.process"
 _MODEL_ID = "diffusemix.model_id"
 _MODEL_VERSION = "diffusemix.model_version"
 _PACKAGE = Path(__file__).parent
-# What `training/classifier.py` imports, kept with each model: it loads where nothing is installed.
-_CLASSIFIER_CODE = ("__init__.py", "errors.py", "files.py", "datasets", "training")
+_NOT_CODE = shutil.ignore_patterns("__pycache__", "*.safetensors")
 _CLASSIFIER_NEEDS = ("mlflow", "torch", "timm", "safetensors", "numpy", "pandas", "pillow")
 
 
@@ -111,10 +111,13 @@ class Run:
         columns: list[ColSpec | TensorSpec] = [ColSpec("string", "label")]
         columns += [ColSpec("float", f"p({c})") for c in classes]
         with tempfile.TemporaryDirectory() as aside:
+            code = Path(aside) / _PACKAGE.name
+            shutil.copytree(_PACKAGE, code, ignore=_NOT_CODE)
             logged = mlflow.pyfunc.log_model(
                 name="classifier",
-                python_model=str(_PACKAGE / "logged_model.py"),
-                artifacts={"classifier": str(folder), "code": str(_copy_code(Path(aside)))},
+                loader_module="diffusemix_pipeline.training.served_classifier",
+                data_path=str(folder),
+                code_paths=[str(code)],  # it loads where the package is not installed
                 pip_requirements=[f"{n}=={version(n).split('+')[0]}" for n in _CLASSIFIER_NEEDS],
                 signature=ModelSignature(outputs=Schema(columns)),
                 input_example=np.zeros((1, 8, 8, 3), dtype=np.uint8),
@@ -291,17 +294,6 @@ def _make_database(project: Project) -> None:
         link_or_copy(database, kept)
     aside.replace(database)
     write_bytes(made_by, installed.encode())
-
-
-def _copy_code(folder: Path) -> Path:
-    for name in _CLASSIFIER_CODE:
-        source, target = _PACKAGE / name, folder / _PACKAGE.name / name
-        if source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(source, target)
-    return folder
 
 
 def _log_metrics(

@@ -186,7 +186,7 @@ assert len(answer) == 3
 
 def test_nothing_is_pickled(project: Project, logged: LoggedRun) -> None:
     files = [file for file in (project.state / "mlflow").rglob("*") if file.is_file()]
-    known = {".py", ".json", ".safetensors", ".png", ".yaml", ".yml", ".txt", ""}
+    known = {".py", ".json", ".safetensors", ".png", ".yaml", ".yml", ".txt", ".jinja", ".md", ""}
     assert {file.suffix for file in files} <= known
     assert {file.name for file in files if not file.suffix} == {"MLmodel", "registered_model_meta"}
     assert any(file.name == "model.safetensors" for file in files)
