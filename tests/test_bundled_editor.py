@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from diffusemix_pipeline.bundled_editor import evaluation, sources, teachers, training
 from diffusemix_pipeline.editing.editor import BUNDLED_WEIGHTS
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.settings import PAPER_PROMPTS
 
 TINY = training.Recipe(
     steps=4, small_batch=4, large_batch=2, made_pictures=6, channels=(16, 16, 16, 32), save_every=1
@@ -47,6 +48,10 @@ def test_teachers_keep_shape_and_range_and_follow_their_seed(prompt, count, size
     assert 0 <= first.min() <= first.max() <= 1
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_the_paper_s_prompts_have_a_teacher_each():
+    assert list(teachers.PROMPTS) == PAPER_PROMPTS
 
 
 def test_every_image_gets_its_own_draw():

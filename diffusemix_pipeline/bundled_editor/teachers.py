@@ -18,18 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-PROMPTS = (
-    "autumn",
-    "snowy",
-    "watercolor art",
-    "sunset",
-    "rainbow",
-    "aurora",
-    "mosaic",
-    "ukiyo-e",
-    "a sketch with crayon",
-)
-
 
 def apply_teacher(images: Tensor, prompt: str, generator: torch.Generator) -> Tensor:
     """Edit every image of a batch by one prompt's teacher, each with its own random parameters.
@@ -197,23 +185,18 @@ def _crayon(image: Tensor, draw: _Draw) -> Tensor:
     return _mix(rubbed, crayon, 0.65 * _outline(_blur(_luma(image), 0.015)))
 
 
-_TEACHERS: dict[str, Callable[[Tensor, _Draw], Tensor]] = dict(
-    zip(
-        PROMPTS,
-        (
-            _autumn,
-            _snowy,
-            _watercolor,
-            _sunset,
-            _rainbow,
-            _aurora,
-            _mosaic,
-            _ukiyo_e,
-            _crayon,
-        ),
-        strict=True,
-    )
-)
+_TEACHERS: dict[str, Callable[[Tensor, _Draw], Tensor]] = {
+    "autumn": _autumn,
+    "snowy": _snowy,
+    "watercolor art": _watercolor,
+    "sunset": _sunset,
+    "rainbow": _rainbow,
+    "aurora": _aurora,
+    "mosaic": _mosaic,
+    "ukiyo-e": _ukiyo_e,
+    "a sketch with crayon": _crayon,
+}
+PROMPTS = tuple(_TEACHERS)
 
 
 def _colour(red: float, green: float, blue: float) -> Tensor:

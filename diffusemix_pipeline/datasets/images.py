@@ -26,9 +26,7 @@ def read_rgb(path: Path, max_pixels: int) -> Image.Image:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # PIL's own bomb limit and EXIF complaints; ours follows
+            warnings.simplefilter("ignore")  # PIL's own limit and complaints; ours follows
             with Image.open(path, formats=_FORMATS) as image:
                 if image.width * image.height > max_pixels:
                     raise UnreadableImageError(
