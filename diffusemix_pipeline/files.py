@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from diffusemix_pipeline.errors import UserError
+
 
 def write_bytes(path: Path, content: bytes, *, aside: Path | None = None) -> None:
     """Write a whole file or nothing; parents are made, an older file is replaced.
@@ -47,12 +49,26 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+def check_replaceable(folder: Path, mark: str) -> None:
+    """Raise UserError where `folder` holds anything, but not the file by which it is known as ours.
+
+    A person's files are never deleted, whatever folder they lie in.
+    """
+    if folder.exists() and not (folder / mark).exists() and any(folder.iterdir()):
+        raise UserError(
+            f"{folder} would be written anew, but it holds files that were not made here: it has "
+            f"no {mark}. Move them elsewhere; where `dvc checkout` was cut off, run it again."
+        )
+
+
 @contextmanager
-def replaced_folder(folder: Path, *, aside: Path) -> Iterator[Path]:
+def replaced_folder(folder: Path, *, mark: str, aside: Path) -> Iterator[Path]:
     """Give an empty folder to fill; on success it takes the place of `folder`, on error it goes.
 
+    `mark` is a file that every whole version of the folder holds: see `check_replaceable`.
     `aside` lies on the same file system, outside of anything versioned.
     """
+    check_replaceable(folder, mark)
     aside.mkdir(parents=True, exist_ok=True)
     partial = aside / f"{folder.name}.{uuid.uuid4().hex[:8]}"
     partial.mkdir()

@@ -2,23 +2,64 @@
 
 from pathlib import Path
 
+from diffusemix_pipeline.datasets.manifest import STAGE
 from diffusemix_pipeline.datasets.sources import DIGITS
 from diffusemix_pipeline.devices import choose_device
 from diffusemix_pipeline.editing.editor import locate_editor
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.files import check_replaceable
 from diffusemix_pipeline.mixing.fractals import fractals_version
+from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings
 
 
-def check_run(settings: Settings) -> None:
-    """Raise UserError for what would end a whole run after hours of work."""
+def check_run(project: Project, settings: Settings) -> None:
+    """Raise UserError for what would end a run after hours of work, or cost a person files."""
     from diffusemix_pipeline.training.classifier import check_model
 
-    source = settings.source.path
-    if source not in ("", DIGITS) and not Path(source).expanduser().is_dir():
-        raise UserError(f"source.path: the folder {source} does not exist.")
+    if settings.source.path not in ("", DIGITS):
+        _check_source(Path(settings.source.path), project)
+    _check_data(project)
     check_model(settings.training.model, settings.size, settings.training.pretrained)
     check_augmentation(settings)
+
+
+def check_outputs(project: Project) -> None:
+    """Raise UserError where a folder that later stages write anew holds somebody's files."""
+    from diffusemix_pipeline.evaluation.report import DOCUMENT
+
+    for folder in (project.generated, project.hybrid, project.augmented):
+        check_replaceable(folder, STAGE)
+    check_replaceable(project.report, DOCUMENT)
+
+
+def _check_source(source: Path, project: Project) -> None:
+    folder = source.expanduser().resolve()
+    if not folder.is_dir():
+        raise UserError(f"source.path: the folder {source} does not exist.")
+    if any(folder.is_relative_to(own.resolve()) for own in (project.data, project.state)):
+        raise UserError(
+            f"source.path: {source} lies where only the pipeline writes ({project.data}). "
+            "Move the images elsewhere and name that folder: it is only read."
+        )
+    if project.root.resolve().is_relative_to(folder):
+        raise UserError(
+            f"source.path: {source} holds this project, so what the pipeline makes would be read "
+            "as images. Run in a folder of its own and give the images' path."
+        )
+
+
+def _check_data(project: Project) -> None:
+    """DVC takes all of `data/`, and makes what it takes read-only."""
+    if not project.data.exists():
+        return
+    own = {project.raw, project.generated, project.hybrid, project.augmented, project.settings}
+    strangers = sorted(p.name for p in set(project.data.iterdir()) - own if p.name[0] != ".")
+    if strangers:
+        raise UserError(
+            f"{project.data} is the pipeline's alone, but holds {', '.join(strangers[:5])}. "
+            "Move what is yours elsewhere; images are read from any folder (source.path)."
+        )
 
 
 def check_augmentation(settings: Settings) -> None:

@@ -31,6 +31,11 @@ class Project:
         return self.data / "augmented"
 
     @property
+    def settings(self) -> Path:
+        """The settings that made `data`."""
+        return self.data / "settings.yaml"
+
+    @property
     def state(self) -> Path:
         return self.root / ".diffusemix"
 

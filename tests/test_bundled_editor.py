@@ -5,13 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import write_classes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusemix_pipeline.bundled_editor import evaluation, sources, teachers, training
-from diffusemix_pipeline.editing.editor import BUNDLED_WEIGHTS
+from diffusemix_pipeline.editing.editor import BUNDLED_WEIGHTS, InstructPix2PixEditor
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.settings import PAPER_PROMPTS
+from diffusemix_pipeline.settings import PAPER_PROMPTS, Editing
 
 TINY = training.Recipe(
     steps=4, small_batch=4, large_batch=2, made_pictures=6, channels=(16, 16, 16, 32), save_every=1
@@ -28,6 +29,12 @@ def _files(folder: Path) -> dict[str, bytes]:
         for path in folder.rglob("*")
         if path.is_file()
     }
+
+
+def _edits(folder: Path, images: np.ndarray, prompt: str) -> torch.Tensor:
+    editing = Editing(batch_size=len(images))
+    editor = InstructPix2PixEditor(folder, editing, "cpu")
+    return evaluation.edit_all(editor, editing, images, prompts=[prompt])
 
 
 @settings(max_examples=20, deadline=None)
@@ -93,6 +100,29 @@ def test_a_folder_without_images_is_named(tmp_path):
         sources.read_image_folder(tmp_path / "missing", 32)
 
 
+def test_what_is_no_image_is_left_out_by_name(tmp_path):
+    write_classes(tmp_path, ["cat", "dog"], 2)
+    (tmp_path / "cat" / "broken.png").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match=r"Left out: .*broken.png"):
+        images, names = sources.read_image_folder(tmp_path, 32)
+    assert images.shape == (4, 32, 32, 3)
+    assert names == ["cat", "cat", "dog", "dog"]
+
+
+def test_classes_are_told_apart_by_name(tmp_path):
+    folders = {}
+    for split, classes in (("train", ["a", "b"]), ("test", ["b", "c"])):
+        folders[split] = {"own": write_classes(tmp_path / split, classes, 1)}
+    with pytest.raises(UserError, match="own: the test folder has classes .* lacks: c"):
+        evaluation.evaluate_editor(
+            BUNDLED_WEIGHTS,
+            image_folders=folders["test"],
+            train_folders=folders["train"],
+            sheet=tmp_path / "sheet.png",
+        )
+    assert evaluation._numbers("own", ["b", "a"], ["a", "b", "b"]).tolist() == [1, 0]
+
+
 def test_autoencoder_gives_back_what_it_gets_in_half_precision():
     images = torch.rand(2, 3, 32, 32, generator=_generator(0))
     autoencoder = training.build_autoencoder().half().float()
@@ -124,9 +154,32 @@ def test_a_killed_training_ends_as_an_undisturbed_one(tmp_path):
         )
     killed = training.train_editor(tmp_path / "killed", checkpoint_dir=tmp_path / "b", recipe=TINY)
     assert _files(whole) == _files(killed)
-    editor = evaluation.load_editor(killed)
-    edits = evaluation.edit(editor, torch.rand(1, 3, 32, 32), seeds=(0,), prompts=["snowy"])
-    assert edits.shape == (1, 1, 1, 3, 32, 32)
+    edits = _edits(killed, sources.make_pictures(1, 32, np.random.default_rng(0)), "snowy")
+    assert edits.shape == (1, 2, 1, 3, 32, 32)
+
+
+def test_another_seed_or_another_picture_is_another_training(tmp_path):
+    few = training.Recipe(
+        steps=1, small_batch=4, large_batch=2, made_pictures=6, channels=TINY.channels
+    )
+    write_classes(tmp_path / "pictures", ["cat", "dog"], 2)
+
+    def trained(name: str, **how):
+        return training.train_editor(
+            tmp_path / name, checkpoint_dir=tmp_path / "checkpoints", recipe=few, **how
+        )
+
+    first = _files(trained("first"))
+    assert _files(trained("again")) == first
+    assert _files(trained("seed", seed=1)) != first
+    assert _files(trained("photos", image_folders=[tmp_path / "pictures"])) != first
+
+
+def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="holds files that were not made here"):
+        training.train_editor(tmp_path, checkpoint_dir=tmp_path / "checkpoints", recipe=TINY)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
 def test_bundled_folder_is_small_and_holds_no_code():
@@ -136,9 +189,9 @@ def test_bundled_folder_is_small_and_holds_no_code():
 
 
 def test_bundled_editor_edits_a_digit():
-    editor = evaluation.load_editor(BUNDLED_WEIGHTS)
-    images = sources.to_tensor(sources.read_digits(32, "test")[0][:1])
-    first, second = evaluation.edit(editor, images, seeds=(0, 1), prompts=["sunset"])[0]
+    digit = sources.read_digits(32, "test")[0][:1]
+    images = sources.to_tensor(digit)
+    first, second = _edits(BUNDLED_WEIGHTS, digit, "sunset")[0]
     assert first.shape == images.shape
     assert (first - images).abs().mean() > 8 / 255
     assert (first - second).abs().mean() > 1 / 255

@@ -2,6 +2,7 @@
 
 import pytest
 
+from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import link_or_copy, replaced_folder, write_bytes, write_json
 
 
@@ -21,7 +22,7 @@ def test_write_json_refuses_what_is_no_json(tmp_path):
 
 def test_a_folder_appears_as_a_whole(tmp_path):
     target, aside = tmp_path / "stage", tmp_path / "aside"
-    with replaced_folder(target, aside=aside) as folder:
+    with replaced_folder(target, mark="a", aside=aside) as folder:
         (folder / "a").write_text("1")
         assert not target.exists()
     assert (target / "a").read_text() == "1"
@@ -30,11 +31,11 @@ def test_a_folder_appears_as_a_whole(tmp_path):
 
 def test_an_error_leaves_the_old_folder(tmp_path):
     target, aside = tmp_path / "stage", tmp_path / "aside"
-    with replaced_folder(target, aside=aside) as folder:
+    with replaced_folder(target, mark="a", aside=aside) as folder:
         (folder / "a").write_text("old")
 
     def fail_half_way() -> None:
-        with replaced_folder(target, aside=aside) as folder:
+        with replaced_folder(target, mark="a", aside=aside) as folder:
             (folder / "a").write_text("new")
             raise RuntimeError("cut off")
 
@@ -42,6 +43,17 @@ def test_an_error_leaves_the_old_folder(tmp_path):
         fail_half_way()
     assert (target / "a").read_text() == "old"
     assert not list(aside.iterdir())
+
+
+def test_what_somebody_else_put_there_is_never_replaced(tmp_path):
+    (tmp_path / "stage" / "cat").mkdir(parents=True)
+    (tmp_path / "stage" / "cat" / "mine.png").write_bytes(b"1")
+    with (
+        pytest.raises(UserError, match="stage would be written anew, but it holds files"),
+        replaced_folder(tmp_path / "stage", mark="a", aside=tmp_path / "aside"),
+    ):
+        pytest.fail("nothing is made for a place that is taken")
+    assert (tmp_path / "stage" / "cat" / "mine.png").read_bytes() == b"1"
 
 
 def test_links_share_bytes_and_survive_a_replaced_source(tmp_path):

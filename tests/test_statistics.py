@@ -1,19 +1,36 @@
 """Statistics: what a bootstrap must give by hand, by theory, and in any case."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusemix_pipeline.evaluation import statistics
+from diffusemix_pipeline.evaluation.calibration import binned_gaps
 from diffusemix_pipeline.evaluation.statistics import (
     Estimate,
+    calibration_difference,
     calibration_estimate,
-    mean_estimate,
+    mean_estimates,
     resampled_sums,
 )
 
 RNG = np.random.default_rng(0)
+
+
+def mean_estimate(scores: np.ndarray, samples: int, seed: int, **kind: Any) -> Estimate:
+    return mean_estimates({"alone": scores}, samples, seed, **kind)["alone"]
+
+
+def answers(images: int, seed: int, *, off_by: float) -> np.ndarray:
+    """Gaps of a classifier that is 60 to 99 % sure, and right that much less often."""
+    rng = np.random.default_rng(seed)
+    sure = rng.uniform(0.6, 0.99, images)
+    right = rng.random(images) < sure - off_by
+    probabilities = np.stack([sure, 1 - sure], axis=1).astype(np.float32)
+    return binned_gaps(probabilities, np.where(right, 0, 1))[None]
 
 
 @given(st.floats(0, 1), st.integers(1, 50))
@@ -78,9 +95,10 @@ def test_a_paired_difference_has_the_sign_and_not_the_spread_of_its_arms():
     assert [opposite.low, opposite.high] == pytest.approx(ends, abs=0.005)
 
 
-def test_seeds_are_averaged_before_images_are_drawn():
-    scores = RNG.random((3, 60))
-    assert mean_estimate(scores, 200, seed=0) == mean_estimate(scores.mean(axis=0), 200, seed=0)
+def test_sets_of_scores_are_estimated_as_each_alone():
+    first, second = RNG.random((2, 60))
+    both = mean_estimates({"a": first, "b": second}, 200, seed=0)
+    assert both == {"a": mean_estimate(first, 200, 0), "b": mean_estimate(second, 200, 0)}
 
 
 def test_sums_by_hand_and_the_same_images_for_every_column(monkeypatch):
@@ -93,16 +111,33 @@ def test_sums_by_hand_and_the_same_images_for_every_column(monkeypatch):
 
 
 def test_the_calibration_error_by_hand():
-    gaps = np.zeros((1, 4, 2))
-    gaps[0, :2, 0], gaps[0, 2:, 1] = 0.3, -0.1  # every resample of one bin's images is alike
+    gaps = np.zeros((1, 400, 2))
+    gaps[0, :200, 0], gaps[0, 200:, 1] = 0.3, -0.1  # the images of a bin are alike
     estimate = calibration_estimate(gaps, 500, seed=0)
-    assert estimate.value == pytest.approx((0.6 + 0.2) / 4)
-    assert 0.1 <= estimate.low <= estimate.value <= estimate.high <= 0.3
+    assert estimate.value == pytest.approx((200 * 0.3 + 200 * 0.1) / 400)
+    assert 0.18 < estimate.low < estimate.value < estimate.high < 0.22
+
+
+def test_a_few_answers_may_be_calibrated():
+    gaps = np.zeros((1, 4, 2))
+    gaps[0, :2, 0], gaps[0, 2:, 1] = 0.3, -0.1  # right when 70 % sure, wrong when 10 % sure
+    assert calibration_estimate(gaps, 500, seed=0).low == 0
+
+
+@pytest.mark.parametrize("off_by", [0.0, 0.03, 0.1])
+def test_intervals_of_the_calibration_error_cover_the_truth(off_by):
+    truth = np.abs(answers(1_000_000, 0, off_by=off_by)[0].sum(axis=0)).sum() / 1_000_000
+    covered = 0
+    for trial in range(1, 101):
+        estimate = calibration_estimate(answers(300, trial, off_by=off_by), 200, seed=trial)
+        covered += estimate.low <= truth <= estimate.high
+        assert 0 <= estimate.low <= estimate.value <= estimate.high
+    assert covered >= 93
 
 
 def test_an_arm_against_itself_does_not_differ():
-    gaps = RNG.normal(size=(2, 50, 15))
-    estimate = calibration_estimate(gaps, 200, seed=0, against=gaps)
+    gaps = answers(50, 0, off_by=0.1)
+    estimate = calibration_difference(gaps, gaps, 200, seed=0)
     assert estimate == Estimate(0, 0, 0)
     assert estimate.holds_zero
 

@@ -1,8 +1,8 @@
 """What an editor is worth: five figures a set of test images and size, and a contact sheet.
 
-What belongs here: measuring an editor folder through the public pipeline call. What does not:
-training, and anything that only the bundled editor has: any InstructPix2Pix checkpoint may be
-judged, though only this one was made to imitate the teachers.
+What belongs here: measuring an editor folder through the editor of the product, with the default
+settings. What does not: training, and anything that only the bundled editor has: any
+InstructPix2Pix checkpoint may be judged, though only this one was made to imitate the teachers.
 
 The figures, each on test images that no one trained on:
 
@@ -21,35 +21,31 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DPMSolverMultistepScheduler,
-    StableDiffusionInstructPix2PixPipeline,
-)
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusemix_pipeline.bundled_editor.sources import (
+    Images,
     make_pictures,
     read_digits,
     read_image_folder,
     to_tensor,
 )
 from diffusemix_pipeline.bundled_editor.teachers import PROMPTS, apply_teacher, apply_teachers
-from diffusemix_pipeline.bundled_editor.training import TEMPLATE
+from diffusemix_pipeline.editing.editor import InstructPix2PixEditor
+from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import write_bytes
 from diffusemix_pipeline.identity import seed_from
 from diffusemix_pipeline.pictures import contact_sheet
 from diffusemix_pipeline.progress import Progress, silent
+from diffusemix_pipeline.settings import Editing
 
-STEPS = 10
-TEXT_GUIDANCE = 1.5
-IMAGE_GUIDANCE = 1.2
 DRAWS = 16
 
 
 def evaluate_editor(
-    location: str | Path,
+    location: Path,
     *,
     image_folders: Mapping[str, Path],
     train_folders: Mapping[str, Path],
@@ -66,33 +62,47 @@ def evaluate_editor(
     `train_folders` the same names to originals of the same classes, on which the judges are
     trained. scikit-learn's digits are always one more set. The result is plain JSON:
     `figures[set][size]` holds the five figures, in dB, 1/255 and shares of 1.
+
+    Raises UserError for a folder without images and for a test class that no train folder has.
     """
-    editor = load_editor(location)
-    judged = _read_sets(image_folders, "test", 32)
-    taught = _read_sets(train_folders, "train", 32)
-    prompt_judge = train_prompt_judge(taught, classifier_steps, seed, progress)
+    editing = Editing(batch_size=images_per_set)
+    editor = InstructPix2PixEditor(location, editing, "cpu")
+    autoencoder = AutoencoderKL.from_pretrained(location / "vae", use_safetensors=True)
+    taught = {name: _read_set(name, train_folders, 32, "train") for name in _names(train_folders)}
+    judged = {name: _read_set(name, image_folders, 32, "test") for name in _names(image_folders)}
+    for name in judged:
+        _numbers(name, judged[name][1], taught[name][1])  # refused before anything is trained
+    photographs = [to_tensor(images) for images, _ in taught.values()]
+    prompt_judge = train_prompt_judge(photographs, classifier_steps, seed, progress)
     figures: dict[str, dict[str, Any]] = {}
     sheet_parts: list[tuple[str, Tensor]] = []
     for name in judged:
-        subject_judge = train_subject_judge(*taught[name], classifier_steps, seed, progress)
+        originals, classes = taught[name]
+        subject_judge = train_subject_judge(
+            to_tensor(originals),
+            _numbers(name, classes, classes),
+            classifier_steps,
+            seed,
+            progress,
+        )
         figures[name] = {}
         for size in sizes:
-            images, labels = _spread(*_read_set(name, image_folders, size), images_per_set)
-            edits = edit(editor, images, seeds=(0, 1), progress=progress)
+            pixels, names = _read_set(name, image_folders, size, "test")
+            shown = _spread(len(pixels), images_per_set)
+            edits = edit_all(editor, editing, pixels[shown], progress=progress)
+            images = to_tensor(pixels[shown])
+            labels = _numbers(name, [names[row] for row in shown], classes)
             figures[name][str(size)] = {
                 "images": len(images),
-                "autoencoder": measure_autoencoder(editor.vae, images),
+                "autoencoder": measure_autoencoder(autoencoder, images),
                 **measure_edits(images, labels, edits, prompt_judge, subject_judge, seed),
             }
-            shown = torch.linspace(0, len(images) - 1, 3).long()
-            together = torch.cat([images[shown][None], edits[:, :2, shown].flatten(0, 1)])
+            few = torch.linspace(0, len(images) - 1, 3).long()
+            together = torch.cat([images[few][None], edits[:, :2, few].flatten(0, 1)])
             sheet_parts.append((f"{name} {size} px", together))
     write_sheet(sheet, sheet_parts)
     return {
-        "sampler": "DPMSolverMultistepScheduler",
-        "steps": STEPS,
-        "text_guidance": TEXT_GUIDANCE,
-        "image_guidance": IMAGE_GUIDANCE,
+        **editing.model_dump(include={"sampler", "steps", "guidance", "image_guidance"}),
         "figures": figures,
     }
 
@@ -100,48 +110,25 @@ def evaluate_editor(
 # Editing
 
 
-def load_editor(location: str | Path) -> StableDiffusionInstructPix2PixPipeline:
-    """Load a pipeline folder in float32, with the sampler that the product uses."""
-    editor = StableDiffusionInstructPix2PixPipeline.from_pretrained(
-        location, use_safetensors=True, safety_checker=None, torch_dtype=torch.float32
-    )
-    editor.scheduler = DPMSolverMultistepScheduler.from_config(editor.scheduler.config)
-    editor.set_progress_bar_config(disable=True)
-    return editor
-
-
-def edit(
-    editor: StableDiffusionInstructPix2PixPipeline,
-    images: Tensor,
+def edit_all(
+    editor: InstructPix2PixEditor,
+    editing: Editing,
+    images: Images,
     *,
-    seeds: Sequence[int],
+    seeds: Sequence[int] = (0, 1),
     prompts: Sequence[str] = PROMPTS,
-    text_guidance: float = TEXT_GUIDANCE,
-    image_guidance: float = IMAGE_GUIDANCE,
     progress: Progress = silent,
 ) -> Tensor:
     """Edit every image under every prompt and seed.
 
-    images: float32 [N, 3, S, S] in [0, 1]. Returns [prompts, seeds, N, 3, S, S] in [0, 1].
+    images: uint8 [N, S, S, 3]. Returns float32 [prompts, seeds, N, 3, S, S] in [0, 1].
     """
     batches = []
     for prompt in prompts:
+        instructions = [editing.template.format(prompt=prompt)] * len(images)
         for seed in seeds:
-            generators = [
-                torch.Generator().manual_seed(seed_from(seed, prompt, row))
-                for row in range(len(images))
-            ]
-            with torch.autocast("cpu", torch.bfloat16):
-                edited = editor(
-                    [TEMPLATE.format(prompt=prompt)] * len(images),
-                    image=images,
-                    num_inference_steps=STEPS,
-                    guidance_scale=text_guidance,
-                    image_guidance_scale=image_guidance,
-                    generator=generators,
-                    output_type="pt",
-                ).images
-            batches.append(edited.float())
+            drawn = [seed_from(seed, prompt, row) for row in range(len(images))]
+            batches.append(to_tensor(editor.edit(images, instructions, drawn)))
             progress("editing test images", len(batches), len(prompts) * len(seeds))
     return torch.stack(batches).unflatten(0, (len(prompts), len(seeds)))
 
@@ -237,10 +224,12 @@ class _Judge(nn.Sequential):
 
 
 def train_prompt_judge(
-    taught: Mapping[str, tuple[Tensor, Tensor]], steps: int, seed: int, progress: Progress = silent
+    photographs: Sequence[Tensor], steps: int, seed: int, progress: Progress = silent
 ) -> nn.Module:
-    """Train a classifier to name the prompt of teacher edits, at 32 and at 64 px by turns."""
-    photographs = [images for images, _ in taught.values()]
+    """Train a classifier to name the prompt of teacher edits, at 32 and at 64 px by turns.
+
+    photographs: sets of originals [N, 3, 32, 32] in [0, 1], each drawn from as often.
+    """
     made = to_tensor(make_pictures(600, 32, np.random.default_rng(seed)))
     pools = [*photographs, made]
 
@@ -335,29 +324,41 @@ def _resize(images: Tensor, size: int) -> Tensor:
     return functional.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
 
 
-# Pictures
+# Sets
 
 
-def _read_sets(
-    folders: Mapping[str, Path], split: str, size: int
-) -> dict[str, tuple[Tensor, Tensor]]:
-    return {name: _read_set(name, folders, size, split) for name in (*folders, "digits")}
+def _names(folders: Mapping[str, Path]) -> list[str]:
+    return [*folders, "digits"]
 
 
 def _read_set(
-    name: str, folders: Mapping[str, Path], size: int, split: str = "test"
-) -> tuple[Tensor, Tensor]:
-    """Images [N, 3, size, size] in [0, 1] and labels [N] of a named folder, or of the digits."""
-    images, labels = (
-        read_image_folder(folders[name], size) if name in folders else read_digits(size, split)
-    )
-    return to_tensor(images), torch.from_numpy(labels)
+    name: str, folders: Mapping[str, Path], size: int, split: str
+) -> tuple[Images, list[str]]:
+    """Images [N, size, size, 3] and N class names of a named folder, or of the digits."""
+    if name in folders:
+        return read_image_folder(folders[name], size)
+    return read_digits(size, split)
 
 
-def _spread(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """`count` images spread evenly over the set, and so over its sorted classes."""
-    rows = torch.linspace(0, len(images) - 1, min(count, len(images))).round().long()
-    return images[rows], labels[rows]
+def _numbers(name: str, labels: Sequence[str], classes: Sequence[str]) -> Tensor:
+    """Number class names by their place among those that the judge of this set learns."""
+    number = {label: place for place, label in enumerate(sorted(set(classes)))}
+    unknown = sorted(set(labels) - set(number))
+    if unknown:
+        raise UserError(
+            f"{name}: the test folder has classes that the train folder lacks: "
+            f"{', '.join(unknown)}."
+        )
+    return torch.tensor([number[label] for label in labels])
+
+
+def _spread(images: int, count: int) -> list[int]:
+    """`count` rows spread evenly over a set of images, and so over its sorted classes."""
+    rows = torch.linspace(0, images - 1, min(count, images)).round().long()
+    return list(rows.tolist())
+
+
+# Pictures
 
 
 def write_sheet(path: Path, parts: Sequence[tuple[str, Tensor]]) -> None:

@@ -6,6 +6,8 @@ gradients), scikit-learn's digits, and image folders that the user names. What d
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,45 +18,45 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from diffusemix_pipeline.datasets.images import MAX_PIXELS, UnreadableImageError, read_rgb
 from diffusemix_pipeline.errors import UserError
 
 Images = NDArray[np.uint8]
 SIZES = (32, 64)
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
-def read_image_folder(folder: Path, size: int) -> tuple[Images, NDArray[np.int64]]:
+def read_image_folder(folder: Path, size: int) -> tuple[Images, list[str]]:
     """All images under `folder/<class>/`, cut to their centre square and resized.
 
-    Returns uint8 [N, size, size, 3] and class numbers [N], in the order of sorted class and file
-    names. A folder without class folders is read as one class.
+    Returns uint8 [N, size, size, 3] and N class names, in the order of sorted class and file names.
+    A folder without class folders is read as one class. What is no image is left out by name.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: name a folder of class folders of images.")
     classes = sorted(child for child in folder.iterdir() if child.is_dir()) or [folder]
-    files = [
-        (path, number)
-        for number, its_class in enumerate(classes)
-        for path in sorted(its_class.rglob("*"))
-        if path.suffix.lower() in SUFFIXES
-    ]
-    if not files:
+    images, names = [], []
+    for its_class in classes:
+        for path in sorted(p for p in its_class.rglob("*") if p.is_file()):
+            try:
+                images.append(_read_square(path, size))
+                names.append(its_class.name)
+            except UnreadableImageError as reason:
+                warnings.warn(f"Left out: {path}: {reason}", stacklevel=2)
+    if not images:
         raise UserError(f"{folder} holds no images: name a folder of class folders of images.")
-    images = np.stack([_read_square(path, size) for path, _ in files])
-    return images, np.array([number for _, number in files])
+    return np.stack(images), names
 
 
 def _read_square(path: Path, size: int) -> Images:
-    with Image.open(path) as opened:
-        picture = opened.convert("RGB")
+    picture = read_rgb(path, MAX_PIXELS)
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     box = (left, top, left + side, top + side)
     return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
-def read_digits(size: int, split: str) -> tuple[Images, NDArray[np.int64]]:
-    """scikit-learn's handwritten digits, white on black: uint8 [N, size, size, 3] and labels [N].
+def read_digits(size: int, split: str) -> tuple[Images, list[str]]:
+    """scikit-learn's handwritten digits, white on black: uint8 [N, size, size, 3] and N names.
 
     `split` is "test" for every fifth of the 1,797 digits, or "train" for the rest.
     """
@@ -63,7 +65,8 @@ def read_digits(size: int, split: str) -> tuple[Images, NDArray[np.int64]]:
     chosen = held_out if split == "test" else ~held_out
     grey = (digits.images[chosen] * (255 / 16)).astype(np.uint8)
     images = [Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC) for one in grey]
-    return np.stack([np.asarray(one.convert("RGB")) for one in images]), digits.target[chosen]
+    pixels = np.stack([np.asarray(one.convert("RGB")) for one in images])
+    return pixels, [str(digit) for digit in digits.target[chosen]]
 
 
 def make_pictures(count: int, size: int, rng: np.random.Generator) -> Images:
@@ -150,6 +153,14 @@ class SourceBank:
             }
         )
         self._shares = torch.tensor([*shares, 0.10, 0.15])
+
+    def digest(self) -> str:
+        """Identify the pictures, wherever they were read from."""
+        hasher = hashlib.sha256()
+        for images in self._images:
+            for size in SIZES:
+                hasher.update(images[size].tobytes())
+        return hasher.hexdigest()
 
     def draw(self, count: int, size: int, generator: torch.Generator) -> Tensor:
         """Float32 [count, 3, size, size] in [0, 1]; `size` is 32 or 64."""

@@ -13,7 +13,7 @@ import copy
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusemix_pipeline.bundled_editor.sources import SourceBank
 from diffusemix_pipeline.bundled_editor.teachers import PROMPTS, apply_teachers
-from diffusemix_pipeline.files import replaced_folder
-from diffusemix_pipeline.identity import seed_from
+from diffusemix_pipeline.editing.editor import INDEX as EDITOR_INDEX
+from diffusemix_pipeline.files import check_replaceable, replaced_folder
+from diffusemix_pipeline.identity import digest, seed_from
 from diffusemix_pipeline.progress import Progress, silent
 
 TEMPLATE = "A transformed version of image into {prompt}"
@@ -66,12 +67,15 @@ def train_editor(
     """Train an editor from nothing and save it as a diffusers pipeline folder; return the folder.
 
     `image_folders` are folders of class folders of photographs, which are only read; the digits
-    and the pictures that the project makes itself are always among the sources. A killed run goes
-    on from `checkpoint_dir`, which belongs to one seed, recipe and set of folders.
+    and the pictures that the project makes itself are always among the sources. A killed run of
+    the same seed, recipe and images goes on from its checkpoint below `checkpoint_dir`. Raises
+    UserError where `out` holds something else than an editor.
     """
+    check_replaceable(out, EDITOR_INDEX)
     bank = SourceBank(image_folders, made_pictures=recipe.made_pictures, seed=seed)
+    checkpoint = checkpoint_dir / digest(seed, asdict(recipe), bank.digest()) / "editor.pt"
     autoencoder = build_autoencoder()
-    text_encoder, unet = train_unet(autoencoder, bank, recipe, seed, checkpoint_dir, progress)
+    text_encoder, unet = train_unet(autoencoder, bank, recipe, seed, checkpoint, progress)
     save_pipeline(out, autoencoder, text_encoder, unet)
     return out
 
@@ -219,7 +223,7 @@ def train_unet(
     bank: SourceBank,
     recipe: Recipe,
     seed: int,
-    checkpoint_dir: Path,
+    checkpoint: Path,
     progress: Progress,
 ) -> tuple[CLIPTextModel, UNet2DConditionModel]:
     """Learn to draw teacher edits, given the original's latents and the prompt.
@@ -265,19 +269,18 @@ def train_unet(
         return nn.functional.mse_loss(velocity.float(), keep * noise - add * target)
 
     _train(
-        "editor",
         nn.ModuleList([text_encoder, unet]),
         loss,
         steps=recipe.steps,
         rate=recipe.rate,
-        checkpoint=checkpoint_dir / "editor.pt",
+        checkpoint=checkpoint,
         save_every=recipe.save_every,
         progress=progress,
     )
     return text_encoder.eval(), unet.eval()
 
 
-# What both share
+# Batches and steps
 
 
 def _draw_pairs(
@@ -311,7 +314,6 @@ def _generator(seed: int, stage: str, step: int, part: int) -> torch.Generator:
 
 
 def _train(
-    name: str,
     model: nn.Module,
     loss: Callable[[nn.Module, int, int], Tensor],
     *,
@@ -369,7 +371,7 @@ def _train(
             schedule.step()
             _follow(average, model, decay=min(0.999, (step + 1) / (step + 10)))
             done = step + 1
-            progress(f"training the {name}, loss {value:.4f}", done, steps)
+            progress(f"training the editor, loss {value:.4f}", done, steps)
             if done % save_every == 0 or done == steps:
                 state = {key: part.state_dict() for key, part in parts.items()}
                 _save_checkpoint(checkpoint, {**state, "step": done})
@@ -406,5 +408,5 @@ def save_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    with replaced_folder(out, aside=out.parent) as folder:
+    with replaced_folder(out, mark=EDITOR_INDEX, aside=out.parent) as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)

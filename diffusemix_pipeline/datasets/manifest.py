@@ -117,7 +117,7 @@ def write_stage(folder: Path, *, name: str, fingerprint: str, aside: Path) -> It
 
     `read_stage(folder)` gives the result afterwards.
     """
-    with replaced_folder(folder, aside=aside) as partial:
+    with replaced_folder(folder, mark=STAGE, aside=aside) as partial:
         writer = StageWriter(partial)
         yield writer
         rows = table(writer.rows)

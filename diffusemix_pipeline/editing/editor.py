@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 BUNDLED = "bundled"
 BUNDLED_WEIGHTS = Path(__file__).parent.parent / "bundled_editor" / "weights"
+INDEX = "model_index.json"
 _CLASS_NAME = "StableDiffusionInstructPix2PixPipeline"
 
 
@@ -33,7 +34,7 @@ def locate_editor(editor: str, revision: str | None) -> Path:
     folder = Path(editor).expanduser()
     if not folder.is_dir():
         folder = _download(editor, revision)
-    index = folder / "model_index.json"
+    index = folder / INDEX
     try:
         parts = dict(json.loads(index.read_text("utf-8")))
     except (OSError, ValueError, TypeError):

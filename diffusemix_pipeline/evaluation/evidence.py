@@ -25,7 +25,7 @@ from diffusemix_pipeline.training.classifier import to_tensor
 
 # Raised where the attacks or the corruptions change, so that no two codes are compared.
 CODE_VERSION = "2"
-_FILE = "evidence.npz"
+FILE = "evidence.npz"
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,16 +58,19 @@ class Evidence:
         """Write `evidence.npz` into `folder`: one file, so that it is there as a whole or not."""
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **{name: getattr(self, name) for name in _FIELDS})
-        write_bytes(folder / _FILE, buffer.getvalue())
+        write_bytes(folder / FILE, buffer.getvalue())
 
     @classmethod
     def load(cls, folder: Path) -> "Evidence":
         """Read what `save` wrote; UserError where it is missing or damaged."""
         try:
-            with np.load(folder / _FILE, allow_pickle=False) as arrays:
+            with np.load(folder / FILE, allow_pickle=False) as arrays:
                 values: dict[str, Any] = {name: arrays[name] for name in _FIELDS}
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise UserError(f"No evidence in {folder / _FILE} ({error}): evaluate again.") from None
+            raise UserError(
+                f"{folder / FILE} cannot be read ({error}). Delete {folder} and run again: the "
+                "classifier is then asked anew."
+            ) from None
         values |= {name: tuple(values[name].tolist()) for name in _AXES}
         return cls(**values)
 

@@ -24,14 +24,22 @@ from diffusemix_pipeline import pictures
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.evaluation.calibration import binned_gaps, reliability_curve
 from diffusemix_pipeline.evaluation.evidence import Evidence
-from diffusemix_pipeline.evaluation.statistics import Estimate, calibration_estimate, mean_estimate
+from diffusemix_pipeline.evaluation.statistics import (
+    Estimate,
+    calibration_difference,
+    calibration_estimate,
+    mean_estimates,
+)
 from diffusemix_pipeline.files import replaced_folder, write_bytes, write_json
 from diffusemix_pipeline.identity import seed_from
 from diffusemix_pipeline.settings import Arm, Settings
 
+DOCUMENT = "report.json"
+PAGE = "index.html"
 SCHEMA_VERSION = 1
-CODE_VERSION = "1"
-MEASURES = ("clean", "corrupted", "fgsm", "ece")
+CODE_VERSION = "2"
+_ACCURACIES = ("clean", "corrupted", "fgsm")
+MEASURES = (*_ACCURACIES, "ece")
 
 _BASELINE = "vanilla"
 _SUBJECT = "diffusemix"
@@ -103,9 +111,9 @@ def write_report(inputs: ReportInputs, out: Path, *, aside: Path) -> Report:
     light = _plots(inputs, document, pictures.LIGHT)
     dark = _plots(inputs, document, pictures.DARK)
     page = _page(document, light, dark, inputs.stages)
-    with replaced_folder(out, aside=aside) as folder:
-        write_bytes(folder / "index.html", page.encode("utf-8", "replace"))
-        write_json(folder / "report.json", document)
+    with replaced_folder(out, mark=DOCUMENT, aside=aside) as folder:
+        write_bytes(folder / PAGE, page.encode("utf-8", "replace"))
+        write_json(folder / DOCUMENT, document)
         files = {name: plot.png for name, plot in light.items()}
         if inputs.stages is not None:
             files["stages"] = inputs.stages
@@ -116,9 +124,9 @@ def write_report(inputs: ReportInputs, out: Path, *, aside: Path) -> Report:
 
 def read_report(folder: Path) -> Report:
     """Return what a written report says; UserError where there is none."""
-    path = folder / "report.json"
+    path = folder / DOCUMENT
     if not path.exists():
-        raise UserError(f"{folder} holds no report.json: materialize robustness_report first.")
+        raise UserError(f"{folder} holds no {DOCUMENT}: materialize robustness_report first.")
     document = json.loads(path.read_text(encoding="utf-8"))
     return Report(
         headline=document["headline"],
@@ -126,7 +134,7 @@ def read_report(folder: Path) -> Report:
         versions=document["versions"],
         fgsm_epsilon=document["fgsm_epsilon"],
         folder=folder,
-        html=folder / "index.html",
+        html=folder / PAGE,
         json=path,
         plots=tuple(sorted(folder.glob("*.png"))),
     )
@@ -194,17 +202,31 @@ class _Scores:
     corrupted: np.ndarray
     """Averaged over families and severities too."""
     by_epsilon: dict[float, np.ndarray]
+    by_corruption: dict[tuple[str, int], np.ndarray]
+    """By family and severity."""
     gaps: np.ndarray
     """float64 (S, N, bins): see `calibration.binned_gaps`."""
+
+    def by_name(self, epsilon: float) -> dict[Any, np.ndarray]:
+        """Return every accuracy: three by name, the rest by strength, or family and severity."""
+        three = (self.clean, self.corrupted, self.by_epsilon[epsilon])
+        named = dict(zip(_ACCURACIES, three, strict=True))
+        return {**named, **self.by_epsilon, **self.by_corruption}
 
 
 def _scores(of_seed: Mapping[int, Evidence]) -> _Scores:
     evidence = list(of_seed.values())
     attacked = np.mean([one.fgsm for one in evidence], axis=0)
+    corrupted = np.mean([one.corrupted for one in evidence], axis=0)
     return _Scores(
         clean=np.mean([one.correct for one in evidence], axis=0),
-        corrupted=np.mean([one.corrupted.mean(axis=(0, 1)) for one in evidence], axis=0),
+        corrupted=corrupted.mean(axis=(0, 1)),
         by_epsilon=dict(zip(evidence[0].epsilons, attacked, strict=True)),
+        by_corruption={
+            (family, severity): corrupted[row, column]
+            for row, family in enumerate(evidence[0].corruptions)
+            for column, severity in enumerate(evidence[0].severities)
+        },
         gaps=np.stack([binned_gaps(one.probabilities, one.labels) for one in evidence]),
     )
 
@@ -216,41 +238,43 @@ def _arm(
     seed = seed_from(inputs.settings.seed, "bootstrap")
     scores = _scores(by_arm[arm])
 
-    def mean(of_image: np.ndarray) -> Estimate:
-        return mean_estimate(of_image, samples, seed)
-
-    def paired(of_image: np.ndarray) -> Estimate:
-        return mean_estimate(of_image, samples, seed, kind="difference")
-
+    estimates = mean_estimates(scores.by_name(epsilon), samples, seed)
     difference = None
     if arm != _BASELINE and _BASELINE in by_arm:
-        base = _scores(by_arm[_BASELINE])
-        difference = {
-            "clean": paired(scores.clean - base.clean),
-            "corrupted": paired(scores.corrupted - base.corrupted),
-            "fgsm": paired(scores.by_epsilon[epsilon] - base.by_epsilon[epsilon]),
-            "ece": calibration_estimate(scores.gaps, samples, seed, against=base.gaps),
-        }
+        difference = _difference(scores, _scores(by_arm[_BASELINE]), epsilon, samples, seed)
     return {
         "arm": arm,
         "training_seeds": list(by_arm[arm]),
         "steps": inputs.steps[arm],
-        "clean": _numbers(mean(scores.clean)),
-        "corrupted": _numbers(mean(scores.corrupted)),
-        "fgsm": _numbers(mean(scores.by_epsilon[epsilon])),
+        **{name: _numbers(estimates[name]) for name in _ACCURACIES},
         "ece": _numbers(calibration_estimate(scores.gaps, samples, seed)),
-        "difference": difference
-        and {
-            name: {**_numbers(estimate), "significant": not estimate.holds_zero}
-            for name, estimate in difference.items()
-        },
+        "difference": difference,
         "fgsm_by_epsilon": [
-            {"epsilon": strength, **_numbers(mean(of_image))}
-            for strength, of_image in scores.by_epsilon.items()
+            {"epsilon": strength, **_numbers(estimates[strength])} for strength in scores.by_epsilon
         ],
-        "corruptions": _corruptions(by_arm[arm], mean),
+        "corruptions": [
+            {"family": family, "severity": severity, **_numbers(estimates[family, severity])}
+            for family, severity in scores.by_corruption
+        ],
         "reliability": _reliability(by_arm[arm]),
         "classes": _classes(by_arm[arm], inputs.classes),
+    }
+
+
+def _difference(
+    scores: _Scores, base: _Scores, epsilon: float, samples: int, seed: int
+) -> dict[str, Any]:
+    """Compare an arm with the baseline, image by image."""
+    ours, theirs = scores.by_name(epsilon), base.by_name(epsilon)
+    changes = {name: ours[name] - theirs[name] for name in _ACCURACIES}
+    paired = mean_estimates(changes, samples, seed, kind="difference")
+    of_error = calibration_difference(scores.gaps, base.gaps, samples, seed)
+    return {
+        **{
+            name: {**_numbers(estimate), "significant": not estimate.holds_zero}
+            for name, estimate in paired.items()
+        },
+        "ece": {**_numbers(of_error), "significant": False if of_error.holds_zero else None},
     }
 
 
@@ -261,18 +285,6 @@ def _numbers(estimate: Estimate) -> dict[str, float]:
 def _rounded(number: float) -> float:
     """Keep what a reader can use: the last bits of a sum differ from machine to machine."""
     return round(float(number), 6) + 0.0  # no -0.0
-
-
-def _corruptions(
-    of_seed: Mapping[int, Evidence], mean: Callable[[np.ndarray], Estimate]
-) -> list[dict[str, Any]]:
-    first = next(iter(of_seed.values()))
-    right = np.mean([one.corrupted for one in of_seed.values()], axis=0)
-    return [
-        {"family": family, "severity": severity, **_numbers(mean(right[row, column]))}
-        for row, family in enumerate(first.corruptions)
-        for column, severity in enumerate(first.severities)
-    ]
 
 
 def _reliability(of_seed: Mapping[int, Evidence]) -> list[dict[str, Any]]:
@@ -374,7 +386,8 @@ def _notes(document: Mapping[str, Any]) -> list[str]:
         "The corruptions' families are ImageNet-C's, but their constants are this project's own: "
         "these numbers cannot be compared with a published mCE.",
         "The calibration error of a finite sample errs upwards, as it cannot be below zero, and "
-        "resampling adds to that: its intervals lie somewhat high. Differences suffer less.",
+        "the more so the less sure a classifier is. Its intervals are wide for that reason, and no "
+        "arm is called better or worse by it.",
     ]
 
 

@@ -13,14 +13,16 @@ Training runs are not drawn anew: with one training seed, an interval covers the
 images only; with several, numbers are means over the seeds, and the same holds of them.
 """
 
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
 CONFIDENCE = 0.95
 # The scores of the made-up images.
 _EACH_WAY = {"score": (0.0, 0.0, 1.0, 1.0), "difference": (-1.0, 1.0)}
+Name = TypeVar("Name", bound=Hashable)
 _DRAWS_AT_ONCE = 4_000_000  # images drawn in one piece: what bounds the memory
 
 
@@ -55,34 +57,54 @@ def resampled_sums(scores: np.ndarray, samples: int, seed: int) -> np.ndarray:
     return sums
 
 
-def mean_estimate(
-    scores: np.ndarray, samples: int, seed: int, *, kind: Literal["score", "difference"] = "score"
-) -> Estimate:
-    """Estimate the mean of per-image `scores`: (N,), or (seeds, N), which are averaged first.
+def mean_estimates(
+    scores: Mapping[Name, np.ndarray],
+    samples: int,
+    seed: int,
+    *,
+    kind: Literal["score", "difference"] = "score",
+) -> dict[Name, Estimate]:
+    """Estimate the mean of each set of per-image scores, all (N,), from the same resamples.
 
     A score lies in [0, 1]. A paired difference of two arms' scores lies in [-1, 1]: say so by
     `kind`.
     """
-    of_image = np.atleast_2d(scores).mean(axis=0)
-    drawn_from = np.append(of_image, _EACH_WAY[kind])
-    means = resampled_sums(drawn_from[:, None], samples, seed)[:, 0] / len(drawn_from)
-    return _estimate(float(of_image.mean()), means)
+    columns = np.column_stack(list(scores.values()))
+    made_up = np.repeat(np.array(_EACH_WAY[kind])[:, None], columns.shape[1], axis=1)
+    drawn_from = np.vstack([columns, made_up])
+    means = resampled_sums(drawn_from, samples, seed) / len(drawn_from)
+    return {
+        name: _holding(float(column.mean()), *_middle(of_resamples))
+        for name, column, of_resamples in zip(scores, columns.T, means.T, strict=True)
+    }
 
 
-def calibration_estimate(
-    gaps: np.ndarray, samples: int, seed: int, *, against: np.ndarray | None = None
-) -> Estimate:
+def calibration_estimate(gaps: np.ndarray, samples: int, seed: int) -> Estimate:
     """Estimate the calibration error from `gaps` (seeds, N, bins), of `calibration.binned_gaps`.
 
-    With `against`, another arm's gaps for the same images, estimate the paired difference to it. An
-    error is a sum of absolute values, so chance can only add to it: resamples lie somewhat above
-    the value, and the interval with them. Much of that cancels in a difference.
+    An error is a sum of absolute values, so chance adds to it, and resampling adds as much again.
+    The interval therefore reaches from the low end of the basic bootstrap, which takes that off
+    twice, to the high end of the percentiles, which leaves it in; and it starts at zero where a
+    classifier that is right as often as it says could have shown as large an error (the consistency
+    resampling of Bröcker and Smith, 2007).
     """
     value, resampled = _calibration_errors(gaps, samples, seed)
-    if against is not None:
-        other_value, other_resampled = _calibration_errors(against, samples, seed)
-        value, resampled = value - other_value, resampled - other_resampled
-    return _estimate(value, resampled)
+    low, high = _reflected(value, resampled)
+    if value <= _chance_error(gaps, samples, seed):
+        low = 0.0
+    return Estimate(value, max(0.0, low), high)
+
+
+def calibration_difference(gaps: np.ndarray, base: np.ndarray, samples: int, seed: int) -> Estimate:
+    """Estimate the paired difference of one arm's calibration error to another's.
+
+    The less sure an arm is, the more chance adds to its error, so an interval that leaves 0 out
+    shows no difference by itself.
+    """
+    value, resampled = _calibration_errors(gaps, samples, seed)
+    base_value, base_resampled = _calibration_errors(base, samples, seed)
+    difference = value - base_value
+    return Estimate(difference, *_reflected(difference, resampled - base_resampled))
 
 
 def _calibration_errors(gaps: np.ndarray, samples: int, seed: int) -> tuple[float, np.ndarray]:
@@ -93,7 +115,28 @@ def _calibration_errors(gaps: np.ndarray, samples: int, seed: int) -> tuple[floa
     return float(np.abs(columns.sum(axis=0)).sum() / (images * seeds)), resampled
 
 
-def _estimate(value: float, resampled: np.ndarray) -> Estimate:
+def _chance_error(gaps: np.ndarray, samples: int, seed: int) -> float:
+    """Return the error that calibrated answers of the same confidences exceed in 1 of 40 cases."""
+    confidence = np.where(gaps > 0, 1 - gaps, -gaps)  # a gap is 1 less it, or 0 less it
+    deviation = np.sqrt((confidence * (1 - confidence)).sum(axis=1))  # (seeds, bins)
+    drawn = np.abs(np.random.default_rng(seed).standard_normal((samples, deviation.shape[1])))
+    errors = drawn @ deviation.mean(axis=0) / gaps.shape[1]
+    return float(np.quantile(errors, (1 + CONFIDENCE) / 2))
+
+
+def _middle(resampled: np.ndarray) -> tuple[float, float]:
+    """Return the ends of the middle 95 % of the resamples."""
     low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     # Sums of thirds are zero but for their last bits.
-    return Estimate(value, round(float(low), 9), round(float(high), 9))
+    return round(float(low), 9), round(float(high), 9)
+
+
+def _holding(value: float, low: float, high: float) -> Estimate:
+    """Widen an interval that the made-up images drew past the value of a few images."""
+    return Estimate(value, min(low, value), max(high, value))
+
+
+def _reflected(value: float, resampled: np.ndarray) -> tuple[float, float]:
+    """Return an interval that holds the percentiles and their reflection in the value."""
+    low, high = _middle(resampled)
+    return min(low, 2 * value - high), max(high, 2 * value - low)

@@ -14,10 +14,13 @@ from diffusemix_pipeline.devices import choose_device
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.evaluation.calibration import expected_calibration_error
 from diffusemix_pipeline.evaluation.evidence import CODE_VERSION as EVIDENCE_VERSION
+from diffusemix_pipeline.evaluation.evidence import FILE as EVIDENCE_FILE
 from diffusemix_pipeline.evaluation.evidence import Evidence, evaluate
 from diffusemix_pipeline.evaluation.readings import record_read, version_of_test
 from diffusemix_pipeline.evaluation.report import (
     CODE_VERSION,
+    DOCUMENT,
+    PAGE,
     Report,
     ReportInputs,
     read_report,
@@ -126,7 +129,7 @@ def judge(project: Project, settings: Settings, progress: Progress) -> Judged:
         "report": CODE_VERSION,
     }
     logged = {"versions": versions, "runs": [tracker.uri, *(run.run_id for run in runs.values())]}
-    if (project.report / "report.json").exists() and _is_logged(project, logged):
+    if _report_is_there(project) and _is_logged(project, logged):
         report = read_report(project.report)
         if report.versions == versions:
             return Judged(report, digest(versions), reused=True)
@@ -156,6 +159,10 @@ def judge(project: Project, settings: Settings, progress: Progress) -> Judged:
         tracker.log_evaluation(runs[fit.fingerprint], metrics, dataset, report.folder)
     write_json(_logged(project), logged)  # last: a run cut off before this logs again
     return Judged(report, digest(versions), reused=False)
+
+
+def _report_is_there(project: Project) -> bool:
+    return all((project.report / name).exists() for name in (DOCUMENT, PAGE))
 
 
 def _logged(project: Project) -> Path:
@@ -237,7 +244,7 @@ def _evidence(
         device,
         lambda what, done, total: progress(f"Judging {fit.arm}, seed {fit.seed}", done, total),
     )
-    with replaced_folder(folder, aside=project.aside) as partial:
+    with replaced_folder(folder, mark=EVIDENCE_FILE, aside=project.aside) as partial:
         evidence.save(partial)
     return evidence
 

@@ -129,7 +129,7 @@ def fit_arm(
         "images": len(train),
         "steps": settings.training.steps,
     }
-    with replaced_folder(checkpoints / fingerprint, aside=aside) as folder:
+    with replaced_folder(checkpoints / fingerprint, mark=_FIT, aside=aside) as folder:
         save_classifier(classifier, folder)
         curve.to_csv(folder / _CURVE, index=False)
         write_json(folder / _FIT, facts)

@@ -43,7 +43,7 @@ def fractal_augmented_dataset(context: dg.AssetExecutionContext) -> dg.Materiali
     )
     shown = stage_metadata(stage, started)
     content = data_settings(settings).encode()
-    write_if_changed(project.data / "settings.yaml", content, aside=project.aside)
+    write_if_changed(project.settings, content, aside=project.aside)
     version = snapshot(project.root, progress)
     context.log.info(version.note)
     return dg.MaterializeResult(

@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 )
 def raw_dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
     from diffusemix_pipeline.pictures import class_histogram
-    from diffusemix_pipeline.preflight import check_run
+    from diffusemix_pipeline.preflight import check_outputs, check_run
 
-    check_run(context.resources.settings)
+    check_run(context.resources.project, context.resources.settings)
     started = time.monotonic()
     stage, origin = _bring(context)
+    check_outputs(context.resources.project)  # DVC may have had to mend them first
     shown = stage_metadata(stage, started)
     set_aside = stage.notes["set_aside"]
     for item in set_aside[:20]:

@@ -1,0 +1,44 @@
+"""Promise: a mistake is told before any work is done, and a person's files are never touched."""
+
+import pytest
+from conftest import quick_settings, write_classes
+
+from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.preflight import check_outputs, check_run
+
+
+def test_a_project_with_images_elsewhere_may_run(project):
+    photos = write_classes(project.root / "photos", ["cat", "dog"], 1)
+    (project.data / "raw").mkdir(parents=True)
+    (project.data / ".gitkeep").touch()
+    check_run(project, quick_settings(f"source.path={photos}"))
+    check_outputs(project)
+
+
+@pytest.mark.parametrize("where", ["data", "data/raw", ".diffusemix/augment"])
+def test_images_where_the_pipeline_writes_are_not_its_source(where, project):
+    write_classes(project.root / where, ["cat", "dog"], 1)
+    with pytest.raises(UserError, match="lies where only the pipeline writes"):
+        check_run(project, quick_settings(f"source.path={project.root / where}"))
+
+
+def test_a_source_that_holds_the_project_is_refused(project):
+    write_classes(project.root, ["cat", "dog"], 1)
+    with pytest.raises(UserError, match="holds this project"):
+        check_run(project, quick_settings(f"source.path={project.root}"))
+
+
+def test_files_of_others_in_data_are_named(project):
+    write_classes(project.data / "train", ["cat", "dog"], 1)
+    (project.data / "notes.txt").touch()
+    with pytest.raises(UserError, match="holds notes.txt, train"):
+        check_run(project, quick_settings())
+
+
+@pytest.mark.parametrize("stage", ["generated", "hybrid", "augmented", "report"])
+def test_what_would_be_written_over_is_looked_at_first(stage, project):
+    folder = getattr(project, stage)
+    folder.mkdir(parents=True)
+    (folder / "mine.txt").touch()
+    with pytest.raises(UserError, match=f"{folder.name} would be written anew"):
+        check_outputs(project)
