@@ -31,10 +31,12 @@ SOURCES = "sources.parquet"
 
 
 class Augmented(NamedTuple):
-    """The finished stage, and the source files that were not used: `source_id` and `reason`."""
+    """The finished stage, and which source files were not used."""
 
     stage: Stage
     set_aside: list[dict[str, str]]
+    """`source_id` and `reason`."""
+    left_out_by_train_per_class: int
 
 
 def augment_folder(
@@ -81,7 +83,7 @@ def augment_folder(
     write_if_changed(out / SOURCES, (raw.folder / MANIFEST).read_bytes(), aside=aside)
     for folder in (parts, aside):
         shutil.rmtree(folder, ignore_errors=True)  # with what killed calls left there
-    return Augmented(augmented, raw.notes["set_aside"])
+    return Augmented(augmented, raw.notes["set_aside"], raw.notes["left_out_by_train_per_class"])
 
 
 def _check_out(train_dir: Path, out: Path) -> None:

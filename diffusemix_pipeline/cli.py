@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _LOOPBACK = "127.0.0.1"
 _FOLDER = click.Path(path_type=Path)
+_THINNED = "{} training images are left out by source.train_per_class"
 
 
 class _NamedFolder(click.ParamType):
@@ -79,6 +80,7 @@ def main() -> None:
     """DiffuseMix: edit, mix, train and judge, with every image traceable to its source."""
     warnings.simplefilter("ignore")  # of libraries
     warnings.filterwarnings("always", category=UserWarning, module=r"diffusemix_pipeline\.")
+    warnings.showwarning = _show_warning
 
 
 @main.command()
@@ -98,7 +100,7 @@ def run(
 
     given = [*overrides, *([f"source.path={_quoted(data.resolve())}"] if data else [])]
     settings = load_settings(
-        Path.cwd(), preset=preset, project_preset=not data, config=config, overrides=given
+        Path.cwd(), preset=preset, own_images=bool(data), config=config, overrides=given
     )
     project = Project(Path.cwd())
     with progress_bars() as progress:
@@ -139,14 +141,16 @@ def augment(
     if fractal_dir is not None:
         given.append(f"mixing.fractal_dir={_quoted(fractal_dir)}")
     settings = load_settings(
-        Path.cwd(), preset=preset, project_preset=False, config=config, overrides=given
+        Path.cwd(), preset=preset, own_images=True, config=config, overrides=given
     )
     with progress_bars() as progress:
-        stage, set_aside = augment_folder(train_dir, out, settings, Project(Path.cwd()), progress)
-    for item in set_aside:
+        made = augment_folder(train_dir, out, settings, Project(Path.cwd()), progress)
+    for item in made.set_aside:
         click.echo(f"Set aside: {item['source_id']}: {item['reason']}", err=True)
-    done = "Nothing changed, nothing done" if stage.reused else "Done"
-    click.echo(f"{done}: {stage.counts['images']} augmented images in {out}.")
+    if made.left_out_by_train_per_class:
+        click.echo(_THINNED.format(made.left_out_by_train_per_class), err=True)
+    done = "Nothing changed, nothing done" if made.stage.reused else "Done"
+    click.echo(f"{done}: {made.stage.counts['images']} augmented images in {out}.")
 
 
 @main.command()
@@ -238,6 +242,10 @@ def evaluate(
     click.echo(f"Contact sheet: {sheet}", err=True)
 
 
+def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
+    click.echo(f"diffusemix: {message}", err=True)
+
+
 def _become(command: list[str]) -> NoReturn:
     """Turn into a server, so that whoever ends this process ends the server."""
     sys.stdout.flush()
@@ -272,7 +280,7 @@ def _what_to_know(outcome: "Outcome") -> Iterator[str]:
     raw = outcome.metadata["raw_dataset"]
     yield f"Images: {raw['images'].value} from {raw['origin'].value}"
     if thinned := raw["left_out_by_train_per_class"].value:
-        yield f"{thinned} training images are left out by source.train_per_class"
+        yield _THINNED.format(thinned)
     if set_aside := raw["set_aside"].value:
         first = raw["first_set_aside"].value
         yield f"{set_aside} files are set aside, named in data/raw/stage.json; first: {first}"

@@ -8,6 +8,7 @@ the project (`project.py`), and anything that needs torch.
 
 import difflib
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -274,15 +275,15 @@ def load_layers(
     root: Path,
     *,
     preset: str | None = None,
-    project_preset: bool = True,
+    own_images: bool = False,
     config: Path | None = None,
     overrides: Sequence[str] = (),
     environment: Mapping[str, str] = os.environ,
 ) -> list[Layer]:
     """Read every layer that applies in `root`, lowest first; the preset "none" is no layer.
 
-    Without `project_preset`, the preset that the project's settings file names is left out: it was
-    not chosen for the images at hand.
+    With `own_images`, images are given by hand: where the project's settings file names a preset
+    that brings images of its own, that preset is left out with a warning, as it fits those alone.
     Raises UserError for a file that is missing or no YAML mapping, and for an unknown preset.
     """
     layers = [_from_environment(environment), _from_overrides(overrides)]
@@ -291,8 +292,15 @@ def load_layers(
     choosing = list(layers)
     if (root / SETTINGS_FILE).exists():
         layers.insert(0, _read_yaml(root / SETTINGS_FILE))
-        if project_preset:
+        preset_there = layers[0].values.get("preset", NO_PRESET)
+        if not own_images or not _brings_images(preset_there):
             choosing.insert(0, layers[0])
+        elif not any("preset" in layer.values for layer in choosing) and preset is None:
+            warnings.warn(
+                f"the preset '{preset_there}' of {SETTINGS_FILE} is for images of its own and is "
+                "left out; name one with --preset.",
+                stacklevel=2,
+            )
     named = [layer.values["preset"] for layer in choosing if "preset" in layer.values]
     chosen = preset or (named[-1] if named else NO_PRESET)
     if chosen != NO_PRESET:
@@ -344,6 +352,10 @@ def _read_preset(name: str) -> Layer:
         raise UserError(f"There is no preset '{name}'. Choose one of: {', '.join(preset_names())}.")
     content = yaml.safe_load((_presets() / f"{name}.yaml").read_text(encoding="utf-8"))
     return Layer(f"preset {name}", content["settings"], content.get("known_from", {}))
+
+
+def _brings_images(preset: str) -> bool:
+    return preset != NO_PRESET and "path" in _read_preset(preset).values.get("source", {})
 
 
 def _read_yaml(path: Path) -> Layer:

@@ -49,6 +49,7 @@ for _name, _value in {
 
 DEFAULT_PORT = 5000
 _PROCESS = "diffusemix.process"
+_MODEL_NAME = "diffusemix.model_name"
 _MODEL_ID = "diffusemix.model_id"
 _MODEL_VERSION = "diffusemix.model_version"
 _PACKAGE = Path(__file__).parent
@@ -79,6 +80,7 @@ class Run:
 
     run_id: str
     model_name: str
+    tags: Mapping[str, str]
     _client: "MlflowClient"
 
     def log_curve(self, step: int, values: Mapping[str, float]) -> None:
@@ -92,10 +94,11 @@ class Run:
             file.write_bytes(content)
             self._client.log_artifact(self.run_id, str(file), str(Path(name).parent))
 
-    def log_classifier(self, folder: Path) -> LoggedRun:
+    def log_classifier(self, folder: Path, alias: str) -> LoggedRun:
         """Log and register the classifier of a folder that `training.save_classifier` wrote.
 
-        `mlflow.pyfunc.load_model("models:/NAME/VERSION").predict(...)` then takes images as they
+        The new version carries the run's tags, and `alias`, which an older one may have had.
+        `mlflow.pyfunc.load_model("models:/NAME@ALIAS").predict(...)` then takes images as they
         are: uint8 (N, H, W, 3), a list of files, or a data frame with a column `path`. It returns
         a row an image, with `label` and `p(<class>)`. The signature tells the answer's columns
         only: with one for the input too, MLflow would take one of the three and refuse the others.
@@ -123,10 +126,13 @@ class Run:
                 input_example=np.zeros((1, 8, 8, 3), dtype=np.uint8),
                 registered_model_name=self.model_name,
             )
-        result = LoggedRun(self.run_id, logged.model_id, str(logged.registered_model_version))
-        self._client.set_tag(self.run_id, _MODEL_ID, result.model_id)
-        self._client.set_tag(self.run_id, _MODEL_VERSION, result.model_version)
-        return result
+        version_there = str(logged.registered_model_version)
+        for key, value in self.tags.items():
+            self._client.set_model_version_tag(self.model_name, version_there, key, value)
+        self._client.set_registered_model_alias(self.model_name, alias, version_there)
+        self._client.set_tag(self.run_id, _MODEL_ID, logged.model_id)
+        self._client.set_tag(self.run_id, _MODEL_VERSION, version_there)
+        return LoggedRun(self.run_id, logged.model_id, version_there)
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,12 @@ class Tracker:
         import mlflow
         from mlflow.entities import Param
 
-        all_tags = {**_commit(self.root), **tags, _PROCESS: _this_process()}
+        all_tags = {
+            **_commit(self.root),
+            **tags,
+            _MODEL_NAME: self.model_name,
+            _PROCESS: _this_process(),
+        }
         run_id = self._client.create_run(
             self.experiment_id, run_name=name, tags=all_tags
         ).info.run_id
@@ -159,7 +170,7 @@ class Tracker:
         with mlflow.start_run(run_id=run_id):
             self._client.log_batch(run_id, params=[Param(k, str(v)) for k, v in params.items()])
             self._client.log_inputs(run_id, [_dataset_input(dataset, "training")])
-            yield Run(run_id, self.model_name, self._client)
+            yield Run(run_id, self.model_name, tags, self._client)
 
     def log_evaluation(
         self, logged: LoggedRun, metrics: Mapping[str, float], dataset: Dataset, folder: Path
@@ -173,10 +184,11 @@ class Tracker:
         self._client.log_artifacts(logged.run_id, str(folder), "report")
 
     def find_run(self, tag: str, value: str) -> LoggedRun | None:
-        """Return the newest FINISHED run that has the tag, None where there is none."""
+        """Return the newest FINISHED run with the tag and this model name; None without one."""
         found = self._client.search_runs(
             [self.experiment_id],
-            f"tags.`{tag}` = '{value}' and attributes.status = 'FINISHED'",
+            f"tags.`{tag}` = '{value}' and tags.`{_MODEL_NAME}` = '{self.model_name}' "
+            "and attributes.status = 'FINISHED'",
             max_results=1,
             order_by=["attributes.start_time DESC"],
         )

@@ -29,7 +29,11 @@ def call(*arguments: str | Path) -> Result:
 
 
 def quick(*more: str) -> list[str]:
-    return [part for setting in [*QUICK, *more] for part in ("--set", setting)]
+    return [
+        part
+        for setting in [*QUICK, "source.train_per_class=null", *more]
+        for part in ("--set", setting)
+    ]
 
 
 def augmented(source: Path, weights: Path, *more: str) -> Result:

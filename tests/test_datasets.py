@@ -134,6 +134,37 @@ def test_about_the_stated_share_is_held_out(tmp_path):
     assert shares["val"] == pytest.approx(0.6 * 0.3, abs=0.03)
 
 
+def test_a_class_keeps_its_last_training_image(tmp_path):
+    for images in (3, 4, 5):
+        source = write_classes(tmp_path / f"data{images}", [f"c{n}" for n in range(12)], images)
+        by_split = ingested(source, tmp_path / str(images)).counts["by_split"]
+        assert len(by_split["train"]) == 12
+        assert sum(by_split["test"].values()) >= 12
+
+
+def test_too_few_images_to_hold_any_out_are_refused(tmp_path):
+    source = write_classes(tmp_path / "data", ["cat", "dog"], 2)
+    with pytest.raises(UserError, match="no images for val: .* no class has one to spare"):
+        ingested(source, tmp_path)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    source = write_classes(tmp_path / "data", ["train", "bus"], 6)
+    counts = ingested(source, tmp_path).counts["by_split"]
+    assert set(counts["train"]) == {"train", "bus"}
+    write_classes(tmp_path / "split" / "train", ["train", "bus"], 6)
+    write_classes(tmp_path / "split" / "test", ["train", "bus"], 2, seed=50)
+    counts = ingested(tmp_path / "split", tmp_path / "b").counts["by_split"]
+    assert counts["test"] == {"train": 2, "bus": 2}
+
+
+def test_few_shot_holds_where_all_is_train(tmp_path):
+    source = write_classes(tmp_path / "data", ["cat", "dog"], 6)
+    stage = ingested(source, tmp_path, "source.train_per_class=4", train_only=True)
+    assert stage.counts["by_split"] == {"train": {"cat": 4, "dog": 4}}
+    assert stage.notes["left_out_by_train_per_class"] == 4
+
+
 def test_a_source_is_only_read_and_its_plain_bytes_are_kept(tmp_path):
     source = write_classes(tmp_path / "data", ["cat", "dog"], 6)
     picture(77).save(source / "cat" / "photo.jpg", quality=90)

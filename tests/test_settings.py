@@ -107,16 +107,26 @@ def test_a_wrong_setting_gets_one_message_that_names_it_and_the_repair(override,
         load(tmp_path, override)
 
 
-def test_images_of_ones_own_leave_the_projects_preset_behind_and_no_other(tmp_path):
+def test_images_of_ones_own_leave_a_preset_with_its_own_images_behind(tmp_path):
     (tmp_path / "diffusemix.yaml").write_text("preset: demo\nseed: 7")
+    own = {"own_images": True}
+    with pytest.warns(UserWarning, match="preset 'demo' of diffusemix.yaml .* is left out"):
+        settings = load(tmp_path, **own)
+    assert settings.source.train_per_class is None
+    assert settings.seed == 7
+
+
+def test_images_of_ones_own_leave_no_other_preset_behind(tmp_path, recwarn):
+    (tmp_path / "diffusemix.yaml").write_text("preset: paper")
+    own = {"own_images": True}
+    assert load(tmp_path, **own).size == 512
+    (tmp_path / "diffusemix.yaml").write_text("preset: demo")
     (tmp_path / "mine.yaml").write_text("preset: paper")
-    own = {"project_preset": False}
-    assert load(tmp_path, **own).source.train_per_class is None
-    assert load(tmp_path, **own).seed == 7
     assert load(tmp_path, config=tmp_path / "mine.yaml", **own).size == 512
     assert load(tmp_path, "preset=paper", **own).size == 512
     assert load(tmp_path, environment={"DIFFUSEMIX_PRESET": "paper"}, **own).size == 512
     assert load(tmp_path, preset="demo", **own).source.train_per_class == 20
+    assert not recwarn.list
 
 
 def test_no_preset_can_be_asked_for_and_null_is_a_value(tmp_path):

@@ -92,7 +92,7 @@ def logged(tracker: Tracker, classifier_folder: Path) -> LoggedRun:
             run.log_curve(step, {"train/loss": 1 / (step + 1), "val/accuracy": step / 10})
         run.log_bytes("figures/curves.png", b"\x89PNG")
         run.log_bytes("texts/settings.yaml", b"seed: 0\n")
-        return run.log_classifier(classifier_folder)
+        return run.log_classifier(classifier_folder, alias="vanilla")
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_the_registered_model_predicts_from_raw_images(
 
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     mlflow.set_tracking_uri(tracker.uri)
-    model = mlflow.pyfunc.load_model(f"models:/diffusemix-classifier/{logged.model_version}")
+    model = mlflow.pyfunc.load_model("models:/diffusemix-classifier@vanilla")
     assert model.metadata.model_id == logged.model_id
 
     classifier = load_classifier(classifier_folder)
@@ -195,9 +195,17 @@ def test_nothing_is_pickled(project: Project, logged: LoggedRun) -> None:
         assert not start.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"))
 
 
-def test_a_run_is_found_by_its_tag(tracker: Tracker, logged: LoggedRun) -> None:
+def test_a_run_is_found_by_its_tag(tracker: Tracker, project: Project, logged: LoggedRun) -> None:
     assert tracker.find_run("fingerprint", "f1") == logged
     assert tracker.find_run("fingerprint", "f2") is None
+    under_another_name = tracking.open_tracking(project, Tracking(model_name="flowers"))
+    assert under_another_name.find_run("fingerprint", "f1") is None
+
+
+def test_a_registered_version_says_what_it_is(tracker: Tracker, logged: LoggedRun) -> None:
+    version = tracker._client.get_model_version_by_alias("diffusemix-classifier", "vanilla")
+    assert str(version.version) == logged.model_version
+    assert version.tags == {"fingerprint": "f1"}
 
 
 def test_an_evaluation_lies_with_the_run_and_the_model(

@@ -10,7 +10,7 @@ from typing import Any
 from diffusemix_pipeline.datasets.images import UnreadableImageError, image_size, pixels_sha256
 from diffusemix_pipeline.datasets.manifest import Stage, finished_stage, read_stage, write_stage
 from diffusemix_pipeline.datasets.sources import DIGITS, Item, list_items, source_digest
-from diffusemix_pipeline.datasets.splits import assign_splits
+from diffusemix_pipeline.datasets.splits import assign_splits, thin_train
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import digest
 from diffusemix_pipeline.progress import Progress, silent
@@ -48,7 +48,8 @@ def ingest(
         return finished
     readable, set_aside = _readable(items, settings.source.max_pixels, progress)
     if train_only:
-        used = [replace(item, split="train") for item in readable]
+        train = [replace(item, split="train") for item in readable]
+        used = thin_train(train, settings.source.train_per_class, settings.seed)
     else:
         used = assign_splits(readable, settings.source, settings.seed)
     with write_stage(out, name="raw", fingerprint=fingerprint, aside=aside) as stage:

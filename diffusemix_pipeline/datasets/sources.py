@@ -83,7 +83,8 @@ def _folder(root: Path) -> Iterable[Item]:
     top = _subfolders(root)
     splits = {name: _SPLIT_FOLDERS[name.lower()] for name in top if name.lower() in _SPLIT_FOLDERS}
     classes: list[tuple[str | None, str, str]]
-    if "train" in splits.values():
+    # A class may be called train: a split holds folders.
+    if any(split == "train" and _subfolders(root / name) for name, split in splits.items()):
         classes = [
             (split, f"{folder}/{label}", label)
             for folder, split in sorted(splits.items())

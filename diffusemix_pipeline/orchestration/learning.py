@@ -102,7 +102,7 @@ def train_arms(
                     progress=progress,
                 )
                 run.log_bytes("figures/learning_curve.png", learning_curves({name: fit.curve}))
-                logged = run.log_classifier(fit.folder)
+                logged = run.log_classifier(fit.folder, alias=arm)
         fits.append(fit)
         urls[name] = tracker.run_url(logged.run_id)
     return Trained(fits, urls, reused)
