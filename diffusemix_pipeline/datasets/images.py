@@ -43,13 +43,14 @@ def read_rgb(path: Path, max_pixels: int) -> Image.Image:
     return _to_rgb(upright)
 
 
-def is_plain_rgb(path: Path) -> bool:
-    """Tell whether a file is a JPEG or PNG whose bytes already are the upright RGB picture."""
+def plain_rgb_suffix(path: Path) -> str | None:
+    """Return .jpg or .png for a file whose bytes already are the upright RGB picture, else None."""
     with Image.open(path) as image:
         upright = image.getexif().get(0x0112, 1) == 1
         still = getattr(image, "n_frames", 1) == 1
         plain = image.mode == "RGB" and "transparency" not in image.info
-        return image.format in ("JPEG", "PNG") and plain and upright and still
+        suffix = {"JPEG": ".jpg", "PNG": ".png"}.get(image.format or "")
+        return suffix if plain and upright and still else None
 
 
 def to_square(image: Image.Image, size: int) -> np.ndarray:
@@ -84,14 +85,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def pixels_sha256(content: bytes) -> str:
-    """Identify an RGB file's picture, however it is encoded."""
-    with Image.open(io.BytesIO(content)) as image:
-        pixels = np.asarray(image.convert("RGB"))
+def pixels_sha256(image: Image.Image) -> str:
+    """Identify an RGB picture, however it was encoded."""
+    pixels = np.asarray(image)
     return hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Return a file's width and height in px."""
-    with Image.open(path) as image:
-        return image.size

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffusemix_pipeline.datasets.images import UnreadableImageError, image_size, pixels_sha256
+from diffusemix_pipeline.datasets.images import UnreadableImageError, pixels_sha256
 from diffusemix_pipeline.datasets.manifest import Stage, finished_stage, read_stage, write_stage
 from diffusemix_pipeline.datasets.sources import DIGITS, Item, list_items, source_digest
 from diffusemix_pipeline.datasets.splits import assign_splits, thin_train
@@ -76,8 +76,8 @@ def _readable(
     first: dict[tuple[str | None, str, str], str] = {}
     for done, item in enumerate(items, start=1):
         try:
-            content, _ = item.read(max_pixels)
-            pixels = pixels_sha256(content)
+            image = item.read(max_pixels)
+            pixels = pixels_sha256(image)
             key = (item.split, item.label, pixels)
             if key in first:
                 raise UnreadableImageError(f"the same picture as {first[key]}")
@@ -85,7 +85,7 @@ def _readable(
             set_aside.append({"source_id": item.source_id, "reason": str(reason)})
         else:
             first[key] = item.source_id
-            kept.append(replace(item, pixels=pixels))
+            kept.append(replace(item, pixels=pixels, size=image.size))
         progress("Checking images", done, len(items))
     if not kept:
         raise UserError(
@@ -97,12 +97,11 @@ def _readable(
 
 def _copied(item: Item, folder: Path, max_pixels: int) -> dict[str, Any]:
     """Write one image below `folder` and return its manifest row."""
-    content, suffix = item.read(max_pixels)
+    content, suffix = item.stored(max_pixels)
     image_id = f"{item.split}/{item.label}/{_stem(item)}"
     target = folder / f"{image_id}{suffix}"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(content)
-    width, height = image_size(target)
     return {
         "image_id": image_id,
         "file_name": f"{image_id}{suffix}",
@@ -111,8 +110,8 @@ def _copied(item: Item, folder: Path, max_pixels: int) -> dict[str, Any]:
         "source_id": item.source_id,
         "source_sha256": item.sha256,
         "sha256": hashlib.sha256(content).hexdigest(),
-        "width": width,
-        "height": height,
+        "width": item.size[0],
+        "height": item.size[1],
     }
 
 

@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
-from diffusemix_pipeline.datasets.images import is_plain_rgb, png_bytes, read_rgb
+from diffusemix_pipeline.datasets.images import plain_rgb_suffix, png_bytes, read_rgb
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import digest, file_sha256
 
 DIGITS = "digits"
 _DIGIT_SIDE = 32
+T = TypeVar("T")
 _SPLIT_FOLDERS = {
     "train": "train",
     "training": "train",
@@ -35,10 +37,14 @@ class Item:
     split: str | None
     sha256: str
     """Of the file's bytes."""
-    read: Callable[[int], tuple[bytes, str]]
-    """From the pixel limit to the bytes and suffix in `data/raw`, or UnreadableImageError."""
+    read: Callable[[int], Image.Image]
+    """From the pixel limit to the upright RGB picture, or UnreadableImageError."""
+    stored: Callable[[int], tuple[bytes, str]]
+    """From the pixel limit to the bytes and suffix in `data/raw`."""
     pixels: str = ""
-    """SHA-256 of the decoded picture, once it was read."""
+    """SHA-256 of the picture, once it was read."""
+    size: tuple[int, int] = (0, 0)
+    """Its width and height in px, once it was read."""
 
 
 def list_items(source: str) -> list[Item]:
@@ -56,18 +62,20 @@ def _digits() -> Iterable[Item]:
 
     bunch = load_digits()
     for index, (pixels, label) in enumerate(zip(bunch.images, bunch.target, strict=True)):
-        content = png_bytes(_enlarged_digit(pixels))
+        digit = _enlarged_digit(pixels)
+        content = png_bytes(digit)
         yield Item(
             source_id=f"{DIGITS}/{index:04d}",
             label=str(label),
             split=None,
             sha256=hashlib.sha256(content).hexdigest(),
-            read=partial(_as_it_is, content),
+            read=partial(_whatever_the_limit, Image.fromarray(digit)),
+            stored=partial(_whatever_the_limit, (content, ".png")),
         )
 
 
-def _as_it_is(content: bytes, max_pixels: int) -> tuple[bytes, str]:
-    return content, ".png"
+def _whatever_the_limit(value: T, max_pixels: int) -> T:
+    return value
 
 
 def _enlarged_digit(pixels: np.ndarray) -> np.ndarray:
@@ -106,29 +114,23 @@ def _folder(root: Path) -> Iterable[Item]:
 
 
 def _file_item(root: Path, path: Path, label: str, split: str | None) -> Item:
-    def read(max_pixels: int) -> tuple[bytes, str]:
-        image = read_rgb(path, max_pixels)
-        if is_plain_rgb(path):
-            return path.read_bytes(), ".jpg" if image_format(path) == "JPEG" else ".png"
-        return png_bytes(np.asarray(image)), ".png"
+    def stored(max_pixels: int) -> tuple[bytes, str]:
+        plain = plain_rgb_suffix(path)
+        if plain:
+            return path.read_bytes(), plain
+        return png_bytes(np.asarray(read_rgb(path, max_pixels))), ".png"
 
     try:
         sha256 = file_sha256(path)
     except OSError:  # reading it will fail as well, and say why
         sha256 = ""
     name = path.relative_to(root).as_posix()
-    return Item(_written(name), _written(label), split, sha256, read)
+    return Item(_written(name), _written(label), split, sha256, partial(read_rgb, path), stored)
 
 
 def _written(name: str) -> str:
     """Return a file name as text that can be stored: bytes that are no UTF-8 are escaped."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def image_format(path: Path) -> str:
-    """Return PIL's name of a file's format."""
-    with Image.open(path) as image:
-        return str(image.format)
 
 
 def _subfolders(folder: Path) -> list[str]:
