@@ -1,15 +1,58 @@
-"""The edit store: every edit that was ever paid for, by what determines it, outside of `data/`."""
+"""The edit store: every edit that was ever paid for, by what determines it, outside of `data/`.
 
+What lies in its folder: `<key[:2]>/<key>.png`, an edit each; `records/*.jsonl`, a file a writing
+process with a line an edit: key, SHA-256 and numeric profile; `profiles/<digest>.json`, what made
+those bytes; `quarantine/`, files that are not what was stored.
+"""
+
+import hashlib
+import json
+import os
+import socket
+import uuid
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from diffusemix_pipeline.datasets.images import png_bytes
-from diffusemix_pipeline.files import write_bytes
+from diffusemix_pipeline.files import write_json
+from diffusemix_pipeline.identity import digest, file_sha256
+from diffusemix_pipeline.progress import Progress, silent
+
+_RECORDS, _PROFILES, _QUARANTINE, _ASIDE = "records", "profiles", "quarantine", "aside"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was said of an edit before it was stored."""
+
+    sha256: str
+    """Of the file's bytes."""
+    profile: str
+    """The numeric profile that made it: see `EditStore.add_profile`."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a store holds: edits, their bytes on disk, edits by profile, and files set aside."""
+
+    edits: int
+    bytes: int
+    by_profile: dict[str, int]
+    quarantined: int
 
 
 class EditStore:
-    """Edits as PNG files named by their key; several processes may write."""
+    """Edits as PNG files named by their key; several processes may write at once.
+
+    An edit is there as a whole or not at all. Where two processes make the same one, the bytes that
+    came first stay. Its record is written before its file: a file without one is not the store's.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -21,7 +64,87 @@ class EditStore:
     def __contains__(self, key: str) -> bool:
         return self.path(key).exists()
 
-    def put(self, key: str, pixels: np.ndarray) -> None:
-        """Keep uint8 (H, W, 3) pixels; an edit that is already there stays as it is."""
-        if key not in self:
-            write_bytes(self.path(key), png_bytes(pixels))
+    def add_profile(self, profile: Mapping[str, Any]) -> str:
+        """Keep what determines bytes beside the key (device, versions, dtype, batch shape).
+
+        Returns the digest by which records name it.
+        """
+        name = digest(profile)
+        path = self._folder / _PROFILES / f"{name}.json"
+        if not path.exists():
+            write_json(path, dict(profile))
+        return name
+
+    def put(self, key: str, pixels: np.ndarray, profile: str) -> Record:
+        """Keep uint8 (H, W, 3) pixels, unless the edit is there already; return what was said."""
+        content = png_bytes(pixels)
+        record = Record(hashlib.sha256(content).hexdigest(), profile)
+        self._say({"key": key, "sha256": record.sha256, "profile": profile})
+        write_once(self.path(key), content, aside=self._folder / _ASIDE)
+        return record
+
+    def records(self) -> dict[str, list[Record]]:
+        """Read what was said of each edit; two processes that made the same one said two things."""
+        found: dict[str, list[Record]] = {}
+        for path in sorted((self._folder / _RECORDS).glob("*.jsonl")):
+            for line in path.read_bytes().split(b"\n")[:-1]:  # the last is empty, or torn by a kill
+                said = json.loads(line)
+                found.setdefault(said["key"], []).append(Record(said["sha256"], said["profile"]))
+        return found
+
+    def checked(self, keys: Collection[str], progress: Progress = silent) -> dict[str, Record]:
+        """Return the records of those `keys` that are there as they were stored, by reading them.
+
+        A file that has changed since, or that has no record, goes to `quarantine/`.
+        """
+        records, sound = self.records(), {}
+        for done, key in enumerate(keys, start=1):
+            progress("Checking stored edits", done, len(keys))
+            if key not in self:
+                continue
+            sha256 = file_sha256(self.path(key))
+            record = next((r for r in records.get(key, []) if r.sha256 == sha256), None)
+            if record:
+                sound[key] = record
+            else:
+                self._set_aside(key)
+        return sound
+
+    def keys(self) -> Iterator[str]:
+        """List the edits that are there."""
+        for folder in sorted(self._folder.glob("[0-9a-f][0-9a-f]")):
+            yield from (path.stem for path in sorted(folder.glob("*.png")))
+
+    def status(self) -> Status:
+        """Count what the store holds, by the profiles in the records."""
+        records = self.records()
+        keys, size = Counter[str](), 0
+        for key in self.keys():
+            size += self.path(key).stat().st_size
+            keys.update(record.profile for record in records.get(key, [])[:1])
+        aside = self._folder / _QUARANTINE
+        quarantined = len(list(aside.iterdir())) if aside.exists() else 0
+        return Status(keys.total(), size, dict(keys), quarantined)
+
+    def prune(self, keep: Collection[str]) -> list[str]:
+        """Remove every edit but those in `keep`, and return the keys of those that went."""
+        wanted = frozenset(keep)
+        gone = [key for key in self.keys() if key not in wanted]
+        for key in gone:
+            self.path(key).unlink()
+        return gone
+
+    def _say(self, line: Mapping[str, str]) -> None:
+        """Append a line to this process's own file of records."""
+        if self._written_by != os.getpid():  # a forked worker writes a file of its own
+            folder = self._folder / _RECORDS
+            folder.mkdir(parents=True, exist_ok=True)
+            self._records = folder / f"{socket.gethostname()}.{uuid.uuid4().hex}.jsonl"
+            self._written_by = os.getpid()
+        with self._records.open("ab") as file:
+            file.write((json.dumps(line) + "\n").encode())
+
+    def _set_aside(self, key: str) -> None:
+        aside = self._folder / _QUARANTINE
+        aside.mkdir(exist_ok=True)
+        self.path(key).replace(aside / f"{key}.{uuid.uuid4().hex[:8]}.png")
