@@ -246,6 +246,73 @@ def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
     click.echo(f"diffusemix: {message}", err=True)
 
 
+@main.group()
+def store() -> None:
+    """Look after the edit store: every edit that was ever paid for."""
+
+
+@store.command()
+def status() -> None:
+    """Count the edits, their bytes, and what made them."""
+    from diffusemix_pipeline.editing.store import EditStore
+
+    project = Project(Path.cwd())
+    found = EditStore(project.edits).status()
+    click.echo(f"{found.edits:,} edits, {found.bytes / 1e6:,.1f} MB in {project.edits}")
+    for profile, edits in sorted(found.by_profile.items()):
+        made_by = ", ".join(f"{k} {v}" for k, v in found.profiles[profile].items())
+        click.echo(f"{edits:,} made by: {made_by}")
+    if found.quarantined:
+        click.echo(f"{found.quarantined:,} damaged files in {project.edits / 'quarantine'}")
+
+
+@store.command()
+def verify() -> None:
+    """Read every edit; what is not as it was stored is set aside, and made anew when next wanted.
+
+    The exit code is 1 where there was any.
+    """
+    from diffusemix_pipeline.editing.store import EditStore
+    from diffusemix_pipeline.terminal import progress_bars
+
+    project = Project(Path.cwd())
+    edits = EditStore(project.edits)
+    keys = list(edits)
+    with progress_bars() as progress:
+        sound = edits.checked(keys, progress)
+    damaged = [key for key in keys if key not in sound]
+    click.echo(f"{len(sound):,} of {len(keys):,} edits are as they were stored.")
+    for key in damaged:
+        click.echo(f"Set aside: {key}", err=True)
+    raise SystemExit(1 if damaged else 0)
+
+
+@store.command()
+@click.option("--yes", is_flag=True, help="Remove them; without it they are only counted.")
+def prune(yes: bool) -> None:
+    """Remove the edits that no present dataset of this project uses."""
+    from diffusemix_pipeline.datasets.manifest import MANIFEST, read_manifest
+    from diffusemix_pipeline.editing.store import EditStore
+
+    project = Project(Path.cwd())
+    edits = EditStore(project.edits)
+    stages = [project.generated, *(project.state / "augment").glob("*/generated")]
+    used = {
+        key
+        for stage in stages
+        if (stage / MANIFEST).exists()
+        for key in read_manifest(stage)["edit_key"]
+    }
+    unused = [key for key in edits if key not in used]
+    if not yes:
+        click.echo(
+            f"{len(unused):,} edits are not used; `diffusemix store prune --yes` removes them."
+        )
+        return
+    edits.remove(unused)
+    click.echo(f"{len(unused):,} edits removed, {len(used):,} kept.")
+
+
 def _become(command: list[str]) -> NoReturn:
     """Turn into a server, so that whoever ends this process ends the server."""
     sys.stdout.flush()

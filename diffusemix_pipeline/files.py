@@ -28,6 +28,28 @@ def write_bytes(path: Path, content: bytes, *, aside: Path | None = None) -> Non
         partial.unlink(missing_ok=True)
 
 
+def write_once(path: Path, content: bytes, *, aside: Path) -> None:
+    """Write a whole file or nothing, unless there is one: of two writers at once, the first stays.
+
+    `aside` lies on the same file system.
+    """
+    if path.exists():
+        return
+    for needed in (aside, path.parent):
+        needed.mkdir(parents=True, exist_ok=True)
+    partial = aside / f"{path.name}.{uuid.uuid4().hex[:8]}"
+    try:
+        partial.write_bytes(content)
+        try:
+            os.link(partial, path)  # unlike a rename, this takes no other file's place
+        except FileExistsError:
+            return
+        except OSError:  # a file system without links
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_if_changed(path: Path, content: bytes, *, aside: Path) -> None:
     """Write a whole file, but leave one that holds the same bytes as it is, with its time."""
     if not path.exists() or path.read_bytes() != content:

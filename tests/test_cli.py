@@ -164,3 +164,28 @@ def test_every_command_explains_itself(command, here):
     result = call(command, "--help")
     assert result.exit_code == 0
     assert len(result.output.splitlines()) > 4
+
+
+def test_the_store_is_looked_after(here, weights):
+    source = write_classes(here / "photos", ["cat", "dog"], 3)
+    assert "no" not in call("store", "status").output.split()
+    assert augmented(source, weights).exit_code == 0
+    assert "6 edits" in call("store", "status").output
+    assert "dtype float32" in call("store", "status").output
+    assert "6 of 6 edits are as they were stored" in call("store", "verify").output
+
+    first = next((here / ".diffusemix" / "edits").glob("??/*.png"))
+    first.unlink()
+    first.write_bytes(b"torn")
+    damaged = call("store", "verify")
+    assert damaged.exit_code == 1
+    assert first.stem in damaged.output
+    assert "1 damaged" in call("store", "status").output
+
+    more = augmented(source, weights, "--prompts", "snowy")
+    assert more.exit_code == 0
+    unused = call("store", "prune").output
+    assert unused.startswith("5 edits are not used")
+    assert "5 edits removed, 6 kept" in call("store", "prune", "--yes").output
+    assert "6 edits" in call("store", "status").output
+    assert "nothing done" in augmented(source, weights, "--prompts", "snowy").output

@@ -5,6 +5,7 @@ timbrooks/instruct-pix2pix go the same way.
 """
 
 import json
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,21 @@ class InstructPix2PixEditor:
         # fp16 as the authors' code where there is an accelerator; CPUs are exact and fast in fp32.
         dtype = torch.float32 if device == "cpu" else torch.float16
         self._pipeline = _load_pipeline(folder, editing.sampler, dtype).to(device)
+
+    def profile(self) -> dict[str, Any]:
+        """Return what the bytes of an edit depend on beside its key (DESIGN, promise 2)."""
+        import diffusers
+
+        torch, unet = self._torch, self._pipeline.unet
+        on_gpu = unet.device.type == "cuda"
+        return {
+            "device": torch.cuda.get_device_name(unet.device) if on_gpu else platform.machine(),
+            "dtype": str(unet.dtype).removeprefix("torch."),
+            "batch_size": self._editing.batch_size,
+            "threads": None if on_gpu else torch.get_num_threads(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+        }
 
     def check_instruction(self, instruction: str) -> None:
         """Raise UserError for an instruction that the text encoder would cut off."""

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from diffusemix_pipeline.editing.editor import (
     editor_fingerprint,
     locate_editor,
 )
-from diffusemix_pipeline.editing.store import EditStore
+from diffusemix_pipeline.editing.store import EditStore, Record
 from diffusemix_pipeline.files import link_or_copy
-from diffusemix_pipeline.identity import digest, draw, file_sha256, seed_from
+from diffusemix_pipeline.identity import digest, draw, seed_from
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings
 
@@ -67,15 +68,17 @@ def generate(
     if finished:
         return Generated(finished, 0)
     planned = plan_edits(raw.manifest(), raw.folder, settings, weights)
-    missing = list({edit.key: edit for edit in planned if edit.key not in store}.values())
+    wanted = {edit.key: edit for edit in planned}
+    kept = store.checked(wanted, progress)
+    missing = [edit for key, edit in wanted.items() if key not in kept]
     if missing:
         editor = InstructPix2PixEditor(folder, settings.editing, device)
-        make_edits(missing, editor, settings, store, progress)
+        kept |= make_edits(missing, editor, settings, store, progress)
     with write_stage(out, name="generated", fingerprint=fingerprint, aside=aside) as stage:
         for edit in planned:
             target = stage.folder / edit.row["file_name"]
             link_or_copy(store.path(edit.key), target)
-            stage.rows.append({**edit.row, "sha256": file_sha256(target)})
+            stage.rows.append({**edit.row, "sha256": kept[edit.key].sha256})
             progress("Linking edits", len(stage.rows), len(planned))
         stage.notes["editor"] = weights
     return Generated(read_stage(out), len(missing))
@@ -100,21 +103,37 @@ def make_edits(
     settings: Settings,
     store: EditStore,
     progress: Progress,
-) -> None:
-    """Sample edits in batches and keep each in the store as soon as its batch is done."""
+) -> dict[str, Record]:
+    """Sample edits in batches and keep each in the store; return their records by key.
+
+    A batch is encoded and written while the next one is sampled: files never hold the device.
+    """
     for instruction in sorted({edit.instruction for edit in planned}):
         editor.check_instruction(instruction)
     size = settings.editing.batch_size
+    profile = store.add_profile(editor.profile())
+    records: dict[str, Record] = {}
+    writing: Future[dict[str, Record]] | None = None
+
+    def write(batch: Sequence[PlannedEdit], edited: np.ndarray) -> dict[str, Record]:
+        pairs = zip(batch, edited, strict=True)
+        return {edit.key: store.put(edit.key, pixels, profile) for edit, pixels in pairs}
+
     progress("Editing images", 0, len(planned))
-    for start in range(0, len(planned), size):
-        batch = planned[start : start + size]
-        images = np.stack([read_square(edit.source, settings.size) for edit in batch])
-        edited = editor.edit(
-            images, [edit.instruction for edit in batch], [edit.seed for edit in batch]
-        )
-        for edit, pixels in zip(batch, edited, strict=True):
-            store.put(edit.key, pixels)
-        progress("Editing images", start + len(batch), len(planned))
+    with ThreadPoolExecutor(1) as writer:
+        for start in range(0, len(planned), size):
+            batch = planned[start : start + size]
+            images = np.stack([read_square(edit.source, settings.size) for edit in batch])
+            edited = editor.edit(
+                images, [edit.instruction for edit in batch], [edit.seed for edit in batch]
+            )
+            if writing:
+                records |= writing.result()
+            writing = writer.submit(write, batch, edited)
+            progress("Editing images", start + len(batch), len(planned))
+        if writing:
+            records |= writing.result()
+    return records
 
 
 def _prompts(source_sha256: str, copy: int, settings: Settings) -> Sequence[str]:

@@ -11,16 +11,15 @@ import os
 import socket
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from diffusemix_pipeline.datasets.images import png_bytes
-from diffusemix_pipeline.files import write_json
+from diffusemix_pipeline.files import write_json, write_once
 from diffusemix_pipeline.identity import digest, file_sha256
 from diffusemix_pipeline.progress import Progress, silent
 
@@ -44,6 +43,9 @@ class Status:
     edits: int
     bytes: int
     by_profile: dict[str, int]
+    """Edits by the digest of the numeric profile that made them."""
+    profiles: dict[str, dict[str, Any]]
+    """What those digests stand for."""
     quarantined: int
 
 
@@ -56,6 +58,7 @@ class EditStore:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._records: tuple[int, Path] | None = None
 
     def path(self, key: str) -> Path:
         """Return where the edit of `key` lies, or would lie."""
@@ -79,7 +82,7 @@ class EditStore:
         """Keep uint8 (H, W, 3) pixels, unless the edit is there already; return what was said."""
         content = png_bytes(pixels)
         record = Record(hashlib.sha256(content).hexdigest(), profile)
-        self._say({"key": key, "sha256": record.sha256, "profile": profile})
+        self._say(key, record)
         write_once(self.path(key), content, aside=self._folder / _ASIDE)
         return record
 
@@ -110,39 +113,40 @@ class EditStore:
                 self._set_aside(key)
         return sound
 
-    def keys(self) -> Iterator[str]:
-        """List the edits that are there."""
+    def __iter__(self) -> Iterator[str]:
+        """List the keys of the edits that are there."""
         for folder in sorted(self._folder.glob("[0-9a-f][0-9a-f]")):
             yield from (path.stem for path in sorted(folder.glob("*.png")))
 
     def status(self) -> Status:
         """Count what the store holds, by the profiles in the records."""
         records = self.records()
-        keys, size = Counter[str](), 0
-        for key in self.keys():
+        made_by, size = Counter[str](), 0
+        for key in self:
             size += self.path(key).stat().st_size
-            keys.update(record.profile for record in records.get(key, [])[:1])
+            made_by.update(record.profile for record in records.get(key, [])[:1])
         aside = self._folder / _QUARANTINE
         quarantined = len(list(aside.iterdir())) if aside.exists() else 0
-        return Status(keys.total(), size, dict(keys), quarantined)
+        profiles = {
+            path.stem: json.loads(path.read_text(encoding="utf-8"))
+            for path in (self._folder / _PROFILES).glob("*.json")
+        }
+        return Status(made_by.total(), size, dict(made_by), profiles, quarantined)
 
-    def prune(self, keep: Collection[str]) -> list[str]:
-        """Remove every edit but those in `keep`, and return the keys of those that went."""
-        wanted = frozenset(keep)
-        gone = [key for key in self.keys() if key not in wanted]
-        for key in gone:
-            self.path(key).unlink()
-        return gone
+    def remove(self, keys: Iterable[str]) -> None:
+        """Forget edits for good."""
+        for key in keys:
+            self.path(key).unlink(missing_ok=True)
 
-    def _say(self, line: Mapping[str, str]) -> None:
+    def _say(self, key: str, record: Record) -> None:
         """Append a line to this process's own file of records."""
-        if self._written_by != os.getpid():  # a forked worker writes a file of its own
+        if self._records is None or self._records[0] != os.getpid():  # a fork writes its own
             folder = self._folder / _RECORDS
             folder.mkdir(parents=True, exist_ok=True)
-            self._records = folder / f"{socket.gethostname()}.{uuid.uuid4().hex}.jsonl"
-            self._written_by = os.getpid()
-        with self._records.open("ab") as file:
-            file.write((json.dumps(line) + "\n").encode())
+            name = f"{socket.gethostname()}.{uuid.uuid4().hex}.jsonl"
+            self._records = (os.getpid(), folder / name)
+        with self._records[1].open("ab") as file:
+            file.write((json.dumps({"key": key, **asdict(record)}) + "\n").encode())
 
     def _set_aside(self, key: str) -> None:
         aside = self._folder / _QUARANTINE

@@ -1,0 +1,116 @@
+"""Promise: an edit that was paid for once stays as it was, and is known for what made it."""
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from PIL import Image
+
+from diffusemix_pipeline.editing.store import EditStore
+from diffusemix_pipeline.identity import file_sha256
+
+PROFILE = {"device": "a", "batch_size": 8}
+PIXELS = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+
+
+def key_of(number: int) -> str:
+    return f"{number:032x}"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> EditStore:
+    return EditStore(tmp_path / "edits")
+
+
+def filled(store: EditStore, edits: int) -> str:
+    profile = store.add_profile(PROFILE)
+    for number in range(edits):
+        store.put(key_of(number), PIXELS + number, profile)
+    return profile
+
+
+@settings(max_examples=30, deadline=None)
+@given(arrays.arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9), st.just(3))))
+def test_the_pixels_come_back(tmp_path_factory, pixels):
+    store = EditStore(tmp_path_factory.mktemp("edits"))
+    record = store.put(key_of(1), pixels, "p")
+    assert key_of(1) in store
+    assert np.array_equal(np.asarray(Image.open(store.path(key_of(1)))), pixels)
+    assert file_sha256(store.path(key_of(1))) == record.sha256
+
+
+def test_the_first_bytes_stay(store):
+    first = store.put(key_of(1), PIXELS, "p")
+    store.put(key_of(1), PIXELS + 1, "q")
+    assert file_sha256(store.path(key_of(1))) == first.sha256
+    assert store.checked([key_of(1)])[key_of(1)] == first
+
+
+def test_a_changed_and_a_foreign_file_are_set_aside(store):
+    filled(store, 4)
+    changed = bytearray(store.path(key_of(1)).read_bytes())
+    changed[-20] ^= 1
+    store.path(key_of(1)).write_bytes(changed)
+    store.path(key_of(2)).write_bytes(b"")
+    foreign = store.path(key_of(9))
+    foreign.parent.mkdir(exist_ok=True)
+    foreign.write_bytes(b"not the store's")
+    every = [key_of(n) for n in (0, 1, 2, 3, 9, 10)]
+    assert set(store.checked(every)) == {key_of(0), key_of(3)}
+    assert {key for key in every if key in store} == {key_of(0), key_of(3)}
+    assert store.status().quarantined == 3
+    assert store.put(key_of(1), PIXELS + 1, "p")  # made anew, it is sound again
+    assert key_of(1) in store.checked([key_of(1)])
+
+
+def test_a_torn_record_is_passed_over(store, tmp_path):
+    filled(store, 3)
+    (records,) = (tmp_path / "edits" / "records").iterdir()
+    records.write_bytes(records.read_bytes() + b'{"key": "0000')
+    assert len(EditStore(tmp_path / "edits").checked([key_of(n) for n in range(3)])) == 3
+
+
+def test_what_it_holds_by_what_made_it(store, tmp_path):
+    profile = filled(store, 5)
+    status = store.status()
+    assert (status.edits, status.by_profile, status.quarantined) == (5, {profile: 5}, 0)
+    files = (tmp_path / "edits").glob("[0-9a-f][0-9a-f]/*")
+    assert status.bytes == sum(file.stat().st_size for file in files)
+    assert status.profiles == {profile: PROFILE}
+
+
+def test_what_is_removed_is_gone_and_the_rest_stays(store):
+    filled(store, 5)
+    store.remove([key_of(0), key_of(2), key_of(4)])
+    assert list(store) == [key_of(1), key_of(3)]
+
+
+def write_all(folder: Path, of: int) -> None:
+    store = EditStore(folder)
+    profile = store.add_profile({"writer": of})
+    for number in range(60):
+        store.put(key_of(number), np.full((8, 8, 3), of, np.uint8), profile)
+
+
+def test_many_processes_may_write_and_one_may_die(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    folder = tmp_path / "edits"
+    writers = [context.Process(target=write_all, args=(folder, of)) for of in range(4)]
+    for writer in writers:
+        writer.start()
+    while not list(folder.glob("[0-9a-f][0-9a-f]/*.png")):
+        assert writers[0].is_alive() or writers[0].exitcode == 0
+    os.kill(writers[0].pid, signal.SIGKILL)
+    for writer in writers:
+        writer.join(60)
+    assert [writer.exitcode for writer in writers[1:]] == [0, 0, 0]
+    store = EditStore(folder)
+    every = [key_of(number) for number in range(60)]
+    assert set(store.checked(every)) == set(every)
+    assert store.status().edits == 60
