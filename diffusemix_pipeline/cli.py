@@ -135,9 +135,7 @@ def augment(
     from diffusemix_pipeline.augmentation import augment_folder
     from diffusemix_pipeline.terminal import progress_bars
 
-    given = list(overrides)
-    if prompts is not None:
-        given.append(f"editing.prompts=[{', '.join(map(_quoted, prompts.split(',')))}]")
+    given = [*overrides, *_prompt_override(prompts)]
     if fractal_dir is not None:
         given.append(f"mixing.fractal_dir={_quoted(fractal_dir)}")
     settings = load_settings(
@@ -151,6 +149,42 @@ def augment(
         click.echo(_THINNED.format(made.left_out_by_train_per_class), err=True)
     done = "Nothing changed, nothing done" if made.stage.reused else "Done"
     click.echo(f"{done}: {made.stage.counts['images']} augmented images in {out}.")
+
+
+@main.command()
+@_settings_options
+@click.option("--data", type=_FOLDER, help="A folder of labelled images (source.path).")
+@click.option("--prompts", help='Comma-separated, e.g. "sunset, autumn" (editing.prompts).')
+@click.option("--images", type=click.IntRange(1), default=4, show_default=True, help="Rows.")
+@click.option("--out", type=_FOLDER, default=Path("preview.png"), show_default=True)
+def preview(
+    preset: str | None,
+    config: Path | None,
+    overrides: Sequence[str],
+    data: Path | None,
+    prompts: str | None,
+    images: int,
+    out: Path,
+) -> None:
+    """Draw a few images under each prompt, to choose the prompts by eye.
+
+    \b
+    diffusemix preview --data photos --prompts "sunset, night, fog"
+    """
+    from diffusemix_pipeline.datasets.sources import DIGITS
+    from diffusemix_pipeline.files import write_bytes
+    from diffusemix_pipeline.preview import preview as draw
+    from diffusemix_pipeline.terminal import progress_bars
+
+    given = [*overrides, *_prompt_override(prompts)]
+    settings = load_settings(
+        Path.cwd(), preset=preset, own_images=bool(data), config=config, overrides=given
+    )
+    source = str(data or settings.source.path or DIGITS)
+    with progress_bars() as progress:
+        png = draw(source, settings, Project(Path.cwd()), images, progress)
+    write_bytes(out, png)
+    click.echo(f"Preview: {out}")
 
 
 @main.command()
@@ -240,6 +274,13 @@ def evaluate(
         )
     click.echo(json.dumps(figures, indent=2))
     click.echo(f"Contact sheet: {sheet}", err=True)
+
+
+def _prompt_override(prompts: str | None) -> list[str]:
+    """Turn a comma-separated list into the setting that it stands for."""
+    if prompts is None:
+        return []
+    return [f"editing.prompts=[{', '.join(map(_quoted, prompts.split(',')))}]"]
 
 
 def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from conftest import QUICK, tiny_editor, write_classes
+from PIL import Image
 
 from diffusemix_pipeline.cli import main
 
@@ -189,3 +190,20 @@ def test_the_store_is_looked_after(here, weights):
     assert "5 edits removed, 6 kept" in call("store", "prune", "--yes").output
     assert "6 edits" in call("store", "status").output
     assert "nothing done" in augmented(source, weights, "--prompts", "snowy").output
+
+
+def test_a_preview_shows_every_prompt_and_its_edits_are_the_run_s(here, weights):
+    source = write_classes(here / "photos", ["cat", "dog"], 3)
+    (source / "cat" / "0.png").write_bytes(b"no image")
+    chosen = ("--prompts", "night, fog", "--images", "3")
+    editor = quick(f"editing.editor={weights}")
+    result = call("preview", "--data", source, *chosen, *editor)
+    assert result.exit_code == 0, result.output
+    sheet = Image.open("preview.png")
+    assert sheet.width > 3 * 128 and sheet.height > 3 * 128
+    assert "6 edits" in call("store", "status").output
+    every = augmented(
+        source, weights, "--prompts", "night, fog", "--set", "editing.prompts_per_image=all"
+    )
+    assert every.exit_code == 0
+    assert "10 edits" in call("store", "status").output  # of 5 images, 3 of which were previewed

@@ -1,0 +1,93 @@
+"""A contact sheet of images x prompts, so that prompts can be chosen by eye before a run.
+
+The edits are the very ones that a run with the same settings makes, and stay in the store for it.
+"""
+
+import shutil
+from collections import defaultdict
+from itertools import chain, zip_longest
+from pathlib import Path
+
+from diffusemix_pipeline.datasets.images import UnreadableImageError, read_square
+from diffusemix_pipeline.datasets.ingest import ingest
+from diffusemix_pipeline.datasets.sources import Item, list_items
+from diffusemix_pipeline.devices import choose_device
+from diffusemix_pipeline.editing.generate import generate
+from diffusemix_pipeline.editing.store import EditStore
+from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.files import write_bytes
+from diffusemix_pipeline.pictures import contact_sheet
+from diffusemix_pipeline.preflight import check_augmentation
+from diffusemix_pipeline.progress import Progress, silent
+from diffusemix_pipeline.project import Project
+from diffusemix_pipeline.settings import Settings
+
+
+def preview(
+    source: str, settings: Settings, project: Project, images: int, progress: Progress = silent
+) -> bytes:
+    """Return a PNG: a row for each of `images` training images, a column for each prompt.
+
+    `source` is a folder as for a run, or 'digits'. Raises UserError where no image can be read.
+    """
+    check_augmentation(settings)
+    every_prompt = settings.model_copy(
+        update={
+            "source": settings.source.model_copy(update={"train_per_class": None}),
+            "editing": settings.editing.model_copy(
+                update={"prompts_per_image": "all", "copies": 1}
+            ),
+        }
+    )
+    work = project.state / "preview"
+    shutil.rmtree(work, ignore_errors=True)  # the edits are in the store
+    _copy_some(source, work / "chosen", images, settings.source.max_pixels)
+    raw = ingest(
+        str(work / "chosen"),
+        every_prompt,
+        work / "raw",
+        aside=work / "aside",
+        train_only=True,
+        progress=progress,
+    )
+    generated = generate(
+        raw,
+        every_prompt,
+        work / "generated",
+        store=EditStore(project.edits),
+        aside=work / "aside",
+        device=choose_device(settings.device),
+        progress=progress,
+    ).stage
+    edits = generated.manifest().set_index(["source_id", "prompt"])["file_name"]
+    rows, labels = [], []
+    for original in raw.manifest().itertuples():
+        made = [generated.folder / edits[original.image_id, p] for p in settings.editing.prompts]
+        paths = [raw.folder / original.file_name, *made]
+        rows.append([read_square(path, settings.size) for path in paths])
+        labels.append(original.label)
+    return contact_sheet(
+        rows, row_labels=labels, column_labels=["original", *settings.editing.prompts], cell=128
+    )
+
+
+def _copy_some(source: str, folder: Path, images: int, max_pixels: int) -> None:
+    """Copy the first readable training images, of one class after the other, into class folders."""
+    by_class: defaultdict[str, list[Item]] = defaultdict(list)
+    for item in list_items(source):
+        if item.split in (None, "train"):
+            by_class[item.label].append(item)
+    by_turns = filter(None, chain.from_iterable(zip_longest(*by_class.values())))
+    copied = 0
+    for item in by_turns:
+        try:
+            item.read(max_pixels)
+        except UnreadableImageError:
+            continue
+        content, suffix = item.stored(max_pixels)
+        write_bytes(folder / item.label / f"{copied}{suffix}", content)
+        copied += 1
+        if copied == images:
+            return
+    if not copied:
+        raise UserError(f"{source} holds no training image that can be read.")
