@@ -298,13 +298,14 @@ def status() -> None:
     from diffusemix_pipeline.editing.store import EditStore
 
     project = Project(Path.cwd())
-    found = EditStore(project.edits).status()
+    edits = EditStore(project.edits)
+    found = edits.status()
     click.echo(f"{found.edits:,} edits, {found.bytes / 1e6:,.1f} MB in {project.edits}")
-    for profile, edits in sorted(found.by_profile.items()):
+    for profile, number in sorted(found.by_profile.items()):
         made_by = ", ".join(f"{k} {v}" for k, v in found.profiles[profile].items())
-        click.echo(f"{edits:,} made by: {made_by}")
+        click.echo(f"{number:,} made by: {made_by}")
     if found.quarantined:
-        click.echo(f"{found.quarantined:,} damaged files in {project.edits / 'quarantine'}")
+        click.echo(f"{found.quarantined:,} damaged files in {edits.quarantine}")
 
 
 @store.command()

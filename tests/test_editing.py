@@ -155,6 +155,20 @@ def test_only_what_is_new_is_paid_for(weights, tmp_path):
     assert images.made == 4
 
 
+def test_a_damaged_edit_is_made_anew_and_no_other(weights, tmp_path):
+    every = "editing.prompts_per_image=all"
+    before = rows(generated(tmp_path, weights, every))
+    store = EditStore(tmp_path / "edits")
+    damaged = store.path(next(iter(store)))
+    damaged.unlink()
+    damaged.write_bytes(b"torn")
+    (tmp_path / "out").rename(tmp_path / "old")  # so that the stage is made again
+    with pytest.warns(UserWarning, match=f"1 stored edits .* the first is {damaged.stem}"):
+        again = generated(tmp_path, weights, every)
+    assert again.made == 1
+    assert rows(again) == before
+
+
 def test_cut_off_work_goes_on_where_it_was(weights, tmp_path, monkeypatch):
     few = "editing.batch_size=3"
     whole = rows(generated(tmp_path / "whole", weights, few))

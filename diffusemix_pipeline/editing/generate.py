@@ -1,6 +1,7 @@
 """The second stage: every training image gets its edits, from the store or from the editor."""
 
 import re
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -69,7 +70,14 @@ def generate(
         return Generated(finished, 0)
     planned = plan_edits(raw.manifest(), raw.folder, settings, weights)
     wanted = {edit.key: edit for edit in planned}
-    kept = store.checked(wanted, progress)
+    there = [key for key in wanted if key in store]
+    kept = store.checked(there, progress)
+    if damaged := [key for key in there if key not in kept]:
+        warnings.warn(
+            f"{len(damaged)} stored edits are not as they were stored: they are set aside in "
+            f"{store.quarantine} and made anew, the first is {damaged[0]}.",
+            stacklevel=2,
+        )
     missing = [edit for key, edit in wanted.items() if key not in kept]
     if missing:
         editor = InstructPix2PixEditor(folder, settings.editing, device)

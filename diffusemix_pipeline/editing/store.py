@@ -23,7 +23,7 @@ from diffusemix_pipeline.files import write_json, write_once
 from diffusemix_pipeline.identity import digest, file_sha256
 from diffusemix_pipeline.progress import Progress, silent
 
-_RECORDS, _PROFILES, _QUARANTINE, _ASIDE = "records", "profiles", "quarantine", "aside"
+_RECORDS, _PROFILES, _ASIDE = "records", "profiles", "aside"
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,11 @@ class EditStore:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._records: tuple[int, Path] | None = None
+
+    @property
+    def quarantine(self) -> Path:
+        """Where files go that are not what was stored."""
+        return self._folder / "quarantine"
 
     def path(self, key: str) -> Path:
         """Return where the edit of `key` lies, or would lie."""
@@ -125,8 +130,7 @@ class EditStore:
         for key in self:
             size += self.path(key).stat().st_size
             made_by.update(record.profile for record in records.get(key, [])[:1])
-        aside = self._folder / _QUARANTINE
-        quarantined = len(list(aside.iterdir())) if aside.exists() else 0
+        quarantined = len(list(self.quarantine.iterdir())) if self.quarantine.exists() else 0
         profiles = {
             path.stem: json.loads(path.read_text(encoding="utf-8"))
             for path in (self._folder / _PROFILES).glob("*.json")
@@ -149,6 +153,5 @@ class EditStore:
             file.write((json.dumps({"key": key, **asdict(record)}) + "\n").encode())
 
     def _set_aside(self, key: str) -> None:
-        aside = self._folder / _QUARANTINE
-        aside.mkdir(exist_ok=True)
-        self.path(key).replace(aside / f"{key}.{uuid.uuid4().hex[:8]}.png")
+        self.quarantine.mkdir(exist_ok=True)
+        self.path(key).replace(self.quarantine / f"{key}.{uuid.uuid4().hex[:8]}.png")
