@@ -96,7 +96,7 @@ class Editing(Section):
         "bundled",
         min_length=1,
         description="'bundled' (a small stand-in), a folder, or a hub id such as "
-        "timbrooks/instruct-pix2pix: an InstructPix2Pix pipeline in diffusers' format.",
+        "timbrooks/instruct-pix2pix, in diffusers' format: `diffusemix editor list`.",
     )
     revision: str | None = Field(None, description="Commit, tag or branch of a hub id.")
     prompts: list[Prompt] = Field(
@@ -116,7 +116,14 @@ class Editing(Section):
     steps: int = Field(10, gt=0, le=1000, description="Sampling steps.")
     guidance: float = Field(1.5, ge=1, description="Guidance scale of the text.")
     image_guidance: float = Field(1.2, ge=1, description="Guidance scale of the image.")
+    guidance_until: float = Field(
+        1, gt=0, le=1, description="Share of the steps, from the first, that are guided."
+    )
     batch_size: int = Field(32, gt=0, description="Edits sampled at once; it is part of the bytes.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="What the UNet computes in; auto: half precision where it is fast."
+    )
+    compile: bool = Field(False, description="Compile the UNet: pays on a GPU for many edits.")
 
     @field_validator("prompts")
     @classmethod
@@ -235,7 +242,8 @@ def data_settings(settings: Settings) -> str:
     `data/generated`: both may come from elsewhere than these settings say.
     """
     values = settings.model_dump(exclude={"device", "source", "training", "evaluation", "tracking"})
-    del values["editing"]["editor"], values["editing"]["revision"], values["editing"]["batch_size"]
+    for place_or_speed in ("editor", "revision", "batch_size", "dtype", "compile"):
+        del values["editing"][place_or_speed]
     del values["mixing"]["fractal_dir"]
     return yaml.safe_dump(values, sort_keys=True)
 

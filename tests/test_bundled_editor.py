@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusemix_pipeline.bundled_editor import evaluation, sources, teachers, training
-from diffusemix_pipeline.editing.editor import BUNDLED_WEIGHTS, InstructPix2PixEditor
+from diffusemix_pipeline.editing.editor import BUNDLED_WEIGHTS, load_editor
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.settings import PAPER_PROMPTS, Editing
 
@@ -33,7 +33,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 def _edits(folder: Path, images: np.ndarray, prompt: str) -> torch.Tensor:
     editing = Editing(batch_size=len(images))
-    editor = InstructPix2PixEditor(folder, editing, "cpu")
+    editor = load_editor(folder, editing, "cpu")
     return evaluation.edit_all(editor, editing, images, prompts=[prompt])
 
 

@@ -3,20 +3,30 @@
 import json
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
+import torch
 from conftest import picture, quick_settings, tiny_editor, write_classes
 
-from diffusemix_pipeline.datasets.images import to_square
+from diffusemix_pipeline.datasets.images import read_square, to_square
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.editing.editor import (
-    InstructPix2PixEditor,
+    Editor,
     editor_fingerprint,
+    load_editor,
     locate_editor,
 )
 from diffusemix_pipeline.editing.generate import Generated, generate
+from diffusemix_pipeline.editing.instruct_pix2pix import (
+    SCHEDULERS,
+    InstructPix2PixEditor,
+    unet_evaluations,
+)
+from diffusemix_pipeline.editing.sampling import PlannedEdit, Sampler
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.progress import silent
 
 IMAGES = np.stack([to_square(picture(seed), 32) for seed in range(3)])
 PROMPTS = ["sunset", "mosaic", "sunset"]
@@ -28,8 +38,8 @@ def weights(tmp_path_factory) -> Path:
     return tiny_editor(tmp_path_factory.mktemp("editor"))
 
 
-def editor(weights: Path, *overrides: str) -> InstructPix2PixEditor:
-    return InstructPix2PixEditor(weights, quick_settings(*overrides).editing, "cpu")
+def editor(weights: Path, *overrides: str) -> Editor:
+    return load_editor(weights, quick_settings(*overrides).editing, "cpu")
 
 
 def generated(tmp_path: Path, weights: Path, *overrides: str, images: int = 4) -> Generated:
@@ -50,13 +60,71 @@ def rows(result: Generated) -> set[tuple]:
 
 @pytest.mark.parametrize("sampler", ["dpmsolver++", "euler_ancestral"])
 def test_an_edit_depends_on_itself_and_not_on_order_or_neighbours(sampler, weights):
-    edit = editor(weights, f"editing.sampler={sampler}").edit
-    together = edit(IMAGES, PROMPTS, [1, 2, 3])
+    edit = editor(weights, f"editing.sampler={sampler}", "editing.guidance_until=0.5").edit
+    images = IMAGES[[0, 1, 0]]  # a source twice, which is encoded once
+    together = edit(images, PROMPTS, [1, 2, 3])
     assert together.shape == (3, 32, 32, 3)
     assert together.dtype == np.uint8
-    assert np.array_equal(edit(IMAGES[::-1], PROMPTS[::-1], [3, 2, 1]), together[::-1])
-    assert np.array_equal(edit(IMAGES[1:2], PROMPTS[1:2], [2]), together[1:2])
-    assert not np.array_equal(edit(IMAGES, PROMPTS, [4, 5, 6]), together)
+    assert np.array_equal(edit(images[::-1], PROMPTS[::-1], [3, 2, 1]), together[::-1])
+    beside_others = edit(IMAGES[[2, 1, 2]], ["snowy", "mosaic", "sunset"], [9, 2, 8])
+    assert np.array_equal(beside_others[1], together[1])
+    assert not np.array_equal(edit(images, PROMPTS, [4, 5, 6]), together)
+
+
+@pytest.mark.parametrize("sampler", ["dpmsolver++", "euler_ancestral"])
+def test_the_sampling_loop_is_that_of_the_pipeline_in_diffusers(sampler, weights):
+    wanted = quick_settings(
+        f"editing.sampler={sampler}",
+        "editing.steps=5",
+        "editing.guidance=4",
+        "editing.image_guidance=1.5",
+        "editing.dtype=float32",
+    ).editing
+    pipeline = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(
+        weights, safety_checker=None, requires_safety_checker=False, use_safetensors=True
+    )
+    pipeline.scheduler = SCHEDULERS[sampler].from_config(pipeline.scheduler.config)
+    theirs = pipeline(
+        PROMPTS,
+        image=torch.from_numpy(IMAGES).permute(0, 3, 1, 2) / 255,
+        generator=[torch.Generator().manual_seed(seed) for seed in (1, 2, 3)],
+        num_inference_steps=5,
+        guidance_scale=4,
+        image_guidance_scale=1.5,
+        output_type="np",
+    ).images
+    ours = load_editor(weights, wanted, "cpu").edit(IMAGES, PROMPTS, [1, 2, 3])
+    assert np.abs(ours - theirs * 255).max() < 1.1
+
+
+@pytest.mark.parametrize(
+    ("steps", "until", "branches"),
+    [(4, 1, [3, 3, 3, 3]), (4, 0.5, [3, 3, 1, 1]), (3, 0.5, [3, 3, 1])],
+)
+def test_guidance_that_ends_part_way_leaves_one_branch_of_three(steps, until, branches, weights):
+    cut = editor(weights, f"editing.steps={steps}", f"editing.guidance_until={until}")
+    evaluated = count_branches(cut)
+    cut.edit(IMAGES, PROMPTS, [1, 2, 3])
+    assert evaluated == [3 * each for each in branches]
+    wanted = quick_settings(f"editing.steps={steps}", f"editing.guidance_until={until}").editing
+    assert unet_evaluations(wanted) == sum(branches)
+
+
+def count_branches(its_editor: InstructPix2PixEditor) -> list[int]:
+    """Return a list that grows by the batch of every call of the UNet."""
+    evaluated: list[int] = []
+    its_editor._unet.register_forward_pre_hook(
+        lambda module, arguments: evaluated.append(len(arguments[0]))
+    )
+    return evaluated
+
+
+def test_half_precision_changes_an_edit_by_a_hair(weights):
+    exact, half = (
+        editor(weights, f"editing.dtype={dtype}").edit(IMAGES, PROMPTS, [1, 2, 3]).astype(int)
+        for dtype in ("float32", "bfloat16")
+    )
+    assert np.abs(exact - half).mean() < 1
 
 
 def test_an_instruction_that_would_be_cut_off_is_refused(weights):
@@ -79,7 +147,7 @@ def test_the_fingerprint_follows_the_bytes_of_the_weights(weights, tmp_path):
 def test_a_folder_that_holds_no_editor_is_named(content, tmp_path):
     if content is not None:
         (tmp_path / "model_index.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="StableDiffusionInstructPix2PixPipeline in diffusers"):
+    with pytest.raises(UserError, match="diffusemix editor list"):
         locate_editor(str(tmp_path), None)
 
 
@@ -92,8 +160,6 @@ def test_a_hub_id_that_cannot_be_had_is_named(monkeypatch):
 def test_pickled_weights_are_never_read(weights, tmp_path):
     import shutil
 
-    import torch
-
     shutil.copytree(weights, tmp_path / "editor")
     (safe,) = (tmp_path / "editor" / "unet").glob("*.safetensors")
     safe.unlink()
@@ -104,9 +170,58 @@ def test_pickled_weights_are_never_read(weights, tmp_path):
 
 def test_edits_that_are_no_numbers_are_no_black_images(weights):
     broken = editor(weights)
-    broken._pipeline.unet.conv_out.bias.data.fill_(float("nan"))
+    broken._unet.conv_out.bias.data.fill_(float("nan"))
     with pytest.raises(UserError, match="no numbers for 3 of 3 edits"):
         broken.edit(IMAGES, PROMPTS, [1, 2, 3])
+
+
+# Batches
+
+
+def test_where_memory_does_not_suffice_the_batch_is_halved_and_the_run_says_so(weights, tmp_path):
+    edits = editor(weights)
+    real = edits._unet.forward
+
+    def small_device(sample: torch.Tensor, *arguments, **more):
+        if len(sample) > 3 * 2:  # three branches of two edits
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(sample, *arguments, **more)
+
+    edits._unet.forward = small_device
+    store = EditStore(tmp_path / "store")
+    with pytest.warns(UserWarning, match="for 8 edits at once: going on with 4, which is another"):
+        records = Sampler(edits, "cpu", 32, 8).make(planned(tmp_path, 5), store, silent)
+    sizes = {
+        key: store.status().profiles[said.profile]["batch_size"] for key, said in records.items()
+    }
+    assert sizes == {f"{n:02}": 2 for n in range(5)}
+    halved = {key: read_square(store.path(key), 32) for key in records}
+    other = EditStore(tmp_path / "other")
+    Sampler(editor(weights), "cpu", 32, 2).make(planned(tmp_path, 5), other, silent)
+    assert all(np.array_equal(halved[key], read_square(other.path(key), 32)) for key in halved)
+
+
+def test_too_little_memory_for_one_edit_names_what_to_do(weights, tmp_path):
+    edits = editor(weights)
+
+    def no_device(*arguments, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    edits._unet.forward = no_device
+    with (
+        pytest.warns(UserWarning, match="for 2 edits at once"),
+        pytest.raises(UserError, match="too little memory for one edit of 32 px"),
+    ):
+        Sampler(edits, "cpu", 32, 2).make(planned(tmp_path, 2), EditStore(tmp_path / "s"), silent)
+
+
+def planned(folder: Path, count: int) -> list[PlannedEdit]:
+    """Return edits of as many pictures, written into the folder."""
+    write_classes(folder / "pictures", ["all"], count)
+    return [
+        PlannedEdit(f"{n:02}", folder / "pictures" / "all" / f"{n}.png", "mosaic", n, {})
+        for n in range(count)
+    ]
 
 
 # The stage

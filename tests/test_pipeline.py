@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from conftest import ASSETS, quick_settings, tiny_editor, write_classes
 
-from diffusemix_pipeline.editing.editor import InstructPix2PixEditor
+from diffusemix_pipeline.editing.instruct_pix2pix import InstructPix2PixEditor
 from diffusemix_pipeline.orchestration.launch import Outcome, run_here
 from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.project import Project

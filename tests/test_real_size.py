@@ -6,7 +6,7 @@ import torch
 from conftest import _character_tokenizer, picture, quick_settings
 
 from diffusemix_pipeline.datasets.images import to_square
-from diffusemix_pipeline.editing.editor import InstructPix2PixEditor, locate_editor
+from diffusemix_pipeline.editing.editor import load_editor, locate_editor
 
 
 @pytest.mark.slow
@@ -64,7 +64,7 @@ def test_a_pipeline_of_the_real_configuration_loads_and_edits(tmp_path):
         "editing.guidance=4",
         "editing.image_guidance=1.5",
     )
-    editor = InstructPix2PixEditor(locate_editor(str(tmp_path), None), settings.editing, "cpu")
+    editor = load_editor(locate_editor(str(tmp_path), None), settings.editing, "cpu")
     image = to_square(picture(0, (300, 260)), 256)
     edit = editor.edit(image[None], ["A transformed version of image into sunset"], [0])
     assert edit.shape == (1, 256, 256, 3)

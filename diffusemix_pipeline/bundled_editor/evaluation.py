@@ -33,7 +33,7 @@ from diffusemix_pipeline.bundled_editor.sources import (
     to_tensor,
 )
 from diffusemix_pipeline.bundled_editor.teachers import PROMPTS, apply_teacher, apply_teachers
-from diffusemix_pipeline.editing.editor import InstructPix2PixEditor
+from diffusemix_pipeline.editing.editor import Editor, load_editor
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import write_bytes
 from diffusemix_pipeline.identity import seed_from
@@ -66,7 +66,7 @@ def evaluate_editor(
     Raises UserError for a folder without images and for a test class that no train folder has.
     """
     editing = Editing(batch_size=images_per_set)
-    editor = InstructPix2PixEditor(location, editing, "cpu")
+    editor = load_editor(location, editing, "cpu")
     autoencoder = AutoencoderKL.from_pretrained(location / "vae", use_safetensors=True)
     taught = {name: _read_set(name, train_folders, 32, "train") for name in _names(train_folders)}
     judged = {name: _read_set(name, image_folders, 32, "test") for name in _names(image_folders)}
@@ -111,7 +111,7 @@ def evaluate_editor(
 
 
 def edit_all(
-    editor: InstructPix2PixEditor,
+    editor: Editor,
     editing: Editing,
     images: Images,
     *,

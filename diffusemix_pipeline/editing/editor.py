@@ -1,14 +1,14 @@
-"""The editor: an InstructPix2Pix pipeline (Brooks et al. 2023) in diffusers' format, hub or folder.
+"""Editors: what turns images into edits by instructions, found by a name, loaded by a family.
 
-Nothing here knows which checkpoint it holds: the one that the package carries and
-timbrooks/instruct-pix2pix go the same way.
+What belongs here: the protocol, the families of diffusers pipelines, finding and checking an
+editor's files. What does not: sampling (a module a family), batches and files (`sampling.py`).
 """
 
 import json
-import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,40 +16,98 @@ from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import digest, file_sha256
 from diffusemix_pipeline.settings import Editing
 
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionInstructPix2PixPipeline
-
 BUNDLED = "bundled"
 BUNDLED_WEIGHTS = Path(__file__).parent.parent / "bundled_editor" / "weights"
 INDEX = "model_index.json"
-_CLASS_NAME = "StableDiffusionInstructPix2PixPipeline"
+
+
+class Editor(Protocol):
+    """A diffusion model on a device."""
+
+    def edit(
+        self, images: np.ndarray, instructions: Sequence[str], seeds: Sequence[int]
+    ) -> np.ndarray:
+        """Edit uint8 (B, S, S, 3) images, each by its instruction and seed, to the same shape.
+
+        An edit depends on the shape of its batch, and on no other member of it. Edits that are no
+        numbers raise UserError. Several threads may call at once.
+        """
+
+    def check_instruction(self, instruction: str) -> None:
+        """Raise UserError for an instruction that the text encoder would cut off."""
+
+    def profile(self) -> dict[str, Any]:
+        """Return what the bytes of an edit depend on beside key and batch (DESIGN, promise 2)."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of editor that diffusers can run."""
+
+    pipeline: str
+    """The class in diffusers, which a checkpoint's model_index.json names."""
+    example: str
+    """A checkpoint on the hub."""
+    licence: str
+    """Of the example's weights; a person's own checkpoint may have another."""
+    advice: dict[str, Any]
+    """Settings below `editing` that suit the example."""
+    parts: tuple[str, ...]
+    """Folders of weights, each of which must hold safetensors."""
+    load: Callable[[Path, Editing, str], Editor]
+
+
+def _instruct_pix2pix(folder: Path, editing: Editing, device: str) -> Editor:
+    from diffusemix_pipeline.editing.instruct_pix2pix import InstructPix2PixEditor
+
+    return InstructPix2PixEditor(folder, editing, device)
+
+
+def _instruct_pix2pix_xl(folder: Path, editing: Editing, device: str) -> Editor:
+    from diffusemix_pipeline.editing.instruct_pix2pix import InstructPix2PixXLEditor
+
+    return InstructPix2PixXLEditor(folder, editing, device)
+
+
+FAMILIES = [
+    Family(
+        "StableDiffusionInstructPix2PixPipeline",
+        "timbrooks/instruct-pix2pix",
+        "MIT (code), CreativeML OpenRAIL-M (Stable Diffusion 1.5, its base)",
+        {"guidance": 4, "image_guidance": 1.5},
+        ("unet", "vae", "text_encoder"),
+        _instruct_pix2pix,
+    ),
+    Family(
+        "StableDiffusionXLInstructPix2PixPipeline",
+        "diffusers/sdxl-instructpix2pix-768",
+        "CreativeML OpenRAIL++-M",
+        {"guidance": 4, "image_guidance": 1.5},
+        ("unet", "vae", "text_encoder", "text_encoder_2"),
+        _instruct_pix2pix_xl,
+    ),
+]
+
+
+def load_editor(folder: Path, editing: Editing, device: str) -> Editor:
+    """Load the editor in a folder that `locate_editor` gave."""
+    return _family(folder, str(folder)).load(folder, editing, device)
 
 
 def locate_editor(editor: str, revision: str | None) -> Path:
     """Return the folder that holds an editor's files, downloading a hub id's safetensors once.
 
-    Raises UserError where the folder holds another pipeline or the hub cannot give it.
+    Raises UserError where the folder holds no pipeline of a known family or the hub gives none.
     """
     if editor == BUNDLED:
         return BUNDLED_WEIGHTS
     folder = Path(editor).expanduser()
     if not folder.is_dir():
         folder = _download(editor, revision)
-    index = folder / INDEX
-    try:
-        parts = dict(json.loads(index.read_text("utf-8")))
-    except (OSError, ValueError, TypeError):
-        parts = {}
-    found = parts.get("_class_name")
-    if found != _CLASS_NAME:
-        raise UserError(
-            f"editing.editor: {editor} holds {found or 'no readable model_index.json'}, "
-            f"but a {_CLASS_NAME} in diffusers' format is needed."
-        )
-    for model in ("unet", "vae", "text_encoder"):
-        if not any((folder / model).glob("*.safetensors")):
+    for part in _family(folder, editor).parts:
+        if not any((folder / part).glob("*.safetensors")):
             raise UserError(
-                f"editing.editor: {editor} holds no {model}/*.safetensors. Other formats are not "
+                f"editing.editor: {editor} holds no {part}/*.safetensors. Other formats are not "
                 "read, as they may run code: convert it, or have it downloaded again."
             )
     return folder
@@ -63,101 +121,18 @@ def editor_fingerprint(folder: Path) -> str:
     return digest([[p.relative_to(folder).as_posix(), file_sha256(p)] for p in files])
 
 
-class InstructPix2PixEditor:
-    """An editor on a device: `edit(images, instructions, seeds) -> images`."""
-
-    def __init__(self, folder: Path, editing: Editing, device: str) -> None:
-        import torch
-
-        self._editing = editing
-        self._torch = torch
-        # fp16 as the authors' code where there is an accelerator; CPUs are exact and fast in fp32.
-        dtype = torch.float32 if device == "cpu" else torch.float16
-        self._pipeline = _load_pipeline(folder, editing.sampler, dtype).to(device)
-
-    def profile(self) -> dict[str, Any]:
-        """Return what the bytes of an edit depend on beside its key (DESIGN, promise 2)."""
-        import diffusers
-
-        torch, unet = self._torch, self._pipeline.unet
-        on_gpu = unet.device.type == "cuda"
-        return {
-            "device": torch.cuda.get_device_name(unet.device) if on_gpu else platform.machine(),
-            "dtype": str(unet.dtype).removeprefix("torch."),
-            "batch_size": self._editing.batch_size,
-            "threads": None if on_gpu else torch.get_num_threads(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-        }
-
-    def check_instruction(self, instruction: str) -> None:
-        """Raise UserError for an instruction that the text encoder would cut off."""
-        tokenizer = self._pipeline.tokenizer
-        tokens = len(tokenizer(instruction).input_ids)
-        if tokens > tokenizer.model_max_length:
-            raise UserError(
-                f"The instruction '{instruction}' has {tokens} tokens; this editor reads "
-                f"{tokenizer.model_max_length}. Shorten the prompt or editing.template."
-            )
-
-    def edit(
-        self, images: np.ndarray, instructions: Sequence[str], seeds: Sequence[int]
-    ) -> np.ndarray:
-        """Edit uint8 (B, S, S, 3) images, each by its instruction and seed; B <= batch_size.
-
-        The batch is padded to its full size, because the shape of a batch changes the bytes of its
-        members while their order and neighbours do not.
-        """
-        given = len(images)
-        padded = [min(index, given - 1) for index in range(self._editing.batch_size)]
-        generators = [self._torch.Generator("cpu").manual_seed(seeds[i]) for i in padded]
-        pixels = self._torch.from_numpy(images[padded]).permute(0, 3, 1, 2).float() / 255
-        edited = self._pipeline(
-            prompt=[instructions[i] for i in padded],
-            image=pixels,
-            generator=generators,
-            num_inference_steps=self._editing.steps,
-            guidance_scale=self._editing.guidance,
-            image_guidance_scale=self._editing.image_guidance,
-            output_type="np",
-        ).images[:given]
-        failed = int((~np.isfinite(edited)).any(axis=(1, 2, 3)).sum())
-        if failed:  # cast to integers, they would be black images with a label
-            raise UserError(
-                f"The editor gave no numbers for {failed} of {given} edits, as half precision does "
-                "where it overflows. Try other guidance scales, another checkpoint, or device=cpu."
-            )
-        return (edited * 255).round().astype(np.uint8)
-
-
-def _load_pipeline(
-    folder: Path, sampler: str, dtype: Any
-) -> "StableDiffusionInstructPix2PixPipeline":
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):  # our own progress is what a person watches
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    schedulers = {
-        "dpmsolver++": diffusers.DPMSolverMultistepScheduler,
-        "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
-    }
-    # The safety checker is left out as in the authors' code: it blacks images out, and what it
-    # flags on small or stylised pictures is mostly wrong.
-    pipeline = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(
-        folder,
-        dtype=dtype,
-        use_safetensors=True,
-        safety_checker=None,
-        feature_extractor=None,
-        image_encoder=None,
-        requires_safety_checker=False,
-        local_files_only=True,
+def _family(folder: Path, editor: str) -> Family:
+    try:
+        found = dict(json.loads((folder / INDEX).read_text("utf-8"))).get("_class_name")
+    except (OSError, ValueError, TypeError):
+        found = None
+    for family in FAMILIES:
+        if family.pipeline == found:
+            return family
+    raise UserError(
+        f"editing.editor: {editor} holds {found or f'no readable {INDEX}'}, which is no editor "
+        "that is known here: `diffusemix editor list` names them."
     )
-    pipeline.scheduler = schedulers[sampler].from_config(pipeline.scheduler.config)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def _download(hub_id: str, revision: str | None) -> Path:

@@ -3,22 +3,16 @@
 import re
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from diffusemix_pipeline.datasets.images import read_square
 from diffusemix_pipeline.datasets.manifest import Stage, finished_stage, read_stage, write_stage
-from diffusemix_pipeline.editing.editor import (
-    InstructPix2PixEditor,
-    editor_fingerprint,
-    locate_editor,
-)
-from diffusemix_pipeline.editing.store import EditStore, Record
+from diffusemix_pipeline.editing.editor import editor_fingerprint, load_editor, locate_editor
+from diffusemix_pipeline.editing.sampling import PlannedEdit, Sampler
+from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.files import link_or_copy
 from diffusemix_pipeline.identity import digest, draw, seed_from
 from diffusemix_pipeline.progress import Progress, silent
@@ -26,7 +20,7 @@ from diffusemix_pipeline.settings import Settings
 
 CODE_VERSION = "1"
 # Speed and place change no edit's identity; the editor is known by the bytes of its weights.
-_NOT_IDENTITY = {"editor", "revision", "batch_size"}
+_NOT_IDENTITY = {"editor", "revision", "batch_size", "dtype", "compile"}
 
 
 @dataclass(frozen=True)
@@ -35,17 +29,6 @@ class Generated:
 
     stage: Stage
     made: int
-
-
-@dataclass(frozen=True)
-class PlannedEdit:
-    """One wanted edit: `key` identifies its bytes, `row` goes into the manifest."""
-
-    key: str
-    source: Path
-    instruction: str
-    seed: int
-    row: dict[str, Any]
 
 
 def generate(
@@ -80,8 +63,9 @@ def generate(
         )
     missing = [edit for key, edit in wanted.items() if key not in kept]
     if missing:
-        editor = InstructPix2PixEditor(folder, settings.editing, device)
-        kept |= make_edits(missing, editor, settings, store, progress)
+        editor = load_editor(folder, settings.editing, device)
+        sampler = Sampler(editor, device, settings.size, settings.editing.batch_size)
+        kept |= sampler.make(missing, store, progress)
     with write_stage(out, name="generated", fingerprint=fingerprint, aside=aside) as stage:
         for edit in planned:
             target = stage.folder / edit.row["file_name"]
@@ -105,45 +89,6 @@ def plan_edits(
     ]
 
 
-def make_edits(
-    planned: Sequence[PlannedEdit],
-    editor: InstructPix2PixEditor,
-    settings: Settings,
-    store: EditStore,
-    progress: Progress,
-) -> dict[str, Record]:
-    """Sample edits in batches and keep each in the store; return their records by key.
-
-    A batch is encoded and written while the next one is sampled: files never hold the device.
-    """
-    for instruction in sorted({edit.instruction for edit in planned}):
-        editor.check_instruction(instruction)
-    size = settings.editing.batch_size
-    profile = store.add_profile(editor.profile())
-    records: dict[str, Record] = {}
-    writing: Future[dict[str, Record]] | None = None
-
-    def write(batch: Sequence[PlannedEdit], edited: np.ndarray) -> dict[str, Record]:
-        pairs = zip(batch, edited, strict=True)
-        return {edit.key: store.put(edit.key, pixels, profile) for edit, pixels in pairs}
-
-    progress("Editing images", 0, len(planned))
-    with ThreadPoolExecutor(1) as writer:
-        for start in range(0, len(planned), size):
-            batch = planned[start : start + size]
-            images = np.stack([read_square(edit.source, settings.size) for edit in batch])
-            edited = editor.edit(
-                images, [edit.instruction for edit in batch], [edit.seed for edit in batch]
-            )
-            if writing:
-                records |= writing.result()
-            writing = writer.submit(write, batch, edited)
-            progress("Editing images", start + len(batch), len(planned))
-        if writing:
-            records |= writing.result()
-    return records
-
-
 def _prompts(source_sha256: str, copy: int, settings: Settings) -> Sequence[str]:
     prompts = settings.editing.prompts
     if settings.editing.prompts_per_image == "all":
@@ -163,7 +108,13 @@ def _planned(
     instruction = editing.template.format(prompt=prompt)
     attempt = 0
     seed = seed_from(settings.seed, "edit", source["sha256"], prompt, copy, attempt)
-    sampling = [editing.sampler, editing.steps, editing.guidance, editing.image_guidance]
+    sampling = [
+        editing.sampler,
+        editing.steps,
+        editing.guidance,
+        editing.image_guidance,
+        editing.guidance_until,
+    ]
     key = digest(source["sha256"], instruction, weights, settings.size, sampling, seed)
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40]
     stem = Path(source["file_name"]).stem

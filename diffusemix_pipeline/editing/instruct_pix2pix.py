@@ -1,0 +1,279 @@
+"""InstructPix2Pix (Brooks et al. 2023) on Stable Diffusion 1.5 and XL: loading and sampling.
+
+Nothing here knows which checkpoint it holds: the one that the package carries and
+timbrooks/instruct-pix2pix go the same way. The loop is that of diffusers' pipelines, with four
+differences. Latents and noise are float32 whatever the UNet computes in, so that a seed means the
+same noise on every device. Guidance may end part-way, after which one branch is left of three. An
+instruction is encoded once, a source once a batch. Both autoencoder passes go in small chunks.
+"""
+
+import copy
+import math
+import platform
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.settings import Editing
+
+SCHEDULERS = {
+    "dpmsolver++": diffusers.DPMSolverMultistepScheduler,
+    "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
+}
+_CHUNK = 4
+"""Images that the autoencoder takes at once: its activations are the largest of all, and a fixed
+shape leaves the bytes of an image to itself."""
+
+
+class Text(NamedTuple):
+    """An instruction as the UNet reads it: float32 (1, tokens, D), and what else it needs."""
+
+    hidden: Tensor
+    added: dict[str, Tensor]
+
+
+class InstructPix2PixEditor:
+    """See `Editor`."""
+
+    _pipeline_class: ClassVar[Any] = diffusers.StableDiffusionInstructPix2PixPipeline
+    # The safety checker is left out as in the authors' code: it blacks images out, and what it
+    # flags on small or stylised pictures is mostly wrong.
+    _without: ClassVar[dict[str, Any]] = {
+        "safety_checker": None,
+        "feature_extractor": None,
+        "image_encoder": None,
+        "requires_safety_checker": False,
+    }
+
+    def __init__(self, folder: Path, editing: Editing, device: str) -> None:
+        for library in (diffusers, transformers):  # our own progress is what a person watches
+            library.utils.logging.set_verbosity_error()
+            library.utils.logging.disable_progress_bar()
+        self._editing = editing
+        dtype = unet_dtype(editing.dtype, device)
+        self._pipeline = self._pipeline_class.from_pretrained(
+            folder,
+            dtype={"unet": dtype, "vae": self._vae_dtype(dtype), "default": torch.float32},
+            use_safetensors=True,
+            local_files_only=True,
+            **self._without,
+        ).to(device)
+        self._scheduler = SCHEDULERS[editing.sampler].from_config(self._pipeline.scheduler.config)
+        self._unet, self._vae = self._pipeline.unet, self._pipeline.vae
+        self._unet.to(memory_format=torch.channels_last)
+        if editing.compile:
+            self._unet.compile()
+        self._text = cache(self._encode_text)
+
+    def profile(self) -> dict[str, Any]:
+        """Return what the bytes of an edit depend on beside its key and its batch."""
+        device = self._unet.device
+        on_gpu = device.type == "cuda"
+        return {
+            "device": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
+            "dtype": str(self._unet.dtype).removeprefix("torch."),
+            "memory_format": "channels_last",
+            "compile": self._editing.compile,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+        }
+
+    def check_instruction(self, instruction: str) -> None:
+        """Raise UserError for an instruction that the text encoder would cut off."""
+        tokenizer = self._pipeline.tokenizer
+        tokens = len(tokenizer(instruction).input_ids)
+        if tokens > tokenizer.model_max_length:
+            raise UserError(
+                f"The instruction '{instruction}' has {tokens} tokens; this editor reads "
+                f"{tokenizer.model_max_length}. Shorten the prompt or editing.template."
+            )
+
+    @torch.inference_mode()
+    def edit(
+        self, images: np.ndarray, instructions: Sequence[str], seeds: Sequence[int]
+    ) -> np.ndarray:
+        """Edit uint8 (B, S, S, 3) images, each by its instruction and seed, to the same shape."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        latents = self._sample(
+            self._encode_images(images), [self._text(text) for text in instructions], generators
+        )
+        edited = self._in_chunks(
+            lambda part: self._vae.decode(part.to(self._vae.dtype)).sample,
+            self._to_decode(latents),
+        )
+        pixels = (edited.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+        failed = int((~np.isfinite(pixels)).any(axis=(1, 2, 3)).sum())
+        if failed:  # cast to integers, they would be black images with a label
+            raise UserError(
+                f"The editor gave no numbers for {failed} of {len(images)} edits, as half "
+                "precision does where it overflows. Try editing.dtype=float32, other guidance "
+                "scales or another checkpoint."
+            )
+        return (pixels * 255).round().astype(np.uint8)
+
+    def _sample(
+        self, sources: Tensor, texts: Sequence[Text], generators: list[torch.Generator]
+    ) -> Tensor:
+        """Denoise one latent for each source: float32 (B, C, H, W), as `sources`.
+
+        Guided steps evaluate three branches: text and image, image alone, neither (Brooks et al.
+        2023, equation 3); the steps after them the first alone.
+        """
+        editing, unet = self._editing, self._unet
+        scheduler = copy.deepcopy(self._scheduler)  # it counts steps; threads share the editor
+        scheduler.set_timesteps(editing.steps, device=unet.device)
+        noise = randn_tensor(sources.shape, generators, unet.device)
+        latents = noise * scheduler.init_noise_sigma
+        guided = self._branches(sources, texts, 3)
+        alone = self._branches(sources, texts, 1)
+        for step, time in enumerate(scheduler.timesteps):
+            branches = guided if step < guided_steps(editing) else alone
+            scaled = scheduler.scale_model_input(latents, time)
+            predicted = self._predict(scaled, time, branches)
+            if branches is guided:
+                with_text, with_image, without = predicted.chunk(3)
+                predicted = (
+                    without
+                    + editing.guidance * (with_text - with_image)
+                    + editing.image_guidance * (with_image - without)
+                )
+            latents = scheduler.step(predicted, time, latents, generator=generators).prev_sample
+        return latents
+
+    def _predict(self, latents: Tensor, time: Tensor, branches: "_Branches") -> Tensor:
+        times = len(branches.sources) // len(latents)
+        joined = torch.cat([latents.repeat(times, 1, 1, 1), branches.sources], dim=1)
+        predicted = self._unet(
+            joined.to(self._unet.dtype, memory_format=torch.channels_last),
+            time,
+            encoder_hidden_states=branches.hidden,
+            added_cond_kwargs=branches.added,
+        ).sample
+        return predicted.float()
+
+    def _branches(self, sources: Tensor, texts: Sequence[Text], branches: int) -> "_Branches":
+        empty = self._text("")
+        every = [*texts, *([empty] * len(texts) * (branches - 1))]
+        added = {name: torch.cat([text.added[name] for text in every]) for name in empty.added}
+        return _Branches(
+            torch.cat([sources, sources, torch.zeros_like(sources)][:branches]),
+            torch.cat([text.hidden for text in every]).to(self._unet.dtype),
+            {name: value.to(self._unet.dtype) for name, value in added.items()},
+        )
+
+    def _encode_images(self, images: np.ndarray) -> Tensor:
+        """Return the unscaled latents of uint8 (B, S, S, 3): float32 (B, C, H, W).
+
+        A source that a batch holds several times is encoded once.
+        """
+        different, place = np.unique(images, axis=0, return_inverse=True)
+        pixels = torch.from_numpy(different).permute(0, 3, 1, 2).to(self._unet.device)
+        latents = self._in_chunks(
+            lambda part: self._vae.encode(part).latent_dist.mode(),
+            (pixels.float() / 127.5 - 1).to(self._vae.dtype),
+        )
+        return latents.float()[torch.from_numpy(place)]
+
+    def _in_chunks(self, work: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        """Apply `work` to chunks of one shape, the last one filled up with its first image."""
+        done = []
+        for part in images.split(_CHUNK):
+            filled = torch.cat([part, part[:1].expand(_CHUNK - len(part), *part.shape[1:])])
+            done.append(work(filled)[: len(part)])
+        return torch.cat(done)
+
+    @torch.inference_mode()
+    def _encode_text(self, instruction: str) -> Text:
+        tokenizer, encoder = self._pipeline.tokenizer, self._pipeline.text_encoder
+        tokens = tokenizer(
+            instruction,
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).to(self._unet.device)
+        uses_mask = getattr(encoder.config, "use_attention_mask", False)
+        mask = tokens.attention_mask if uses_mask else None
+        return Text(encoder(tokens.input_ids, attention_mask=mask)[0], {})
+
+    def _to_decode(self, latents: Tensor) -> Tensor:
+        return latents / self._vae.config.scaling_factor
+
+    @staticmethod
+    def _vae_dtype(dtype: torch.dtype) -> torch.dtype:
+        # bfloat16 has fewer bits than a pixel.
+        return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
+class InstructPix2PixXLEditor(InstructPix2PixEditor):
+    """InstructPix2Pix on SDXL: two text encoders, and the size among the UNet's conditions."""
+
+    _pipeline_class = diffusers.StableDiffusionXLInstructPix2PixPipeline
+    _without: ClassVar[dict[str, Any]] = {"add_watermarker": False}
+
+    @torch.inference_mode()
+    def _encode_text(self, instruction: str) -> Text:
+        hidden, _, pooled, _ = self._pipeline.encode_prompt(
+            instruction, device=self._unet.device, do_classifier_free_guidance=False
+        )
+        return Text(hidden, {"text_embeds": pooled})
+
+    def _branches(self, sources: Tensor, texts: Sequence[Text], branches: int) -> "_Branches":
+        made = super()._branches(sources, texts, branches)
+        side = sources.shape[-1] * self._pipeline.vae_scale_factor
+        size = made.hidden.new_tensor([side, side, 0, 0, side, side])  # original, crop, target
+        made.added["time_ids"] = size.expand(len(made.hidden), -1)
+        return made
+
+    def _to_decode(self, latents: Tensor) -> Tensor:
+        config = self._vae.config
+        if config.latents_mean is None or config.latents_std is None:
+            return super()._to_decode(latents)
+        mean, std = (
+            latents.new_tensor(values).view(1, -1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        return latents * std / config.scaling_factor + mean
+
+    @staticmethod
+    def _vae_dtype(dtype: torch.dtype) -> torch.dtype:
+        return torch.float32  # SDXL's autoencoder overflows in half precision
+
+
+class _Branches(NamedTuple):
+    """The UNet's conditions for all branches of a batch, one branch after the other."""
+
+    sources: Tensor
+    hidden: Tensor
+    added: dict[str, Tensor]
+
+
+def guided_steps(editing: Editing) -> int:
+    """Return how many steps, from the first, evaluate all three branches."""
+    if editing.guidance == 1:  # as in diffusers: no text guidance, no guidance at all
+        return 0
+    return math.ceil(editing.steps * editing.guidance_until)
+
+
+def unet_evaluations(editing: Editing) -> int:
+    """Return the UNet evaluations that an edit costs, each branch counted."""
+    return editing.steps + 2 * guided_steps(editing)
+
+
+def unet_dtype(wanted: str, device: str) -> torch.dtype:
+    """Resolve 'auto': half precision where the device computes in it, else float32."""
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    if device != "cpu":
+        return torch.float16  # as the authors' code
+    able = torch.cpu.get_capabilities()
+    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
