@@ -120,6 +120,7 @@ class Editing(Section):
         1, gt=0, le=1, description="Share of the steps, from the first, that are guided."
     )
     batch_size: int = Field(32, gt=0, description="Edits sampled at once; it is part of the bytes.")
+    shards: int = Field(1, gt=0, le=200, description="Steps that share the editing of a run.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="What the UNet computes in; auto: half precision where it is fast."
     )
@@ -221,6 +222,10 @@ class Settings(Section):
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="auto, cpu, cuda, cuda:N, mps."
     )
+    executor: Literal["in_process", "multiprocess"] = Field(
+        "in_process",
+        description="How the steps of a run run that the UI or a schedule starts; read on loading.",
+    )
     source: Source = Source()
     editing: Editing = Editing()
     mixing: Mixing = Mixing()
@@ -231,7 +236,7 @@ class Settings(Section):
 
 def flatten(settings: Settings) -> dict[str, Any]:
     """Return every setting that shapes a result by its dotted key; where it is tracked does not."""
-    values = settings.model_dump(mode="json", exclude={"tracking"})
+    values = settings.model_dump(mode="json", exclude={"tracking", "executor"})
     return {key: _value_at(values, key) for key, _ in _leaves(Settings) if _holds(values, key)}
 
 
@@ -241,8 +246,9 @@ def data_settings(settings: Settings) -> str:
     What was asked of the source is in the notes of `data/raw`, the editor's identity in those of
     `data/generated`: both may come from elsewhere than these settings say.
     """
-    values = settings.model_dump(exclude={"device", "source", "training", "evaluation", "tracking"})
-    for place_or_speed in ("editor", "revision", "batch_size", "dtype", "compile"):
+    elsewhere = {"device", "executor", "source", "training", "evaluation", "tracking"}
+    values = settings.model_dump(exclude=elsewhere)
+    for place_or_speed in ("editor", "revision", "batch_size", "shards", "dtype", "compile"):
         del values["editing"][place_or_speed]
     del values["mixing"]["fractal_dir"]
     return yaml.safe_dump(values, sort_keys=True)

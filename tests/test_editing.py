@@ -23,7 +23,8 @@ from diffusemix_pipeline.editing.instruct_pix2pix import (
     InstructPix2PixEditor,
     unet_evaluations,
 )
-from diffusemix_pipeline.editing.sampling import PlannedEdit, Sampler
+from diffusemix_pipeline.editing.planning import PlannedEdit, Source
+from diffusemix_pipeline.editing.sampling import Sampler
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.progress import silent
@@ -190,12 +191,11 @@ def test_where_memory_does_not_suffice_the_batch_is_halved_and_the_run_says_so(w
     edits._unet.forward = small_device
     store = EditStore(tmp_path / "store")
     with pytest.warns(UserWarning, match="for 8 edits at once: going on with 4, which is another"):
-        records = Sampler(edits, "cpu", 32, 8).make(planned(tmp_path, 5), store, silent)
-    sizes = {
-        key: store.status().profiles[said.profile]["batch_size"] for key, said in records.items()
-    }
+        Sampler(edits, "cpu", 32, 8).make(planned(tmp_path, 5), store, silent)
+    profiles, said = store.profiles(), store.said(list(store))
+    sizes = {key: profiles[record.profile]["batch_size"] for key, record in said.items()}
     assert sizes == {f"{n:02}": 2 for n in range(5)}
-    halved = {key: read_square(store.path(key), 32) for key in records}
+    halved = {key: read_square(store.path(key), 32) for key in store}
     other = EditStore(tmp_path / "other")
     Sampler(editor(weights), "cpu", 32, 2).make(planned(tmp_path, 5), other, silent)
     assert all(np.array_equal(halved[key], read_square(other.path(key), 32)) for key in halved)
@@ -218,9 +218,13 @@ def test_too_little_memory_for_one_edit_names_what_to_do(weights, tmp_path):
 def planned(folder: Path, count: int) -> list[PlannedEdit]:
     """Return edits of as many pictures, written into the folder."""
     write_classes(folder / "pictures", ["all"], count)
-    return [
-        PlannedEdit(f"{n:02}", folder / "pictures" / "all" / f"{n}.png", "mosaic", n, {})
+    sources = [
+        Source(f"{n}", "all", folder / "pictures" / "all" / f"{n}.png", "", "")
         for n in range(count)
+    ]
+    return [
+        PlannedEdit(f"{n:02}", source, "mosaic", "into mosaic", 0, 0, seed=n)
+        for n, source in enumerate(sources)
     ]
 
 

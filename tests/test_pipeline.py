@@ -207,10 +207,13 @@ def _venv_path() -> dict[str, str]:
 
 
 def test_a_second_run_at_the_same_time_is_refused(weights, project):
-    from filelock import FileLock
+    import fcntl
 
     project.state.mkdir()
-    with FileLock(project.state / "run.lock"):
+    with (project.state / "run.lock").open("w") as lock:
+        lock.write("another run")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_SH)
         outcome = run(project, weights)
     assert outcome.user_error
     assert "Another run is at work" in outcome.problems[0]

@@ -1,26 +1,23 @@
-"""The second stage: every training image gets its edits, from the store or from the editor."""
+"""The second stage: every training image gets its edits, from the store or from the editor.
+
+In three steps, so that shards can share the second: plan (`planning.py`), make what the store
+lacks, collect all of them into the stage folder.
+"""
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from diffusemix_pipeline.datasets.manifest import Stage, finished_stage, read_stage, write_stage
-from diffusemix_pipeline.editing.editor import editor_fingerprint, load_editor, locate_editor
-from diffusemix_pipeline.editing.sampling import PlannedEdit, Sampler
+from diffusemix_pipeline.editing.editor import load_editor
+from diffusemix_pipeline.editing.planning import Plan, PlannedEdit, plan_edits
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.files import link_or_copy
-from diffusemix_pipeline.identity import digest, draw, seed_from
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings
-
-CODE_VERSION = "1"
-# Speed and place change no edit's identity; the editor is known by the bytes of its weights.
-_NOT_IDENTITY = {"editor", "revision", "batch_size", "dtype", "compile"}
 
 
 @dataclass(frozen=True)
@@ -42,96 +39,95 @@ def generate(
     progress: Progress = silent,
 ) -> Generated:
     """Edit the training images of `raw`; only edits that the store lacks cost UNet evaluations."""
-    folder = locate_editor(settings.editing.editor, settings.editing.revision)
-    weights = editor_fingerprint(folder)
-    shape = settings.editing.model_dump(exclude=_NOT_IDENTITY)
-    fingerprint = digest(
-        "generated", CODE_VERSION, raw.version, settings.seed, settings.size, shape, weights
-    )
-    finished = finished_stage(out, fingerprint)
+    plan = plan_edits(raw, settings)
+    finished = finished_stage(out, plan.fingerprint)
     if finished:
         return Generated(finished, 0)
-    planned = plan_edits(raw.manifest(), raw.folder, settings, weights)
-    wanted = {edit.key: edit for edit in planned}
+    made = make_edits(plan, settings, store=store, device=device, progress=progress)
+    return Generated(collect_edits(plan, settings, out, store, aside, progress), made)
+
+
+def make_edits(
+    plan: Plan,
+    settings: Settings,
+    *,
+    store: EditStore,
+    device: str,
+    shard: int = 0,
+    shards: int = 1,
+    progress: Progress = silent,
+) -> int:
+    """Make the edits of one shard that the store lacks or holds damaged; return how many.
+
+    An edit's shard follows from its key, so that shards may run at once, anywhere, in any order.
+    """
+    from diffusemix_pipeline.editing.sampling import Sampler
+
+    wanted = {edit.key: edit for edit in plan.edits if int(edit.key, 16) % shards == shard}
     there = [key for key in wanted if key in store]
-    kept = store.checked(there, progress)
-    if damaged := [key for key in there if key not in kept]:
+    sound = store.checked(there, progress)
+    if damaged := [key for key in there if key not in sound]:
         warnings.warn(
             f"{len(damaged)} stored edits are not as they were stored: they are set aside in "
             f"{store.quarantine} and made anew, the first is {damaged[0]}.",
             stacklevel=2,
         )
-    missing = [edit for key, edit in wanted.items() if key not in kept]
+    missing = [edit for key, edit in wanted.items() if key not in sound]
     if missing:
-        editor = load_editor(folder, settings.editing, device)
+        editor = load_editor(plan.editor, settings.editing, device)
         sampler = Sampler(editor, device, settings.size, settings.editing.batch_size)
-        kept |= sampler.make(missing, store, progress)
-    with write_stage(out, name="generated", fingerprint=fingerprint, aside=aside) as stage:
-        for edit in planned:
-            target = stage.folder / edit.row["file_name"]
-            link_or_copy(store.path(edit.key), target)
-            stage.rows.append({**edit.row, "sha256": kept[edit.key].sha256})
-            progress("Linking edits", len(stage.rows), len(planned))
-        stage.notes["editor"] = weights
-    return Generated(read_stage(out), len(missing))
+        sampler.make(missing, store, progress)
+    return len(missing)
 
 
-def plan_edits(
-    rows: pd.DataFrame, folder: Path, settings: Settings, weights: str
-) -> list[PlannedEdit]:
-    """List the edits that the training images among `rows` want, in the order of their names."""
-    train = rows[rows["split"] == "train"]
-    return [
-        _planned(source, prompt, copy, folder, settings, weights)
-        for source in train.to_dict("records")
-        for copy in range(settings.editing.copies)
-        for prompt in _prompts(source["sha256"], copy, settings)
-    ]
-
-
-def _prompts(source_sha256: str, copy: int, settings: Settings) -> Sequence[str]:
-    prompts = settings.editing.prompts
-    if settings.editing.prompts_per_image == "all":
-        return prompts
-    return [draw(prompts, settings.seed, "prompt", source_sha256, copy)]
-
-
-def _planned(
-    source: dict[str, Any],
-    prompt: str,
-    copy: int,
-    folder: Path,
+def collect_edits(
+    plan: Plan,
     settings: Settings,
-    weights: str,
-) -> PlannedEdit:
-    editing = settings.editing
-    instruction = editing.template.format(prompt=prompt)
-    attempt = 0
-    seed = seed_from(settings.seed, "edit", source["sha256"], prompt, copy, attempt)
-    sampling = [
-        editing.sampler,
-        editing.steps,
-        editing.guidance,
-        editing.image_guidance,
-        editing.guidance_until,
-    ]
-    key = digest(source["sha256"], instruction, weights, settings.size, sampling, seed)
-    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40]
-    stem = Path(source["file_name"]).stem
-    image_id = f"{source['label']}/{stem}.{slug}.{copy}.{key[:8]}"
-    row = {
+    out: Path,
+    store: EditStore,
+    aside: Path,
+    progress: Progress = silent,
+) -> Stage:
+    """Write the stage folder from the store, which holds every edit of the plan."""
+    said = store.said({edit.key for edit in plan.edits})
+    with write_stage(out, name="generated", fingerprint=plan.fingerprint, aside=aside) as stage:
+        for edit in plan.edits:
+            row = _row(edit, settings.size)
+            link_or_copy(store.path(edit.key), stage.folder / row["file_name"])
+            stage.rows.append({**row, "sha256": said[edit.key].sha256})
+            progress("Linking edits", len(stage.rows), len(plan.edits))
+        stage.notes["editor"] = plan.weights
+    return read_stage(out)
+
+
+def numeric_profiles(stage: Stage, store: EditStore) -> dict[str, int]:
+    """Count a stage's edits by the numeric profile that made them, written as `name=value, ...`."""
+    said = store.said(set(stage.manifest()["edit_key"]))
+    known = store.profiles()
+    counted = Counter(record.profile for record in said.values())
+    return {
+        ", ".join(f"{name}={value}" for name, value in known[profile].items()): count
+        for profile, count in counted.most_common()
+    }
+
+
+def _row(edit: PlannedEdit, size: int) -> dict[str, Any]:
+    """Return the edit's manifest row, but for the SHA-256 of its file."""
+    source = edit.source
+    slug = re.sub(r"[^a-z0-9]+", "-", edit.prompt.lower()).strip("-")[:40]
+    image_id = f"{source.label}/{source.path.stem}.{slug}.{edit.copy}.{edit.key[:8]}"
+    return {
         "image_id": image_id,
         "file_name": f"{image_id}.png",
-        "label": source["label"],
+        "label": source.label,
         "split": "train",
-        "source_id": source["image_id"],
-        "source_sha256": source["source_sha256"],
-        "prompt": prompt,
-        "copy": copy,
-        "attempt": attempt,
-        "edit_key": key,
-        "seed": seed,
-        "width": settings.size,
-        "height": settings.size,
+        "source_id": source.image_id,
+        "source_sha256": source.source_sha256,
+        "prompt": edit.prompt,
+        "copy": edit.copy,
+        "attempt": edit.attempt,
+        "edit_key": edit.key,
+        "seed": edit.seed,
+        "width": size,
+        "height": size,
     }
-    return PlannedEdit(key, folder / source["file_name"], instruction, seed, row)

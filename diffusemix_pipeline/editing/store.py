@@ -100,6 +100,28 @@ class EditStore:
                 found.setdefault(said["key"], []).append(Record(said["sha256"], said["profile"]))
         return found
 
+    def said(self, keys: Collection[str]) -> dict[str, Record]:
+        """Return the record of each of `keys`, all of which are there.
+
+        A file is read only where two processes said different things of it.
+        """
+        records = self.records()
+        found = {}
+        for key in keys:
+            first, *others = records[key]
+            if any(other.sha256 != first.sha256 for other in others):
+                sha256 = file_sha256(self.path(key))
+                first = next(record for record in records[key] if record.sha256 == sha256)
+            found[key] = first
+        return found
+
+    def profiles(self) -> dict[str, dict[str, Any]]:
+        """Return the numeric profiles by the digests that stand for them in records."""
+        return {
+            path.stem: json.loads(path.read_text(encoding="utf-8"))
+            for path in (self._folder / _PROFILES).glob("*.json")
+        }
+
     def checked(self, keys: Collection[str], progress: Progress = silent) -> dict[str, Record]:
         """Return the records of those `keys` that are there as they were stored, by reading them.
 
@@ -131,11 +153,7 @@ class EditStore:
             size += self.path(key).stat().st_size
             made_by.update(record.profile for record in records.get(key, [])[:1])
         quarantined = len(list(self.quarantine.iterdir())) if self.quarantine.exists() else 0
-        profiles = {
-            path.stem: json.loads(path.read_text(encoding="utf-8"))
-            for path in (self._folder / _PROFILES).glob("*.json")
-        }
-        return Status(made_by.total(), size, dict(made_by), profiles, quarantined)
+        return Status(made_by.total(), size, dict(made_by), self.profiles(), quarantined)
 
     def remove(self, keys: Iterable[str]) -> None:
         """Forget edits for good."""

@@ -11,12 +11,14 @@ from diffusemix_pipeline.orchestration.assets.hybrid_images import hybrid_images
 from diffusemix_pipeline.orchestration.assets.raw_dataset import raw_dataset
 from diffusemix_pipeline.orchestration.assets.robustness_report import robustness_report
 from diffusemix_pipeline.orchestration.assets.trained_classifier import trained_classifier
+from diffusemix_pipeline.orchestration.executors import EXECUTORS
 from diffusemix_pipeline.orchestration.resources import (
     MakeProgress,
     log_progress,
     progress_resource,
     project_resource,
     settings_resource,
+    values_resource,
 )
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings
@@ -38,10 +40,11 @@ def build_definitions(
         asset_checks=checks.ALL,
         jobs=[jobs.diffusemix],
         schedules=[automation.weekly_retrain],
-        executor=dg.in_process_executor,
+        executor=EXECUTORS[settings.executor],
         resources={
             "settings": settings_resource(settings),
             "project": project_resource(project),
             "progress": progress_resource(make_progress),
+            "io_manager": values_resource(project),
         },
     )

@@ -1,7 +1,6 @@
 """What a person wants to see of a stage in the UI: counts as numbers, pictures as pictures."""
 
 import base64
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,12 +18,11 @@ def picture(png: bytes, alt: str) -> dg.MarkdownMetadataValue:
     return dg.MetadataValue.md(f"![{alt}](data:image/png;base64,{encoded})")
 
 
-def stage_metadata(stage: Stage, started: float) -> dict[str, Any]:
+def stage_metadata(stage: Stage, seconds: float) -> dict[str, Any]:
     """Return what every stage shows: how many images, whether made anew, and where they lie.
 
-    `started` is when `time.monotonic()` its making began; a stage that was there has no speed.
+    `seconds` is what its making took; a stage that was there has no speed.
     """
-    seconds = time.monotonic() - started
     return {
         "images": stage.counts["images"],
         "reused": stage.reused,

@@ -1,16 +1,19 @@
 """What every asset is given: typed settings, the project's paths, and who hears of progress."""
 
+import fcntl
+import json
 import shutil
 import time
 import types
 import typing
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, get_args, get_origin
+from pathlib import Path
+from typing import Any, Literal, TextIO, get_args, get_origin
 
 import dagster as dg
-from filelock import FileLock, Timeout
 
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.files import write_json
 from diffusemix_pipeline.progress import Progress
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Section, Settings, check
@@ -42,21 +45,64 @@ def settings_resource(defaults: Settings) -> dg.ResourceDefinition:
 
 
 def project_resource(project: Project) -> dg.ResourceDefinition:
-    """Return the project's paths as a resource, which one run at a time can hold."""
+    """Return the project's paths as a resource, which one run at a time can hold.
+
+    The steps of one run may be processes of their own: they share its hold.
+    """
 
     def hold(context: dg.InitResourceContext) -> Iterator[Project]:
         project.state.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(project.state / "run.lock", timeout=0):
-                shutil.rmtree(project.aside, ignore_errors=True)  # what killed runs left there
-                yield project
-        except Timeout:
-            raise dg.Failure(
-                f"Another run is at work in {project.root}. Wait for it to end.",
-                allow_retries=False,
-            ) from None
+        with (project.state / "run.lock").open("a+") as lock:
+            if not _held(lock, str(context.run_id), project.aside):
+                raise dg.Failure(
+                    f"Another run is at work in {project.root}. Wait for it to end.",
+                    allow_retries=False,
+                )
+            yield project
 
     return dg.ResourceDefinition(hold, description="Where the project's files lie.")
+
+
+def _held(lock: TextIO, run_id: str, aside: Path) -> bool:
+    """Share a lock file, whose content is the holder's id, with the steps of the same run."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pass
+    else:  # nobody is at work
+        shutil.rmtree(aside, ignore_errors=True)  # what killed runs left there
+        lock.truncate(0)
+        lock.write(run_id)
+        lock.flush()
+    fcntl.flock(lock, fcntl.LOCK_SH)  # waits for a step that is just writing its run's id
+    lock.seek(0)
+    return lock.read() == run_id
+
+
+class JsonValues(dg.IOManager):
+    """Keeps what one step tells another (counts, numbers of shards) as JSON: nothing is pickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def handle_output(self, context: dg.OutputContext, obj: Any) -> None:
+        """Write one output."""
+        write_json(self._path(context), obj)
+
+    def load_input(self, context: dg.InputContext) -> Any:
+        """Read the output that an input comes from."""
+        assert context.upstream_output is not None
+        return json.loads(self._path(context.upstream_output).read_text(encoding="utf-8"))
+
+    def _path(self, context: dg.OutputContext) -> Path:
+        return self._folder.joinpath(*context.get_identifier()).with_suffix(".json")
+
+
+def values_resource(project: Project) -> dg.IOManagerDefinition:
+    """Return what carries small values from step to step."""
+    return dg.IOManagerDefinition.hardcoded_io_manager(
+        JsonValues(project.state / "dagster" / "values"), "What one step tells another, as JSON."
+    )
 
 
 def progress_resource(make_progress: MakeProgress) -> dg.ResourceDefinition:

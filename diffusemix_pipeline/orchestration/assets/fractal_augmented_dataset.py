@@ -41,7 +41,7 @@ def fractal_augmented_dataset(context: dg.AssetExecutionContext) -> dg.Materiali
         aside=project.aside,
         progress=progress,
     )
-    shown = stage_metadata(stage, started)
+    shown = stage_metadata(stage, time.monotonic() - started)
     content = data_settings(settings).encode()
     write_if_changed(project.settings, content, aside=project.aside)
     version = snapshot(project.root, progress)

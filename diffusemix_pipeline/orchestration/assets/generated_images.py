@@ -1,50 +1,109 @@
-"""`generated_images`: the edits of the training images."""
+"""`generated_images`: the edits of the training images, made in shards that share a store."""
 
 import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import dagster as dg
 
-from diffusemix_pipeline.orchestration.assets.raw_dataset import raw_dataset
 from diffusemix_pipeline.orchestration.metadata import stage_metadata, stage_sheet
 from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
 
+# The only way for an op to give its asset a data version; dagster is pinned, so it cannot change.
+warnings.filterwarnings("ignore", "Parameter `data_version`", dg.BetaWarning)
 
-@dg.asset(
-    deps=[raw_dataset],
-    group_name="diffusemix",
-    kinds={"diffusers", "pytorch"},
-    code_version="1",
-    pool="gpu",
+
+@dg.op(
+    ins={"raw_dataset": dg.In(dg.Nothing)},
+    out=dg.DynamicOut(int),
     required_resource_keys=RESOURCE_KEYS,
-    description="G(I, p): each training image edited by a diffusion model under its prompts. "
-    "Guarantees: train only; an edit that was made before is taken from the store; "
-    "its seed follows from what it is, never from order.",
+    description="Which edits are wanted; a step for each shard of them, if any has work to do.",
 )
-def generated_images(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+def plan_edits(context: dg.OpExecutionContext) -> Iterator[dg.DynamicOutput[int]]:
+    from diffusemix_pipeline.datasets.manifest import finished_stage, read_stage
+    from diffusemix_pipeline.editing import planning
+
+    project, settings = context.resources.project, context.resources.settings
+    plan = planning.plan_edits(read_stage(project.raw), settings)
+    if finished_stage(project.generated, plan.fingerprint):
+        context.log.info(f"{project.generated} is there already")
+        return
+    for shard in range(settings.editing.shards):
+        yield dg.DynamicOutput(shard, mapping_key=f"shard_{shard}")
+
+
+@dg.op(
+    required_resource_keys=RESOURCE_KEYS,
+    pool="gpu",
+    description="Makes those edits of a shard that the store lacks; run again, it goes on.",
+)
+def edit_shard(context: dg.OpExecutionContext, shard: int) -> dict[str, Any]:
     from diffusemix_pipeline.datasets.manifest import read_stage
     from diffusemix_pipeline.devices import choose_device
-    from diffusemix_pipeline.editing.generate import generate
+    from diffusemix_pipeline.editing.generate import make_edits
+    from diffusemix_pipeline.editing.planning import plan_edits
     from diffusemix_pipeline.editing.store import EditStore
 
     project, settings = context.resources.project, context.resources.settings
     started = time.monotonic()
-    result = generate(
-        read_stage(project.raw),
+    made = make_edits(
+        plan_edits(read_stage(project.raw), settings),
         settings,
-        project.generated,
         store=EditStore(project.edits),
-        aside=project.aside,
         device=choose_device(settings.device),
+        shard=shard,
+        shards=settings.editing.shards,
         progress=context.resources.progress(context.log),
     )
-    seconds = time.monotonic() - started
-    return dg.MaterializeResult(
-        data_version=dg.DataVersion(result.stage.version),
+    return {"made": made, "seconds": time.monotonic() - started}
+
+
+@dg.op(
+    out=dg.Out(dg.Nothing),
+    required_resource_keys=RESOURCE_KEYS,
+    description="Links all edits from the store into the stage folder.",
+)
+def collect_edits(context: dg.OpExecutionContext, shards: list[dict[str, Any]]) -> dg.Output[None]:
+    from diffusemix_pipeline.datasets.manifest import finished_stage, read_stage
+    from diffusemix_pipeline.editing import generate
+    from diffusemix_pipeline.editing.planning import plan_edits
+    from diffusemix_pipeline.editing.store import EditStore
+
+    project, settings = context.resources.project, context.resources.settings
+    store = EditStore(project.edits)
+    plan = plan_edits(read_stage(project.raw), settings)
+    stage = finished_stage(project.generated, plan.fingerprint) or generate.collect_edits(
+        plan,
+        settings,
+        project.generated,
+        store,
+        project.aside,
+        context.resources.progress(context.log),
+    )
+    made, seconds = (sum(shard[key] for shard in shards) for key in ("made", "seconds"))
+    return dg.Output(
+        None,
+        data_version=dg.DataVersion(stage.version),
         metadata={
-            **stage_metadata(result.stage, started),
-            "edits_made": result.made,
-            "edits_from_store": result.stage.counts["images"] - result.made,
-            "edits_per_second": result.made / seconds,
-            "contact_sheet": stage_sheet(result.stage, "prompt"),
+            **stage_metadata(stage, seconds),
+            "edits_made": made,
+            "edits_from_store": stage.counts["images"] - made,
+            **({"edits_per_second_in_a_shard": made / seconds} if made else {}),
+            "numeric_profiles": generate.numeric_profiles(stage, store),
+            "contact_sheet": stage_sheet(stage, "prompt"),
         },
     )
+
+
+@dg.graph_asset(
+    ins={"raw_dataset": dg.AssetIn(dagster_type=dg.Nothing)},
+    group_name="diffusemix",
+    kinds={"diffusers", "pytorch"},
+    code_version="1",
+    description="G(I, p): each training image edited by a diffusion model under its prompts. "
+    "Guarantees: train only; an edit that was made before is taken from the store; "
+    "its seed follows from what it is, never from order, shard or worker.",
+)
+def generated_images(raw_dataset: None) -> None:
+    return collect_edits(plan_edits(raw_dataset).map(edit_shard).collect())

@@ -35,5 +35,8 @@ def hybrid_images(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
     )
     return dg.MaterializeResult(
         data_version=dg.DataVersion(stage.version),
-        metadata={**stage_metadata(stage, started), "contact_sheet": stage_sheet(stage, "mask")},
+        metadata={
+            **stage_metadata(stage, time.monotonic() - started),
+            "contact_sheet": stage_sheet(stage, "mask"),
+        },
     )

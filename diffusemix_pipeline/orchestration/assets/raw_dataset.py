@@ -32,7 +32,7 @@ def raw_dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
     started = time.monotonic()
     stage, origin = _bring(context)
     check_outputs(context.resources.project)  # DVC may have had to mend them first
-    shown = stage_metadata(stage, started)
+    shown = stage_metadata(stage, time.monotonic() - started)
     set_aside = stage.notes["set_aside"]
     for item in set_aside[:20]:
         context.log.warning(f"Set aside: {item['source_id']}: {item['reason']}")

@@ -1,0 +1,104 @@
+"""Which edits a dataset wants: prompt, copy and seed of each, and the key that identifies it.
+
+What belongs here: what follows from rows and settings alone. What does not: pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from diffusemix_pipeline.datasets.manifest import Stage
+from diffusemix_pipeline.editing.editor import editor_fingerprint, locate_editor
+from diffusemix_pipeline.identity import digest, draw, seed_from
+from diffusemix_pipeline.settings import Settings
+
+CODE_VERSION = "1"
+# Speed and place change no edit's identity; the editor is known by the bytes of its weights.
+_NOT_IDENTITY = {"editor", "revision", "batch_size", "shards", "dtype", "compile"}
+
+
+class Source(NamedTuple):
+    """A training image that is to be edited; `sha256` is that of the bytes in `data/raw`."""
+
+    image_id: str
+    label: str
+    path: Path
+    sha256: str
+    source_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedEdit:
+    """One wanted edit: `key` identifies its bytes."""
+
+    key: str
+    source: Source
+    prompt: str
+    instruction: str
+    copy: int
+    attempt: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The edits that a stage wants, and what they follow from."""
+
+    fingerprint: str
+    """Of the stage."""
+    editor: Path
+    weights: str
+    """The editor's fingerprint."""
+    edits: list[PlannedEdit]
+    """In the order of their sources' names."""
+
+
+def plan_edits(raw: Stage, settings: Settings) -> Plan:
+    """List the edits that the training images of `raw` want."""
+    editing = settings.editing
+    folder = locate_editor(editing.editor, editing.revision)
+    weights = editor_fingerprint(folder)
+    shape = editing.model_dump(exclude=_NOT_IDENTITY)
+    fingerprint = digest(
+        "generated", CODE_VERSION, raw.version, settings.seed, settings.size, shape, weights
+    )
+    rows = raw.manifest()
+    columns = ["image_id", "label", "file_name", "sha256", "source_sha256"]
+    train = rows.loc[rows["split"] == "train", columns].itertuples(index=False, name=None)
+    sources = [
+        Source(image_id, label, raw.folder / name, sha256, source_sha256)
+        for image_id, label, name, sha256, source_sha256 in train
+    ]
+    instructions = {prompt: editing.template.format(prompt=prompt) for prompt in editing.prompts}
+    edits = [
+        _planned(source, prompt, instructions[prompt], copy, settings, weights)
+        for source in sources
+        for copy in range(editing.copies)
+        for prompt in _prompts(source.sha256, copy, settings)
+    ]
+    return Plan(fingerprint, folder, weights, edits)
+
+
+def _prompts(source_sha256: str, copy: int, settings: Settings) -> Sequence[str]:
+    prompts = settings.editing.prompts
+    if settings.editing.prompts_per_image == "all":
+        return prompts
+    return [draw(prompts, settings.seed, "prompt", source_sha256, copy)]
+
+
+def _planned(
+    source: Source, prompt: str, instruction: str, copy: int, settings: Settings, weights: str
+) -> PlannedEdit:
+    editing = settings.editing
+    attempt = 0
+    seed = seed_from(settings.seed, "edit", source.sha256, prompt, copy, attempt)
+    sampling = [
+        editing.sampler,
+        editing.steps,
+        editing.guidance,
+        editing.image_guidance,
+        editing.guidance_until,
+    ]
+    key = digest(source.sha256, instruction, weights, settings.size, sampling, seed)
+    return PlannedEdit(key, source, prompt, instruction, copy, attempt, seed)

@@ -1,0 +1,142 @@
+"""Promises 2 and 3: whatever kills a run, shards it or runs its steps, the bytes are the same."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from threading import Timer
+
+import dagster as dg
+import pytest
+import yaml
+from conftest import quick_settings, tiny_editor
+
+from diffusemix_pipeline.editing.store import EditStore
+from diffusemix_pipeline.orchestration.launch import prepare_instance, run_here
+from diffusemix_pipeline.progress import silent
+from diffusemix_pipeline.project import Project
+from diffusemix_pipeline.settings import Settings
+
+pytestmark = pytest.mark.slow
+BATCH = 2
+# A stage, and what it says while it is at work.
+PHASES = {
+    "raw": ["Checking images", "Copying images"],
+    "generated": ["Editing images", "Linking edits"],
+    "hybrid": ["Mixing hybrid images"],
+    "augmented": ["Making fractals", "Mixing augmented images", "Pinning data/ with DVC"],
+    "training": ["Training"],
+    "report": ["Judging"],
+}
+KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    return tiny_editor(tmp_path_factory.mktemp("editor"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(weights, tmp_path_factory) -> dict[str, bytes]:
+    """What one run that nothing disturbs makes."""
+    project = Project(tmp_path_factory.mktemp("undisturbed"))
+    outcome = run_here(project, wanted(weights), silent)
+    assert outcome.success, outcome.problems
+    return made(project)
+
+
+def wanted(weights: Path, *overrides: str) -> Settings:
+    return quick_settings(
+        f"editing.editor={weights}",
+        f"editing.batch_size={BATCH}",
+        "editing.copies=2",
+        "training.steps=8",
+        *overrides,
+    )
+
+
+def made(project: Project) -> dict[str, bytes]:
+    """Return the bytes of everything that a run makes for keeps, checkpoints among it."""
+    tops = [project.data, project.checkpoints]
+    files = [path for top in tops for path in sorted(top.rglob("*")) if path.is_file()]
+    files.append(project.root / "data.dvc")
+    return {path.relative_to(project.root).as_posix(): path.read_bytes() for path in files}
+
+
+def test_a_run_that_is_killed_twenty_times_ends_with_the_same_bytes(undisturbed, weights, tmp_path):
+    project, rng = Project(tmp_path), random.Random(0)
+    stages = sorted((list(PHASES) * 4)[:KILLS], key=list(PHASES).index)
+    assert min(Counter(stages).values()) >= 3
+    for stage in stages:
+        stored = len(list(EditStore(project.edits)))
+        told = killed_in_flight(stage, project, weights, rng)
+        kept = len(list(EditStore(project.edits))) - stored
+        started = sum(description == "Editing images" for description, _, _ in told)
+        assert kept >= BATCH * (started - 1)  # every batch but the one in work is kept
+    assert run_here(project, wanted(weights), silent).success
+    assert made(project) == undisturbed
+
+
+def killed_in_flight(
+    stage: str, project: Project, weights: Path, rng: random.Random
+) -> list[tuple[str, int, int]]:
+    """Start a run and kill -9 it at a random moment of a stage; return all progress that it told.
+
+    The last thing told is of this stage and not the end of it: work was in flight.
+    """
+    phases = PHASES[stage][rng.randrange(len(PHASES[stage])) :]
+    for _ in range(5):  # a kill that came too late is none
+        seconds = rng.uniform(0, 1 if phases[0].startswith("Pinning") else 0.005)
+        plan = [str(project.root), str(weights), str(rng.uniform(0, 0.9)), str(seconds), *phases]
+        killed = subprocess.run(
+            [sys.executable, __file__, *plan],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert killed.returncode == -signal.SIGKILL, killed.stdout
+        lines = (line.rsplit("|") for line in killed.stdout.splitlines())
+        told = [(description, int(done), int(total)) for description, done, total in lines]
+        last, done, total = told[-1]
+        if done < total and last.startswith(tuple(phases)):
+            return told
+    pytest.fail(f"no kill hit {stage} at work; the last came after {told[-1]}")
+
+
+def run_until_killed(root: str, weights: str, share: str, seconds: str, *phases: str) -> None:
+    """Run, and kill this process so many seconds after a share of one of the phases is done."""
+
+    def tell(description: str, done: int, total: int) -> None:
+        os.write(1, f"{description}|{done}|{total}\n".encode())
+        if description.startswith(phases) and done >= float(share) * total:
+            Timer(float(seconds), os.kill, [os.getpid(), signal.SIGKILL]).start()
+
+    run_here(Project(Path(root)), wanted(Path(weights)), tell)
+
+
+@pytest.mark.parametrize("shards", [3, 8])
+def test_shards_give_the_same_bytes(shards, undisturbed, weights, tmp_path):
+    project = Project(tmp_path)
+    assert run_here(project, wanted(weights, f"editing.shards={shards}"), silent).success
+    assert made(project) == undisturbed
+
+
+def test_the_multiprocess_executor_gives_the_same_bytes(undisturbed, weights, tmp_path):
+    settings = wanted(weights, "editing.shards=3", "executor=multiprocess")
+    (tmp_path / "diffusemix.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    project = Project(tmp_path)
+    prepare_instance(project)
+    with dg.DagsterInstance.get() as instance:
+        instance.event_log_storage.set_concurrency_slots("gpu", 2)
+    command = ["dagster", "job", "execute", "-m", "diffusemix_pipeline.definitions"]
+    environment = os.environ | {"DAGSTER_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "-j", "diffusemix"], cwd=tmp_path, check=True, env=environment)
+    assert made(project) == undisturbed
+
+
+if __name__ == "__main__":
+    run_until_killed(*sys.argv[1:])
