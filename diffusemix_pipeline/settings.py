@@ -110,6 +110,20 @@ class Editing(Section):
         "one", description="one: each copy draws a prompt; all: each copy uses every prompt."
     )
     copies: int = Field(1, gt=0, description="Edits an image (a prompt, where all are used).")
+    share: float = Field(
+        1,
+        gt=0,
+        le=1,
+        description="Share of the training images that are edited, the same of every class; "
+        "`diffusemix plan --budget` says which share fits.",
+    )
+    min_side: int = Field(
+        0,
+        ge=0,
+        le=2048,
+        multiple_of=8,
+        description="Below this side in px, images are enlarged for editing and brought back.",
+    )
     sampler: Literal["dpmsolver++", "euler_ancestral"] = Field(
         "dpmsolver++", description="The diffusion sampler."
     )

@@ -43,13 +43,12 @@ def generate(
     finished = finished_stage(out, plan.fingerprint)
     if finished:
         return Generated(finished, 0)
-    made = make_edits(plan, settings, store=store, device=device, progress=progress)
-    return Generated(collect_edits(plan, settings, out, store, aside, progress), made)
+    made = make_edits(plan, store=store, device=device, progress=progress)
+    return Generated(collect_edits(plan, out, store, aside, progress), made)
 
 
 def make_edits(
     plan: Plan,
-    settings: Settings,
     *,
     store: EditStore,
     device: str,
@@ -74,15 +73,13 @@ def make_edits(
         )
     missing = [edit for key, edit in wanted.items() if key not in sound]
     if missing:
-        editor = load_editor(plan.editor, settings.editing, device)
-        sampler = Sampler(editor, device, settings.size, settings.editing.batch_size)
-        sampler.make(missing, store, progress)
+        editor = load_editor(plan.editor, plan.settings.editing, device)
+        Sampler(editor, device, plan.settings).make(missing, store, progress)
     return len(missing)
 
 
 def collect_edits(
     plan: Plan,
-    settings: Settings,
     out: Path,
     store: EditStore,
     aside: Path,
@@ -92,7 +89,7 @@ def collect_edits(
     said = store.said({edit.key for edit in plan.edits})
     with write_stage(out, name="generated", fingerprint=plan.fingerprint, aside=aside) as stage:
         for edit in plan.edits:
-            row = _row(edit, settings.size)
+            row = _row(edit, plan.settings.size)
             link_or_copy(store.path(edit.key), stage.folder / row["file_name"])
             stage.rows.append({**row, "sha256": said[edit.key].sha256})
             progress("Linking edits", len(stage.rows), len(plan.edits))

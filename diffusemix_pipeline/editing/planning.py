@@ -3,6 +3,8 @@
 What belongs here: what follows from rows and settings alone. What does not: pixels.
 """
 
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +53,13 @@ class Plan:
     weights: str
     """The editor's fingerprint."""
     edits: list[PlannedEdit]
-    """In the order of their sources' names."""
+    """The first attempts, in the order of their sources' names."""
+    settings: Settings
+
+    def next_attempt(self, edit: PlannedEdit) -> PlannedEdit:
+        """Return the same edit from another seed."""
+        attempt = edit.attempt + 1
+        return _planned(edit.source, edit.prompt, edit.copy, attempt, self.settings, self.weights)
 
 
 def plan_edits(raw: Stage, settings: Settings) -> Plan:
@@ -70,14 +78,28 @@ def plan_edits(raw: Stage, settings: Settings) -> Plan:
         Source(image_id, label, raw.folder / name, sha256, source_sha256)
         for image_id, label, name, sha256, source_sha256 in train
     ]
-    instructions = {prompt: editing.template.format(prompt=prompt) for prompt in editing.prompts}
     edits = [
-        _planned(source, prompt, instructions[prompt], copy, settings, weights)
-        for source in sources
+        _planned(source, prompt, copy, 0, settings, weights)
+        for source in _share(sources, editing.share, settings.seed)
         for copy in range(editing.copies)
         for prompt in _prompts(source.sha256, copy, settings)
     ]
-    return Plan(fingerprint, folder, weights, edits)
+    return Plan(fingerprint, folder, weights, edits, settings)
+
+
+def _share(sources: list[Source], share: float, seed: int) -> list[Source]:
+    """Keep a share of each class, rounded up: the images with the lowest hashes.
+
+    A larger share holds every image of a smaller one, so nothing that was paid for is lost.
+    """
+    by_class: dict[str, list[Source]] = {}
+    for source in sources:
+        by_class.setdefault(source.label, []).append(source)
+    kept = set()
+    for alike in by_class.values():
+        alike.sort(key=lambda source: seed_from(seed, "share", source.sha256))
+        kept |= set(alike[: math.ceil(share * len(alike))])
+    return [source for source in sources if source in kept]
 
 
 def _prompts(source_sha256: str, copy: int, settings: Settings) -> Sequence[str]:
@@ -88,10 +110,10 @@ def _prompts(source_sha256: str, copy: int, settings: Settings) -> Sequence[str]
 
 
 def _planned(
-    source: Source, prompt: str, instruction: str, copy: int, settings: Settings, weights: str
+    source: Source, prompt: str, copy: int, attempt: int, settings: Settings, weights: str
 ) -> PlannedEdit:
     editing = settings.editing
-    attempt = 0
+    instruction = sys.intern(editing.template.format(prompt=prompt))  # one string for all edits
     seed = seed_from(settings.seed, "edit", source.sha256, prompt, copy, attempt)
     sampling = [
         editing.sampler,
@@ -100,5 +122,11 @@ def _planned(
         editing.image_guidance,
         editing.guidance_until,
     ]
-    key = digest(source.sha256, instruction, weights, settings.size, sampling, seed)
+    sides = [settings.size, edited_side(settings)]
+    key = digest(source.sha256, instruction, weights, sides, sampling, seed)
     return PlannedEdit(key, source, prompt, instruction, copy, attempt, seed)
+
+
+def edited_side(settings: Settings) -> int:
+    """Return the side in px at which images are edited; edits are kept at `size` px."""
+    return max(settings.size, settings.editing.min_side)

@@ -12,13 +12,15 @@ from threading import Semaphore
 
 import numpy as np
 import torch
+from PIL import Image
 
-from diffusemix_pipeline.datasets.images import read_square
+from diffusemix_pipeline.datasets.images import read_square, to_square
 from diffusemix_pipeline.editing.editor import Editor
-from diffusemix_pipeline.editing.planning import PlannedEdit
+from diffusemix_pipeline.editing.planning import PlannedEdit, edited_side
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.progress import Progress
+from diffusemix_pipeline.settings import Settings
 
 
 class Sampler:
@@ -29,9 +31,10 @@ class Sampler:
     workers take turns: one samples while the other one reads, encodes and writes.
     """
 
-    def __init__(self, editor: Editor, device: str, size: int, batch_size: int) -> None:
-        self._editor, self._size = editor, size
-        self._batch_size = batch_size
+    def __init__(self, editor: Editor, device: str, settings: Settings) -> None:
+        self._editor = editor
+        self._side, self._size = edited_side(settings), settings.size
+        self._batch_size = settings.editing.batch_size
         on_cpu = device == "cpu"
         self._workers = torch.get_num_threads() if on_cpu else 2
         self._device = Semaphore(self._workers if on_cpu else 1)
@@ -51,14 +54,14 @@ class Sampler:
 
     def _make(self, batch: Sequence[PlannedEdit], store: EditStore) -> int:
         """Read, edit and keep one batch; return its length."""
-        images = np.stack([read_square(edit.source.path, self._size) for edit in batch])
+        images = np.stack([read_square(edit.source.path, self._side) for edit in batch])
         with self._device:
             parts = self._edit(batch, images)
         edited = (pixels for part, _ in parts for pixels in part)
         shapes = (shape for part, shape in parts for _ in part)
         for edit, pixels, shape in zip(batch, edited, shapes, strict=True):
             profile = store.add_profile(self._profile | {"batch_size": shape})
-            store.put(edit.key, pixels, profile)
+            store.put(edit.key, to_square(Image.fromarray(pixels), self._size), profile)
         return len(batch)
 
     def _edit(
@@ -78,7 +81,7 @@ class Sampler:
         # Here, and not among the handlers: an exception holds on to the tensors of its frames.
         if shape == 1:
             raise UserError(
-                f"The device has too little memory for one edit of {self._size} px: try a smaller "
+                f"The device has too little memory for one edit of {self._side} px: try a smaller "
                 "size, editing.dtype=float16 or another device."
             )
         self._batch_size = min(self._batch_size, shape // 2)

@@ -49,7 +49,6 @@ def edit_shard(context: dg.OpExecutionContext, shard: int) -> dict[str, Any]:
     started = time.monotonic()
     made = make_edits(
         plan_edits(read_stage(project.raw), settings),
-        settings,
         store=EditStore(project.edits),
         device=choose_device(settings.device),
         shard=shard,
@@ -75,7 +74,6 @@ def collect_edits(context: dg.OpExecutionContext, shards: list[dict[str, Any]]) 
     plan = plan_edits(read_stage(project.raw), settings)
     stage = finished_stage(project.generated, plan.fingerprint) or generate.collect_edits(
         plan,
-        settings,
         project.generated,
         store,
         project.aside,

@@ -1,0 +1,259 @@
+"""What fewer UNet evaluations cost in quality: accuracy against evaluations.
+
+`python -m benchmarks.curve FOLDER` edits, mixes, trains and judges under every schedule, with the
+bundled editor on its teachers' prompts, and writes `curve.csv` and `curve.png` into the folder. It
+goes on where it was cut off: edits, classifiers and answers stay in the folder.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor, nn
+
+from diffusemix_pipeline.bundled_editor.evaluation import (
+    measure_edits,
+    train_prompt_judge,
+    train_subject_judge,
+)
+from diffusemix_pipeline.bundled_editor.sources import read_digits, to_tensor
+from diffusemix_pipeline.bundled_editor.teachers import PROMPTS
+from diffusemix_pipeline.datasets.images import read_square
+from diffusemix_pipeline.datasets.ingest import ingest
+from diffusemix_pipeline.datasets.manifest import Stage
+from diffusemix_pipeline.devices import choose_device
+from diffusemix_pipeline.editing.generate import generate
+from diffusemix_pipeline.editing.instruct_pix2pix import unet_evaluations
+from diffusemix_pipeline.editing.store import EditStore
+from diffusemix_pipeline.evaluation.evidence import FILE, Evidence, evaluate
+from diffusemix_pipeline.evaluation.statistics import mean_estimates
+from diffusemix_pipeline.files import replaced_folder
+from diffusemix_pipeline.mixing.stages import make_augmented
+from diffusemix_pipeline.settings import Settings, load_settings
+from diffusemix_pipeline.training.arms import fit_arm
+from diffusemix_pipeline.training.classifier import load_classifier
+from diffusemix_pipeline.training.data import load_images
+
+PAPER = "euler_ancestral, 100 steps, guided 1"
+BEST = "dpmsolver++, 100 steps, guided 1"
+SEEDS = (0, 1, 2)
+JUDGED_IMAGES = 10
+JUDGE_STEPS = 1500
+
+
+def schedules() -> dict[str, list[str]]:
+    """Return the settings of each schedule by its name, dearest first; the paper's is the first."""
+    named = {PAPER: ["editing.sampler=euler_ancestral", "editing.steps=100"]}
+    for steps in (100, 50, 20, 10, 5):
+        for until in (1, 0.5) if steps > 20 else (1, 0.5, 0.2):
+            named[f"dpmsolver++, {steps} steps, guided {until:g}"] = [
+                f"editing.steps={steps}",
+                f"editing.guidance_until={until}",
+            ]
+    return named
+
+
+def measure(folder: Path, *, device: str) -> pd.DataFrame:
+    """Measure every schedule and write table and plot; return the table, a row a schedule.
+
+    Columns: UNet evaluations an edit; share of edits whose prompt is named; PSNR in dB to the
+    nearest of 16 draws of the teacher; mean absolute difference to the 100-step edit in 1/255;
+    accuracies of classifiers trained on originals and augmented images (mean over three seeds,
+    the same steps), with their paired differences to the paper's schedule and 95 % intervals.
+    """
+    judged = _judged_images(folder)
+    judges = _judges()
+    rows, edits, answers = [], {}, {}
+    for name, overrides in {"originals alone": None, **schedules()}.items():
+        settings = _settings(overrides or [])
+        answers[name] = _answers(folder, settings, augmented=overrides is not None, device=device)
+        if overrides is None:
+            continue
+        edits[name] = _edits_of(judged, folder, settings, device)
+        originals, labels = _pixels(judged)
+        figures = measure_edits(originals, labels, edits[name], *judges, seed=0)
+        rows.append(
+            {
+                "schedule": name,
+                "unet_evaluations": unet_evaluations(settings.editing),
+                "prompt_named": figures["named"],
+                "psnr_to_teacher": figures["psnr"],
+                "subject": figures["subject"],
+            }
+        )
+        print(rows[-1], flush=True)
+    for row in rows:
+        row["difference_to_100_steps_255"] = float(
+            255 * (edits[row["schedule"]] - edits[BEST]).abs().mean()
+        )
+    table = pd.DataFrame(rows).set_index("schedule")
+    table = table.join(_downstream(answers), how="outer")
+    table = table.loc[["originals alone", *schedules()]]
+    table.to_csv(folder / "curve.csv")
+    plot(table).savefig(folder / "curve.png", dpi=120)
+    return table
+
+
+def plot(table: pd.DataFrame) -> Figure:
+    """Draw fidelity and downstream accuracy against UNet evaluations."""
+    panels = {
+        "psnr_to_teacher": "PSNR to the teacher, dB",
+        "difference_to_100_steps_255": "difference to the 100-step edit, 1/255",
+        "clean": "accuracy, clean",
+        "corrupted": "accuracy, corrupted",
+    }
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    drawn = table.dropna(subset=["unet_evaluations"])
+    for axes, (column, title) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        for until, marker in (("1", "o"), ("0.5", "s"), ("0.2", "^")):
+            named = drawn[drawn.index.str.endswith(f"guided {until}")]
+            some = named[named.index.str.startswith("dpm")]
+            axes.plot(some["unet_evaluations"], some[column], marker, label=f"guided {until}")
+        paper = drawn.loc[PAPER]
+        axes.plot(paper["unet_evaluations"], paper[column], "*", ms=12, label="the paper's")
+        if column in ("clean", "corrupted"):
+            axes.axhline(table.loc["originals alone", column], ls=":", label="originals alone")
+        axes.set(xscale="log", xlabel="UNet evaluations an edit", title=title)
+    axes.legend()
+    return figure
+
+
+# Edits ------------------------------------------------------------------------------------------
+
+
+def _settings(overrides: Sequence[str]) -> Settings:
+    own = ["editing.copies=1", "mixing.fractal_count=32", "evaluation.fgsm_epsilons=[2]"]
+    return load_settings(
+        Path("/nonexistent"), preset="demo", overrides=[*own, *overrides], environment={}
+    )
+
+
+def _judged_images(folder: Path) -> Stage:
+    """Return a stage of some digits that neither editor nor judges were trained on."""
+    pixels, names = read_digits(32, "test")
+    few = np.linspace(0, len(pixels) - 1, JUDGED_IMAGES).astype(int)
+    for number in few:
+        path = folder / "judged" / names[number] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[number]).save(path)
+    settings = _settings(["source.train_per_class=null"])
+    source, aside = str(folder / "judged"), folder / "aside"
+    return ingest(source, settings, folder / "judged-raw", aside=aside, train_only=True)
+
+
+def _pixels(stage: Stage) -> tuple[Tensor, Tensor]:
+    rows = stage.manifest()
+    images = np.stack([read_square(stage.folder / name, 32) for name in rows["file_name"]])
+    return to_tensor(images), torch.tensor(rows["label"].astype(int).to_numpy())
+
+
+def _edits_of(judged: Stage, folder: Path, settings: Settings, device: str) -> Tensor:
+    """Return float32 [prompts, 2 seeds, N, 3, 32, 32]: every prompt's edits of the judged."""
+    every = settings.editing.model_copy(update={"prompts_per_image": "all", "copies": 2})
+    settings = settings.model_copy(update={"editing": every})
+    stage = _generated(judged, "judged-generated", folder, settings, device)
+    files = stage.manifest().set_index(["prompt", "copy", "source_id"])["file_name"]
+    sources = judged.manifest()["image_id"]
+    pixels = [
+        read_square(stage.folder / files[prompt, copy, source], 32)
+        for prompt in PROMPTS
+        for copy in (0, 1)
+        for source in sources
+    ]
+    return to_tensor(np.stack(pixels)).unflatten(0, (len(PROMPTS), 2, len(sources)))
+
+
+def _generated(raw: Stage, name: str, folder: Path, settings: Settings, device: str) -> Stage:
+    store, aside = EditStore(folder / "edits"), folder / "aside"
+    return generate(raw, settings, folder / name, store=store, aside=aside, device=device).stage
+
+
+def _judges() -> tuple[nn.Module, nn.Module]:
+    """Train judges of prompt and subject on digits."""
+    pixels, names = read_digits(32, "train")
+    images, labels = to_tensor(pixels), torch.tensor([int(name) for name in names])
+    prompt = train_prompt_judge([images], JUDGE_STEPS, 0)
+    return prompt, train_subject_judge(images, labels, JUDGE_STEPS, 0)
+
+
+# Classifiers ------------------------------------------------------------------------------------
+
+
+def _answers(folder: Path, settings: Settings, *, augmented: bool, device: str) -> list[Evidence]:
+    """Return what classifiers of three seeds answer on the test images, asking what is not kept."""
+    aside = folder / "aside"
+    raw = ingest(settings.source.path, settings, folder / "raw", aside=aside)
+    stages = {"raw": raw}
+    if augmented:
+        generated = _generated(raw, "generated", folder, settings, device)
+        stages["augmented"] = make_augmented(
+            raw,
+            generated,
+            settings,
+            folder / "augmented",
+            fractal_cache=folder / "fractals",
+            aside=aside,
+        )
+    answers = []
+    for seed in SEEDS:
+        fit = fit_arm(
+            "diffusemix" if augmented else "vanilla",
+            seed,
+            stages,
+            settings,
+            checkpoints=folder / "checkpoints",
+            aside=aside,
+            device=device,
+            on_point=lambda step, point: None,
+        )
+        kept = folder / "answers" / fit.fingerprint
+        if not kept.exists():
+            classifier = load_classifier(fit.folder, device)
+            test = load_images(raw, "test", classifier.classes, settings.size)
+            evidence = evaluate(
+                classifier.model,
+                test.images,
+                test.labels,
+                test.ids,
+                settings.evaluation,
+                settings.seed,
+                device,
+            )
+            with replaced_folder(kept, mark=FILE, aside=aside) as partial:
+                evidence.save(partial)
+        answers.append(Evidence.load(kept))
+    return answers
+
+
+def _downstream(answers: Mapping[str, list[Evidence]]) -> pd.DataFrame:
+    """Return each schedule's accuracies, and how far they lie from the paper's schedule's."""
+    kinds: dict[str, Callable[[Evidence], np.ndarray]] = {
+        "clean": lambda evidence: evidence.correct,
+        "corrupted": lambda evidence: evidence.corrupted.mean(axis=(0, 1)),
+        "fgsm": lambda evidence: evidence.fgsm[0],
+    }
+    rows = {}
+    for name, of_seeds in answers.items():
+        row = {}
+        for kind, score in kinds.items():
+            own, paper = (
+                np.mean([score(evidence) for evidence in each], axis=0)
+                for each in (of_seeds, answers[PAPER])
+            )
+            row[kind] = own.mean()
+            difference = mean_estimates({0: own - paper}, 2000, 0, kind="difference")[0]
+            row |= {f"{kind}_low": difference.low, f"{kind}_high": difference.high}
+        rows[name] = row
+    return pd.DataFrame(rows).T
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where everything is kept")
+    options = parser.parse_args()
+    print(measure(options.folder, device=choose_device("auto")).to_string())

@@ -1,0 +1,186 @@
+"""How fast editing is, beside a plain loop that does what the authors' script does.
+
+`python -m benchmarks.editing --reference` edits the same images under the same schedule both ways,
+by turns in one run, and prints ratios. `--curve` measures what fewer UNet evaluations cost in
+quality (`curve.py`). Whatever else runs on the machine disturbs both sides alike.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks import curve, mixing
+from diffusemix_pipeline.bundled_editor.sources import make_pictures, read_image_folder
+from diffusemix_pipeline.datasets.images import read_square
+from diffusemix_pipeline.devices import choose_device
+from diffusemix_pipeline.editing.editor import load_editor, locate_editor
+from diffusemix_pipeline.editing.instruct_pix2pix import unet_evaluations
+from diffusemix_pipeline.editing.planning import PlannedEdit, Source
+from diffusemix_pipeline.editing.sampling import Sampler
+from diffusemix_pipeline.editing.store import EditStore
+from diffusemix_pipeline.progress import silent
+from diffusemix_pipeline.settings import PAPER_PROMPTS, Editing, Settings, load_settings
+
+SAME_SCHEDULE = {"sampler": "euler_ancestral", "steps": 100}
+
+
+def main() -> None:
+    """Read the command line, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--editor", default="bundled", help="a folder or hub id (default: bundled)")
+    parser.add_argument("--images", type=Path, help="class folders (default: made pictures)")
+    parser.add_argument("--size", type=int, default=64, help="px (default: 64)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--reference", action="store_true", help="beside the authors' loop")
+    parser.add_argument("--curve", type=Path, help="a folder for accuracy against evaluations")
+    parser.add_argument("--quick", action="store_true", help="a few minutes, fewer rounds")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    options = parser.parse_args()
+    figures: dict[str, Any] = {}
+    if options.reference:
+        figures |= measure_tiers(options)
+    figures |= mixing.measure(quick=options.quick)
+    if options.curve:
+        figures["curve"] = curve.measure(options.curve, device=choose_device(options.device))
+    for name, value in figures.items():
+        print(f"{name}: {value}", file=sys.stderr if options.json else sys.stdout)
+    if options.json:
+        print(json.dumps(figures))
+
+
+def measure_tiers(options: argparse.Namespace) -> dict[str, Any]:
+    """Time the reference loop, the same schedule and the faster tiers, by turns, on one editor."""
+    device = choose_device(options.device)
+    folder = locate_editor(options.editor, None)
+    tiers = {"same_schedule": SAME_SCHEDULE, "balanced": _tier("balanced"), "turbo": _tier("turbo")}
+    workers = torch.get_num_threads() if device == "cpu" else 1
+    seconds: dict[str, list[float]] = {name: [] for name in ("reference", *tiers)}
+    differences = []
+    with tempfile.TemporaryDirectory() as scratch:
+        planned = _edits(Path(scratch), options, count=options.batch_size * workers)
+        reference = reference_loop(folder, device)
+        samplers = {
+            name: _sampler(folder, device, options, overrides) for name, overrides in tiers.items()
+        }
+        for turn in range(1 if options.quick else 3):
+            few = planned[turn * 2 : turn * 2 + 2]
+            theirs, took = _timed(list, map(reference, few))
+            seconds["reference"].append(took / len(few))
+            for name, sampler in samplers.items():
+                store = EditStore(Path(scratch) / f"{name}{turn}")
+                if turn == 0:  # what is done once (text, compilation, caches of the libraries)
+                    sampler.make(planned[:1], EditStore(Path(scratch) / f"{name}-warm"), silent)
+                _, took = _timed(sampler.make, planned, store, silent)
+                seconds[name].append(took / len(planned))
+                if name == "same_schedule":
+                    ours = [read_square(store.path(edit.key), options.size) for edit in few]
+                    pairs = zip(theirs, ours, strict=True)
+                    differences += [np.abs(np.asarray(a, int) - b).mean() for a, b in pairs]
+    ratios = {
+        f"ratio_{name}": median(
+            slow / fast for slow, fast in zip(seconds["reference"], seconds[name], strict=True)
+        )
+        for name in tiers
+    }
+    return {
+        "editor": options.editor,
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"{workers} CPU threads",
+        "size": options.size,
+        "batch_size": options.batch_size,
+        "images_per_second": {name: 1 / median(each) for name, each in seconds.items()},
+        "unet_evaluations": {
+            name: unet_evaluations(Editing(**overrides)) for name, overrides in tiers.items()
+        },
+        **ratios,
+        "mean_difference_to_reference_255": float(np.mean(differences)),
+    }
+
+
+def reference_loop(folder: Path, device: str) -> Callable[[PlannedEdit], Image.Image]:
+    """Return what the authors' script does for one image and one prompt, PIL in and out.
+
+    One call of the pipeline with the library's default 100 Euler-ancestral steps; half precision
+    on CUDA as theirs, float32 on a CPU, where theirs would not run. Guidance is the editor's, and
+    the seed is set, so that the results can be compared.
+    """
+    from diffusers import (
+        EulerAncestralDiscreteScheduler,
+        StableDiffusionInstructPix2PixPipeline,
+    )
+
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(
+        folder,
+        dtype=torch.float16 if device == "cuda" else torch.float32,
+        use_safetensors=True,
+        safety_checker=None,
+        requires_safety_checker=False,
+    ).to(device)
+    pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    defaults = Editing()
+
+    def edit(planned: PlannedEdit) -> Image.Image:
+        return pipeline(
+            planned.instruction,
+            image=Image.open(planned.source.path).convert("RGB"),
+            guidance_scale=defaults.guidance,
+            image_guidance_scale=defaults.image_guidance,
+            generator=torch.Generator().manual_seed(planned.seed),
+        ).images[0]
+
+    return edit
+
+
+def _tier(preset: str) -> dict[str, Any]:
+    """Return the schedule of a preset; its guidance scales suit the checkpoint that it names."""
+    editing = load_settings(Path("/nonexistent"), preset=preset, environment={}).editing
+    return editing.model_dump(include={"sampler", "steps", "guidance_until"})
+
+
+def _sampler(
+    folder: Path, device: str, options: argparse.Namespace, overrides: dict[str, Any]
+) -> Sampler:
+    editing = Editing(batch_size=options.batch_size, **overrides)
+    settings = Settings(size=options.size, editing=editing)
+    return Sampler(load_editor(folder, editing, device), device, settings)
+
+
+def _edits(scratch: Path, options: argparse.Namespace, count: int) -> Sequence[PlannedEdit]:
+    """Write images, and plan an edit of each under one of the paper's prompts."""
+    if options.images:
+        pixels, _ = read_image_folder(options.images, options.size)
+        pixels = pixels[np.linspace(0, len(pixels) - 1, count).astype(int)]
+    else:
+        pixels = make_pictures(count, options.size, np.random.default_rng(0))
+    edits = []
+    for number, image in enumerate(pixels):
+        path = scratch / f"{number}.png"
+        Image.fromarray(image).save(path)
+        prompt = PAPER_PROMPTS[number % len(PAPER_PROMPTS)]
+        instruction = Editing().template.format(prompt=prompt)
+        source = Source(str(number), "all", path, "", "")
+        edits.append(PlannedEdit(f"{number:032x}", source, prompt, instruction, 0, 0, number))
+    return edits
+
+
+def _timed(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    started = time.perf_counter()
+    result = work(*arguments)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
