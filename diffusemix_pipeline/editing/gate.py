@@ -34,6 +34,7 @@ REASONS = ("black", "white", "flat", "unchanged", "changed too much", "label")
 """Why an edit is rejected, in the order in which the reasons are looked for."""
 _ONE_TONE = 16  # of 255: smaller differences are noise to an eye
 _COMPARED_AT = 32  # px
+_LIKELIER_THAN_NOT = 0.5
 
 
 def class_thresholds(
@@ -50,6 +51,9 @@ def class_thresholds(
     approximately, as in cross-conformal prediction (Vovk 2015). Nothing is promised of edits, which
     are no real images: those fall below that look less like their label than nearly all of these.
 
+    No threshold is above 0.5: an edit whose label is likelier than all others together keeps it,
+    however sure classifiers are of real images. This only lowers thresholds, so the rate holds.
+
     A class with n < 1 / rate - 1 has no such k. Such classes share one threshold, from the images
     of all of them, so that hard rare classes are not measured by easy frequent ones. Where these
     together are too few, they take the threshold of all N images; where those are, 0: every edit
@@ -63,7 +67,8 @@ def class_thresholds(
     shared = _low_quantile(own[few[labels]], false_reject_rate)
     if shared is None:
         shared = _low_quantile(own, false_reject_rate) or 0.0
-    return np.array([shared if threshold is None else threshold for threshold in thresholds])
+    found = [shared if threshold is None else threshold for threshold in thresholds]
+    return np.minimum(found, _LIKELIER_THAN_NOT)
 
 
 def verdicts(
@@ -98,21 +103,9 @@ def change(originals: np.ndarray, edits: np.ndarray) -> np.ndarray:
 
 def lost_structure(originals: np.ndarray, edits: np.ndarray) -> np.ndarray:
     """Return float64 (B,) in [0, 1]: 1 - SSIM at 32 px, negative similarities taken as none."""
-    import torch
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
     pairs = zip(_reduced(originals), _reduced(edits), strict=True)
-    similarity = [  # one by one: no edit's neighbours can touch its last bits
-        float(
-            structural_similarity_index_measure(
-                torch.from_numpy(edit).permute(2, 0, 1)[None],
-                torch.from_numpy(original).permute(2, 0, 1)[None],
-                data_range=1.0,
-            )
-        )
-        for original, edit in pairs
-    ]
-    return 1 - np.clip(np.array(similarity), 0, 1)
+    similar = [_ssim(original, edit) for original, edit in pairs]  # one by one: no neighbours
+    return 1 - np.clip(np.array(similar), 0, 1)
 
 
 def yield_table(judged: pd.DataFrame) -> pd.DataFrame:
@@ -123,6 +116,17 @@ def yield_table(judged: pd.DataFrame) -> pd.DataFrame:
     """
     accepted = judged.assign(accepted=judged["verdict"] == ACCEPTED)
     return accepted.pivot_table(index="label", columns="prompt", values="accepted", aggfunc="mean")
+
+
+def _ssim(one: np.ndarray, other: np.ndarray) -> float:
+    """Return the structural similarity, -1 to 1, of two float64 (H, W, 3) pictures in [0, 1]."""
+    import torch
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    first, second = (torch.from_numpy(picture).permute(2, 0, 1)[None] for picture in (one, other))
+    similarity = structural_similarity_index_measure(first, second, data_range=1.0)
+    assert isinstance(similarity, torch.Tensor)
+    return float(similarity)
 
 
 def _low_quantile(values: np.ndarray, rate: float) -> float | None:
