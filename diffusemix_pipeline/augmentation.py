@@ -16,7 +16,8 @@ from diffusemix_pipeline.datasets.manifest import (
     read_stage,
 )
 from diffusemix_pipeline.devices import choose_device
-from diffusemix_pipeline.editing.generate import generate
+from diffusemix_pipeline.editing.gate import ACCEPTED
+from diffusemix_pipeline.editing.generate import generate, judged_edits
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import write_if_changed
@@ -26,6 +27,7 @@ from diffusemix_pipeline.preflight import check_augmentation
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings
+from diffusemix_pipeline.training.fold_teachers import fit_label_gate
 
 SOURCES = "sources.parquet"
 
@@ -37,6 +39,8 @@ class Augmented(NamedTuple):
     set_aside: list[dict[str, str]]
     """`source_id` and `reason`."""
     left_out_by_train_per_class: int
+    rejected: int
+    """Edits that the label gate did not let through."""
 
 
 def augment_folder(
@@ -61,13 +65,17 @@ def augment_folder(
         train_only=True,
         progress=progress,
     )
+    device = choose_device(settings.device)
     generated = generate(
         raw,
         settings,
         work / "generated",
         store=EditStore(project.edits),
         aside=parts,
-        device=choose_device(settings.device),
+        device=device,
+        fit_gate=lambda plan: fit_label_gate(
+            plan, raw, folder=project.gate, aside=parts, device=device, progress=progress
+        ),
         progress=progress,
     ).stage
     aside = out.parent / f".{out.name}.aside"  # on the file system of `out`
@@ -83,7 +91,12 @@ def augment_folder(
     write_if_changed(out / SOURCES, (raw.folder / MANIFEST).read_bytes(), aside=aside)
     for folder in (parts, aside):
         shutil.rmtree(folder, ignore_errors=True)  # with what killed calls left there
-    return Augmented(augmented, raw.notes["set_aside"], raw.notes["left_out_by_train_per_class"])
+    return Augmented(
+        augmented,
+        raw.notes["set_aside"],
+        raw.notes["left_out_by_train_per_class"],
+        int((judged_edits(generated)["verdict"] != ACCEPTED).sum()),
+    )
 
 
 def _check_out(train_dir: Path, out: Path) -> None:

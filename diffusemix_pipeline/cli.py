@@ -147,6 +147,8 @@ def augment(
         click.echo(f"Set aside: {item['source_id']}: {item['reason']}", err=True)
     if made.left_out_by_train_per_class:
         click.echo(_THINNED.format(made.left_out_by_train_per_class), err=True)
+    if made.rejected:
+        click.echo(f"The label gate rejected {made.rejected} edits.", err=True)
     done = "Nothing changed, nothing done" if made.stage.reused else "Done"
     click.echo(f"{done}: {made.stage.counts['images']} augmented images in {out}.")
 

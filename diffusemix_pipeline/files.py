@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,6 +61,32 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON that people read and that is the same for the same value."""
     text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
     write_bytes(path, (text + "\n").encode())
+
+
+class Ledger:
+    """Facts that are only ever added, by several processes at once: each appends to its own file.
+
+    What was added is there whatever happens next; of a line that a kill tore, nothing is.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._own: tuple[int, Path] | None = None
+
+    def add(self, fact: dict[str, Any]) -> None:
+        """Append one JSON object."""
+        if self._own is None or self._own[0] != os.getpid():  # a fork writes a file of its own
+            self._folder.mkdir(parents=True, exist_ok=True)
+            name = f"{socket.gethostname()}.{uuid.uuid4().hex}.jsonl"
+            self._own = (os.getpid(), self._folder / name)
+        with self._own[1].open("ab") as file:
+            file.write((json.dumps(fact) + "\n").encode())
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Read all facts, a process's in the order in which it added them."""
+        for path in sorted(self._folder.glob("*.jsonl")):
+            for line in path.read_bytes().split(b"\n")[:-1]:  # the last is empty or torn
+                yield json.loads(line)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -30,6 +30,7 @@ _WIDTH = 4.8  # inches: legible on a phone without zooming
 _MARKERS = "osD^vPX"
 _LINES = ("-", "--", "-.", ":")
 _NAMED_CLASSES = 60  # more bars than these are drawn without names
+_NUMBERED_PROMPTS = 12  # narrower cells have no room for a number
 
 
 @dataclass(frozen=True)
@@ -281,6 +282,44 @@ def heat_map(
     axes.spines[:].set_visible(False)
     axes.set_xlabel(label, color=theme.muted)
     axes.set_title(_escaped(title), color=theme.ink, size=10, loc="left", weight="bold")
+    return _png(figure)
+
+
+def yield_map(table: "pd.DataFrame", *, theme: Theme = LIGHT) -> bytes:
+    """Return a PNG of shares, 0 to 1, in percent: `table` has a row a class, a column a prompt.
+
+    A cell without a share (NaN) stays empty. Of more than 60 classes, the 60 with the lowest mean
+    are drawn, lowest first; with more than 12 prompts, cells go without numbers.
+    """
+    from matplotlib import colormaps
+
+    classes, prompts = table.shape
+    label = ""
+    if classes > _NAMED_CLASSES:
+        lowest = table.mean(axis=1).sort_values(kind="stable").index[:_NAMED_CLASSES]
+        table = table.loc[lowest]
+        label = f"the {_NAMED_CLASSES} lowest of {classes} classes"
+    values = table.to_numpy(float)
+    figure, axes = _figure(theme, height=1.6 + 0.24 * len(table))
+    colours = colormaps["cividis"]
+    axes.imshow(values, cmap=colours, vmin=0, vmax=1, aspect="auto")
+    if prompts <= _NUMBERED_PROMPTS:
+        for (row, column), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                ink = LIGHT.ink if value > 0.5 else DARK.ink  # cividis runs from dark to bright
+                axes.text(
+                    column, row, f"{100 * value:.0f}", color=ink, ha="center", va="center", size=8
+                )
+    axes.xaxis.tick_top()
+    axes.set_xticks(
+        range(prompts), [_escaped(_shortened(str(name), 28)) for name in table.columns],
+        rotation=45, ha="left", rotation_mode="anchor",
+    )  # fmt: skip
+    axes.set_yticks(range(len(table)), [_escaped(_shortened(str(n), 28)) for n in table.index])
+    axes.tick_params(labelsize=8)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel(label, color=theme.muted)
     return _png(figure)
 
 

@@ -20,7 +20,7 @@ from diffusemix_pipeline.pictures import contact_sheet
 from diffusemix_pipeline.preflight import check_augmentation
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.project import Project
-from diffusemix_pipeline.settings import Settings
+from diffusemix_pipeline.settings import Gate, Settings
 
 
 def preview(
@@ -35,7 +35,7 @@ def preview(
         update={
             "source": settings.source.model_copy(update={"train_per_class": None}),
             "editing": settings.editing.model_copy(
-                update={"prompts_per_image": "all", "copies": 1}
+                update={"prompts_per_image": "all", "copies": 1, "share": 1, "gate": Gate()}
             ),
         }
     )

@@ -49,6 +49,11 @@ class Project:
         return self.state / "edits"
 
     @property
+    def gate(self) -> Path:
+        """The label gate's teachers and verdicts."""
+        return self.state / "gate"
+
+    @property
     def fractals(self) -> Path:
         return self.state / "fractals"
 

@@ -89,6 +89,40 @@ class Source(Section):
     )
 
 
+class Gate(Section):
+    """Which edits are thrown away and made anew from another seed."""
+
+    enabled: bool = Field(
+        False,
+        description="Judge every edit: by its pixels, and by classifiers that never saw its "
+        "source. They are trained first, one a fold, by the recipe of `training`.",
+    )
+    false_reject_rate: float = Field(
+        0.05,
+        gt=0,
+        lt=0.5,
+        description="Share of unseen real images of a class that its threshold may reject.",
+    )
+    max_attempts: int = Field(
+        3, gt=0, description="Seeds tried for an edit before the image goes without it."
+    )
+    min_change: float = Field(
+        0.02,
+        ge=0,
+        le=1,
+        description="Least mean absolute difference between edit and original; 1: black to white.",
+    )
+    max_change: float = Field(
+        0.75,
+        ge=0,
+        le=1,
+        description="Most of the original's structure that an edit may lose; 1: any edit passes.",
+    )
+    folds: int = Field(
+        5, ge=2, description="Parts of the training images; one classifier leaves each part out."
+    )
+
+
 class Editing(Section):
     """The diffusion model that turns an image and a prompt into an edit."""
 
@@ -139,6 +173,7 @@ class Editing(Section):
         "auto", description="What the UNet computes in; auto: half precision where it is fast."
     )
     compile: bool = Field(False, description="Compile the UNet: pays on a GPU for many edits.")
+    gate: Gate = Gate()
 
     @field_validator("prompts")
     @classmethod
@@ -269,7 +304,10 @@ def data_settings(settings: Settings) -> str:
 
 
 _SECTIONS = {
-    name for name, field in Settings.model_fields.items() if isinstance(field.default, Section)
+    name
+    for section in (Settings, Editing)
+    for name, field in section.model_fields.items()
+    if isinstance(field.default, Section)
 }
 
 

@@ -1,33 +1,50 @@
 """Promises: an edit follows from what it is and is paid for once; every checkpoint goes one way."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import diffusers
+import hypothesis
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import picture, quick_settings, tiny_editor, write_classes
+from hypothesis import given
+from hypothesis import strategies as st
 
 from diffusemix_pipeline.datasets.images import read_square, to_square
 from diffusemix_pipeline.datasets.ingest import ingest
+from diffusemix_pipeline.datasets.manifest import Stage
 from diffusemix_pipeline.editing.editor import (
     Editor,
     editor_fingerprint,
     load_editor,
     locate_editor,
 )
-from diffusemix_pipeline.editing.generate import Generated, generate
+from diffusemix_pipeline.editing.gate import ACCEPTED, Judge
+from diffusemix_pipeline.editing.generate import (
+    REJECTED,
+    Generated,
+    LabelGate,
+    collect_edits,
+    generate,
+    judged_edits,
+    make_edits,
+)
 from diffusemix_pipeline.editing.instruct_pix2pix import (
     SCHEDULERS,
     InstructPix2PixEditor,
     unet_evaluations,
 )
-from diffusemix_pipeline.editing.planning import PlannedEdit, Source
+from diffusemix_pipeline.editing.planning import PlannedEdit, Source, plan_edits
 from diffusemix_pipeline.editing.sampling import Sampler
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.files import Ledger
 from diffusemix_pipeline.progress import silent
+from diffusemix_pipeline.settings import Settings
 
 IMAGES = np.stack([to_square(picture(seed), 32) for seed in range(3)])
 PROMPTS = ["sunset", "mosaic", "sunset"]
@@ -70,6 +87,19 @@ def test_an_edit_depends_on_itself_and_not_on_order_or_neighbours(sampler, weigh
     beside_others = edit(IMAGES[[2, 1, 2]], ["snowy", "mosaic", "sunset"], [9, 2, 8])
     assert np.array_equal(beside_others[1], together[1])
     assert not np.array_equal(edit(images, PROMPTS, [4, 5, 6]), together)
+
+
+@hypothesis.settings(max_examples=12, deadline=None)
+@given(
+    st.lists(st.integers(0, 7), min_size=8, max_size=8), st.sampled_from(["float32", "bfloat16"])
+)
+def test_an_edit_is_the_same_in_whatever_batch_of_its_shape(members, dtype, weights):
+    edit = editor(weights, f"editing.dtype={dtype}").edit
+    images = np.stack([to_square(picture(seed), 32) for seed in range(8)])
+    prompts = ["sunset", "mosaic"] * 4
+    alone = edit(images, prompts, range(8))
+    mixed = edit(images[members], [prompts[i] for i in members], members)
+    assert np.array_equal(mixed, alone[members])
 
 
 @pytest.mark.parametrize("sampler", ["dpmsolver++", "euler_ancestral"])
@@ -317,3 +347,131 @@ def test_the_bytes_of_an_edit_lie_on_disk_once(weights, tmp_path):
     for row in result.stage.manifest().itertuples():
         kept, shown = store.path(row.edit_key), result.stage.folder / row.file_name
         assert kept.stat().st_ino == shown.stat().st_ino
+
+
+# The gate
+
+
+def test_what_the_gate_rejects_is_made_anew_and_dropped_in_the_end(weights, tmp_path):
+    asked = []
+
+    def judge(sources, originals, edits):
+        """Reject cats once, and the dog that is called 0 for ever."""
+        said = []
+        for source, original, edit in zip(sources, originals, edits, strict=True):
+            assert original.shape == edit.shape == (32, 32, 3)
+            again = asked.count(source.image_id) > 0
+            asked.append(source.image_id)
+            wrong = source.image_id.startswith(FIRST_DOG) or (source.label == "cat" and not again)
+            said.append("label" if wrong else ACCEPTED)
+        return said
+
+    result = gated(tmp_path, weights, judge)
+    manifest = result.stage.manifest()
+    attempts = manifest.groupby("label")["attempt"]
+    assert attempts.agg(lambda column: column.tolist()).to_dict() == {
+        "cat": [1, 1, 1, 1],
+        "dog": [0, 0, 0],
+    }
+    assert not manifest["source_id"].str.startswith(FIRST_DOG).any()
+    assert set(manifest["verdict"]) == {ACCEPTED}
+    assert result.made == len(asked) == 2 * 4 + 3 + 3  # cats twice, a dog thrice
+    rejected = pd.read_parquet(result.stage.folder / REJECTED)
+    assert rejected["verdict"].tolist() == ["label"] * (4 + 3)
+    assert sorted(rejected.query("label == 'dog'")["attempt"]) == [0, 1, 2]
+    assert len(judged_edits(result.stage)) == len(asked)
+
+    (tmp_path / "out").rename(tmp_path / "old")
+    again = gated(tmp_path, weights, lambda *asked: pytest.fail("judged twice"))
+    assert again.made == 0
+    assert again.stage.version == result.stage.version
+
+
+def test_where_nothing_is_accepted_a_person_is_told_what_to_do(weights, tmp_path):
+    with pytest.raises(UserError, match="rejected all 24 edits"):
+        gated(tmp_path, weights, lambda sources, *pixels: ["label"] * len(sources))
+
+
+def test_shards_judge_and_retry_alike(weights, tmp_path):
+    def by_content(sources, originals, edits):
+        return ["label" if edit.sum() % 2 else ACCEPTED for edit in edits]
+
+    whole = gated(tmp_path, weights, by_content)
+    raw, settings = ingested(tmp_path, weights, "editing.gate.enabled=true")
+    plan, store = plan_edits(raw, settings), EditStore(tmp_path / "other")
+    gate = LabelGate(by_content, Ledger(tmp_path / "others"), 1)
+    made = [
+        make_edits(plan, store=store, device="cpu", gate=gate, shard=shard, shards=3)
+        for shard in (2, 0, 1)
+    ]
+    assert sum(made) == whole.made
+    aside = tmp_path / "aside"
+    stage = collect_edits(plan, tmp_path / "sharded", store, gate.verdicts, aside)
+    assert stage.version == whole.stage.version
+
+
+def test_the_gate_changes_no_edit_and_while_off_no_stage(weights, tmp_path):
+    raw, off = ingested(tmp_path, weights, "editing.gate.max_attempts=9")
+    _, on = ingested(tmp_path, weights, "editing.gate.enabled=true")
+    _, plain = ingested(tmp_path, weights)
+    assert plan_edits(raw, off).fingerprint == plan_edits(raw, plain).fingerprint
+    assert plan_edits(raw, on).fingerprint != plan_edits(raw, plain).fingerprint
+    assert plan_edits(raw, on).edits == plan_edits(raw, plain).edits
+
+
+FIRST_DOG = "train/dog/0-"
+
+
+def ingested(tmp_path: Path, weights: Path, *overrides: str) -> tuple[Stage, Settings]:
+    settings = quick_settings(
+        "source.train_per_class=null", f"editing.editor={weights}", *overrides
+    )
+    source = write_classes(tmp_path / "data", ["cat", "dog"], 4)
+    aside = tmp_path / "aside"
+    raw = ingest(str(source), settings, tmp_path / "raw", aside=aside, train_only=True)
+    return raw, settings
+
+
+def gated(tmp_path: Path, weights: Path, judge: Judge) -> Generated:
+    raw, settings = ingested(tmp_path, weights, "editing.gate.enabled=true")
+    return generate(
+        raw,
+        settings,
+        tmp_path / "out",
+        store=EditStore(tmp_path / "edits"),
+        aside=tmp_path / "aside",
+        device="cpu",
+        fit_gate=lambda plan: LabelGate(judge, plan.verdicts(tmp_path / "gate"), 1),
+    )
+
+
+# Share and size
+
+
+def test_a_share_of_each_class_is_edited_and_a_larger_share_holds_it(weights, tmp_path):
+    kept = []
+    for share in (0.25, 0.5, 1):
+        raw, settings = ingested(tmp_path, weights, f"editing.share={share}")
+        edits = plan_edits(raw, settings).edits
+        by_class = Counter(edit.source.label for edit in edits)
+        assert by_class == {"cat": 4 * share, "dog": 4 * share}
+        kept.append({edit.key for edit in edits})
+    assert kept[0] < kept[1] < kept[2]
+
+
+def test_small_images_are_enlarged_for_editing_and_brought_back(weights, tmp_path):
+    raw, settings = ingested(tmp_path, weights, "editing.min_side=64")
+    plain = plan_edits(raw, ingested(tmp_path, weights)[1])
+    plan = plan_edits(raw, settings)
+    assert not {edit.key for edit in plan.edits} & {edit.key for edit in plain.edits}
+    edits = load_editor(weights, settings.editing, "cpu")
+    seen = []
+    real = edits.edit
+    edits.edit = lambda images, *more: (seen.append(images), real(images, *more))[1]
+    store = EditStore(tmp_path / "edits")
+    Sampler(edits, "cpu", settings).make(plan.edits, store, silent)
+    assert {images.shape[1:] for images in seen} == {(64, 64, 3)}
+    stage = collect_edits(plan, tmp_path / "out", store, None, tmp_path / "aside")
+    rows = stage.manifest()
+    assert set(rows["width"]) == {32}
+    assert read_square(stage.folder / rows["file_name"][0], 32).shape == (32, 32, 3)

@@ -65,6 +65,8 @@ def draw_everything(text: list[str], theme: pictures.Theme = pictures.LIGHT) -> 
     image = np.zeros((4, 4, 3), np.uint8)
     interval = (0.1, -0.2, 0.3)
     some = text[:3]
+    classes, prompts = (pd.Index(names, dtype=object) for names in (text, text[:2]))
+    shares = pd.DataFrame([[0.5, np.nan]] * len(text), classes, prompts)
     return [
         pictures.contact_sheet([[image]] * len(text), row_labels=text, column_labels=text[:1]),
         pictures.class_histogram({"train": dict.fromkeys(text, 3)}, theme=theme),
@@ -75,6 +77,8 @@ def draw_everything(text: list[str], theme: pictures.Theme = pictures.LIGHT) -> 
         ),
         pictures.heat_map(np.eye(3), some, some, title=text[0], label="severity", theme=theme),
         pictures.heat_map(-np.eye(3), some, some, title="t", label="l", reach=1, theme=theme),
+        pictures.yield_map(shares, theme=theme),
+        pictures.yield_map(pd.DataFrame(np.eye(200, 40)), theme=theme),
         pictures.reliability_diagram(dict.fromkeys(some, BINS), theme=theme),
         pictures.differences({name: {"arm": interval} for name in some}, label="l", theme=theme),
     ]

@@ -14,7 +14,7 @@ from diffusemix_pipeline.editing.instruct_pix2pix import InstructPix2PixEditor
 from diffusemix_pipeline.orchestration.launch import Outcome, run_here
 from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.project import Project
-from diffusemix_pipeline.training import arms
+from diffusemix_pipeline.training import arms, fold_teachers
 from diffusemix_pipeline.versioning import pinned_digest
 
 
@@ -72,6 +72,27 @@ def test_every_asset_shows_what_a_person_looks_at(done):
     assert "class_histogram" in outcome.metadata["raw_dataset"]
     assert "learning_curves" in outcome.metadata["trained_classifier"]
     assert "significant" in outcome.metadata["robustness_report"]["headline"].value
+
+
+def test_the_gate_trains_its_teachers_once_and_shows_its_yield(done, weights, monkeypatch):
+    project, _ = done
+    # Teachers of four steps know nothing, but some edits lie above the thresholds that they give.
+    gate = ["editing.gate.enabled=true", "editing.gate.folds=2", "editing.gate.max_change=1"]
+    gate.append("editing.gate.false_reject_rate=0.25")
+    trained = []
+    real = fold_teachers.fit
+    monkeypatch.setattr(fold_teachers, "fit", lambda *a, **h: (trained.append(1), real(*a, **h))[1])
+    outcome = run(project, weights, *gate, "editing.shards=2")
+    assert outcome.success, outcome.problems
+    assert len(trained) == 2
+    shown = outcome.metadata["generated_images"]
+    assert 0 < shown["gate_yield"].value <= 1
+    assert "data:image/png" in shown["gate_yield_map"].value
+    edits = pd.read_parquet(project.generated / "manifest.parquet")
+    rejected = pd.read_parquet(project.generated / "rejected.parquet")
+    share = len(edits) / (len(edits) + len(rejected))
+    assert shown["gate_yield"].value == pytest.approx(share)
+    assert run(project, weights).success  # as the other tests expect it
 
 
 def test_every_augmented_image_is_traceable(done):

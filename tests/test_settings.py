@@ -69,6 +69,7 @@ def test_presets_hold_what_is_known_of_the_method(
     assert chosen.editing.sampler == "euler_ancestral"
     assert chosen.editing.steps == 100
     assert (chosen.editing.guidance, chosen.editing.image_guidance) == (4, 1.5)
+    assert not chosen.editing.gate.enabled
     assert (chosen.mixing.masks, chosen.mixing.seam, chosen.mixing.lam) == (masks, seam, 0.2)
     assert chosen.editing.prompts == [
         *("autumn", "snowy", "watercolor art", "sunset", "rainbow"),

@@ -7,17 +7,28 @@ lacks, collect all of them into the stage folder.
 import re
 import warnings
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+
+from diffusemix_pipeline.datasets.images import read_square
 from diffusemix_pipeline.datasets.manifest import Stage, finished_stage, read_stage, write_stage
 from diffusemix_pipeline.editing.editor import load_editor
+from diffusemix_pipeline.editing.gate import ACCEPTED, Judge
 from diffusemix_pipeline.editing.planning import Plan, PlannedEdit, plan_edits
 from diffusemix_pipeline.editing.store import EditStore
-from diffusemix_pipeline.files import link_or_copy
+from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.files import Ledger, link_or_copy
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings
+
+REJECTED = "rejected.parquet"
+_REJECTED_COLUMNS = ["source_id", "label", "prompt", "copy", "attempt", "edit_key", "verdict"]
+_JUDGED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,16 @@ class Generated:
     made: int
 
 
+@dataclass(frozen=True)
+class LabelGate:
+    """What judges edits, and where its verdicts are kept; see `Plan.gate`."""
+
+    judge: Judge
+    verdicts: Ledger
+    teacher_accuracy: float
+    """Top-1, 0 to 1, of its teachers on originals that they did not see."""
+
+
 def generate(
     raw: Stage,
     settings: Settings,
@@ -36,15 +57,21 @@ def generate(
     store: EditStore,
     aside: Path,
     device: str,
+    fit_gate: Callable[[Plan], LabelGate] | None = None,
     progress: Progress = silent,
 ) -> Generated:
-    """Edit the training images of `raw`; only edits that the store lacks cost UNet evaluations."""
+    """Edit the training images of `raw`; only edits that the store lacks cost UNet evaluations.
+
+    `fit_gate` is asked for the label gate where it is on and there is something to do.
+    """
     plan = plan_edits(raw, settings)
     finished = finished_stage(out, plan.fingerprint)
     if finished:
         return Generated(finished, 0)
-    made = make_edits(plan, store=store, device=device, progress=progress)
-    return Generated(collect_edits(plan, out, store, aside, progress), made)
+    gate = fit_gate(plan) if fit_gate and plan.gate else None
+    made = make_edits(plan, store=store, device=device, gate=gate, progress=progress)
+    verdicts = gate.verdicts if gate else None
+    return Generated(collect_edits(plan, out, store, verdicts, aside, progress), made)
 
 
 def make_edits(
@@ -52,6 +79,7 @@ def make_edits(
     *,
     store: EditStore,
     device: str,
+    gate: LabelGate | None = None,
     shard: int = 0,
     shards: int = 1,
     progress: Progress = silent,
@@ -59,11 +87,75 @@ def make_edits(
     """Make the edits of one shard that the store lacks or holds damaged; return how many.
 
     An edit's shard follows from its key, so that shards may run at once, anywhere, in any order.
+    What the gate rejects is made anew from another seed, as often as the settings allow.
     """
+    wanted = [edit for edit in plan.edits if int(edit.key, 16) % shards == shard]
+    made = 0
+    while wanted:
+        made += _make_missing(plan, wanted, store, device, progress)
+        if gate is None:
+            break
+        verdicts = _judged(plan, wanted, store, gate, progress)
+        rejected = [edit for edit in wanted if verdicts[edit.key] != ACCEPTED]
+        wanted = [plan.next_attempt(edit) for edit in rejected if _may_try_again(plan, edit)]
+    return made
+
+
+def collect_edits(
+    plan: Plan,
+    out: Path,
+    store: EditStore,
+    verdicts: Ledger | None,
+    aside: Path,
+    progress: Progress = silent,
+) -> Stage:
+    """Write the stage folder from the store, which holds every edit of the plan.
+
+    With a gate, an edit is the first accepted attempt; `rejected.parquet` has a row for each of the
+    others. Raises UserError where nothing was accepted.
+    """
+    accepted, rejected = _chosen(plan, verdicts)
+    if not accepted:
+        raise UserError(
+            f"The label gate rejected all {len(rejected)} edits: look at them with `diffusemix "
+            "preview`, choose other prompts, or change editing.gate."
+        )
+    said = store.said({edit.key for edit, _ in accepted})
+    with write_stage(out, name="generated", fingerprint=plan.fingerprint, aside=aside) as stage:
+        for edit, verdict in accepted:
+            row = _row(edit, verdict, plan.settings.size)
+            link_or_copy(store.path(edit.key), stage.folder / row["file_name"])
+            stage.rows.append({**row, "sha256": said[edit.key].sha256})
+            progress("Linking edits", len(stage.rows), len(accepted))
+        stage.notes["editor"] = plan.weights
+        if verdicts:
+            rows = [_row(edit, verdict, plan.settings.size) for edit, verdict in rejected]
+            table = pd.DataFrame(rows, columns=_REJECTED_COLUMNS)
+            table.to_parquet(stage.folder / REJECTED, index=False)
+    return read_stage(out)
+
+
+def judged_edits(stage: Stage) -> pd.DataFrame:
+    """Return label, prompt and verdict of every edit that the gate judged for a stage."""
+    columns = ["label", "prompt", "verdict"]
+    rejected = stage.folder / REJECTED
+    rows = [stage.manifest()[columns]]
+    if rejected.exists():
+        rows.append(pd.read_parquet(rejected)[columns])
+    return pd.concat(rows, ignore_index=True).dropna(subset="verdict")
+
+
+def _make_missing(
+    plan: Plan,
+    wanted: Sequence[PlannedEdit],
+    store: EditStore,
+    device: str,
+    progress: Progress,
+) -> int:
     from diffusemix_pipeline.editing.sampling import Sampler
 
-    wanted = {edit.key: edit for edit in plan.edits if int(edit.key, 16) % shards == shard}
-    there = [key for key in wanted if key in store]
+    by_key = {edit.key: edit for edit in wanted}
+    there = [key for key in by_key if key in store]
     sound = store.checked(there, progress)
     if damaged := [key for key in there if key not in sound]:
         warnings.warn(
@@ -71,30 +163,58 @@ def make_edits(
             f"{store.quarantine} and made anew, the first is {damaged[0]}.",
             stacklevel=2,
         )
-    missing = [edit for key, edit in wanted.items() if key not in sound]
+    missing = [edit for key, edit in by_key.items() if key not in sound]
     if missing:
         editor = load_editor(plan.editor, plan.settings.editing, device)
         Sampler(editor, device, plan.settings).make(missing, store, progress)
     return len(missing)
 
 
-def collect_edits(
+def _judged(
     plan: Plan,
-    out: Path,
+    wanted: Sequence[PlannedEdit],
     store: EditStore,
-    aside: Path,
-    progress: Progress = silent,
-) -> Stage:
-    """Write the stage folder from the store, which holds every edit of the plan."""
-    said = store.said({edit.key for edit in plan.edits})
-    with write_stage(out, name="generated", fingerprint=plan.fingerprint, aside=aside) as stage:
-        for edit in plan.edits:
-            row = _row(edit, plan.settings.size)
-            link_or_copy(store.path(edit.key), stage.folder / row["file_name"])
-            stage.rows.append({**row, "sha256": said[edit.key].sha256})
-            progress("Linking edits", len(stage.rows), len(plan.edits))
-        stage.notes["editor"] = plan.weights
-    return read_stage(out)
+    gate: LabelGate,
+    progress: Progress,
+) -> dict[str, str]:
+    """Return the verdicts by key, asking the gate for those that it did not give before."""
+    verdicts = {said["key"]: said["verdict"] for said in gate.verdicts}
+    open_ = [edit for edit in wanted if edit.key not in verdicts]
+    for start in range(0, len(open_), _JUDGED_AT_ONCE):
+        batch = open_[start : start + _JUDGED_AT_ONCE]
+        sources = [edit.source for edit in batch]
+        size = plan.settings.size
+        originals = np.stack([read_square(source.path, size) for source in sources])
+        edits = np.stack([read_square(store.path(edit.key), size) for edit in batch])
+        for edit, verdict in zip(batch, gate.judge(sources, originals, edits), strict=True):
+            verdicts[edit.key] = verdict
+            gate.verdicts.add({"key": edit.key, "verdict": verdict})
+        progress("Judging edits", start + len(batch), len(open_))
+    return verdicts
+
+
+def _may_try_again(plan: Plan, edit: PlannedEdit) -> bool:
+    return edit.attempt + 1 < plan.settings.editing.gate.max_attempts
+
+
+def _chosen(
+    plan: Plan, verdicts: Ledger | None
+) -> tuple[list[tuple[PlannedEdit, str | None]], list[tuple[PlannedEdit, str]]]:
+    """Return the edits that are used and those that were rejected, each with its verdict."""
+    if verdicts is None:
+        return [(edit, None) for edit in plan.edits], []
+    said = {each["key"]: each["verdict"] for each in verdicts}
+    accepted: list[tuple[PlannedEdit, str | None]] = []
+    rejected: list[tuple[PlannedEdit, str]] = []
+    for edit in plan.edits:
+        while said[edit.key] != ACCEPTED:
+            rejected.append((edit, said[edit.key]))
+            if not _may_try_again(plan, edit):
+                break
+            edit = plan.next_attempt(edit)
+        else:
+            accepted.append((edit, ACCEPTED))
+    return accepted, rejected
 
 
 def numeric_profiles(stage: Stage, store: EditStore) -> dict[str, int]:
@@ -108,7 +228,7 @@ def numeric_profiles(stage: Stage, store: EditStore) -> dict[str, int]:
     }
 
 
-def _row(edit: PlannedEdit, size: int) -> dict[str, Any]:
+def _row(edit: PlannedEdit, verdict: str | None, size: int) -> dict[str, Any]:
     """Return the edit's manifest row, but for the SHA-256 of its file."""
     source = edit.source
     slug = re.sub(r"[^a-z0-9]+", "-", edit.prompt.lower()).strip("-")[:40]
@@ -127,4 +247,5 @@ def _row(edit: PlannedEdit, size: int) -> dict[str, Any]:
         "seed": edit.seed,
         "width": size,
         "height": size,
+        "verdict": verdict,
     }

@@ -188,7 +188,8 @@ class InstructPix2PixEditor:
         done = []
         for part in images.split(_CHUNK):
             filled = torch.cat([part, part[:1].expand(_CHUNK - len(part), *part.shape[1:])])
-            done.append(work(filled)[: len(part)])
+            # The memory format shapes the bytes too, and `cat` chooses it by what it is given.
+            done.append(work(filled.contiguous())[: len(part)])
         return torch.cat(done)
 
     @torch.inference_mode()

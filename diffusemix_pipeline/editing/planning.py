@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 from diffusemix_pipeline.datasets.manifest import Stage
 from diffusemix_pipeline.editing.editor import editor_fingerprint, locate_editor
+from diffusemix_pipeline.files import Ledger
 from diffusemix_pipeline.identity import digest, draw, seed_from
 from diffusemix_pipeline.settings import Settings
 
 CODE_VERSION = "1"
 # Speed and place change no edit's identity; the editor is known by the bytes of its weights.
-_NOT_IDENTITY = {"editor", "revision", "batch_size", "shards", "dtype", "compile"}
+_NOT_IDENTITY = {"editor", "revision", "batch_size", "shards", "dtype", "compile", "gate"}
 
 
 class Source(NamedTuple):
@@ -55,6 +56,12 @@ class Plan:
     edits: list[PlannedEdit]
     """The first attempts, in the order of their sources' names."""
     settings: Settings
+    gate: str | None
+    """Identifies the label gate whose verdicts count; None where it is off."""
+
+    def verdicts(self, folder: Path) -> Ledger:
+        """Return where the gate keeps its verdicts, below the folder of all gates."""
+        return Ledger(folder / "verdicts" / str(self.gate))
 
     def next_attempt(self, edit: PlannedEdit) -> PlannedEdit:
         """Return the same edit from another seed."""
@@ -68,8 +75,9 @@ def plan_edits(raw: Stage, settings: Settings) -> Plan:
     folder = locate_editor(editing.editor, editing.revision)
     weights = editor_fingerprint(folder)
     shape = editing.model_dump(exclude=_NOT_IDENTITY)
+    gate = _gate_version(raw, settings)
     fingerprint = digest(
-        "generated", CODE_VERSION, raw.version, settings.seed, settings.size, shape, weights
+        "generated", CODE_VERSION, raw.version, settings.seed, settings.size, shape, weights, gate
     )
     rows = raw.manifest()
     columns = ["image_id", "label", "file_name", "sha256", "source_sha256"]
@@ -84,7 +92,7 @@ def plan_edits(raw: Stage, settings: Settings) -> Plan:
         for copy in range(editing.copies)
         for prompt in _prompts(source.sha256, copy, settings)
     ]
-    return Plan(fingerprint, folder, weights, edits, settings)
+    return Plan(fingerprint, folder, weights, edits, settings, gate)
 
 
 def _share(sources: list[Source], share: float, seed: int) -> list[Source]:
@@ -125,6 +133,16 @@ def _planned(
     sides = [settings.size, edited_side(settings)]
     key = digest(source.sha256, instruction, weights, sides, sampling, seed)
     return PlannedEdit(key, source, prompt, instruction, copy, attempt, seed)
+
+
+def _gate_version(raw: Stage, settings: Settings) -> str | None:
+    """Identify the gate by all that its teachers and its rules follow from."""
+    gate = settings.editing.gate
+    if not gate.enabled:
+        return None
+    recipe = settings.training.model_dump(exclude={"arms", "seeds", "validations"})
+    rules = gate.model_dump(exclude={"max_attempts"})
+    return digest("gate", CODE_VERSION, raw.version, settings.size, settings.seed, recipe, rules)
 
 
 def edited_side(settings: Settings) -> int:

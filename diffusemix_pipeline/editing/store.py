@@ -7,8 +7,6 @@ those bytes; `quarantine/`, files that are not what was stored.
 
 import hashlib
 import json
-import os
-import socket
 import uuid
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -19,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from diffusemix_pipeline.datasets.images import png_bytes
-from diffusemix_pipeline.files import write_json, write_once
+from diffusemix_pipeline.files import Ledger, write_json, write_once
 from diffusemix_pipeline.identity import digest, file_sha256
 from diffusemix_pipeline.progress import Progress, silent
 
@@ -58,7 +56,7 @@ class EditStore:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._records: tuple[int, Path] | None = None
+        self._records = Ledger(folder / _RECORDS)
 
     @property
     def quarantine(self) -> Path:
@@ -87,17 +85,15 @@ class EditStore:
         """Keep uint8 (H, W, 3) pixels, unless the edit is there already; return what was said."""
         content = png_bytes(pixels)
         record = Record(hashlib.sha256(content).hexdigest(), profile)
-        self._say(key, record)
+        self._records.add({"key": key, **asdict(record)})
         write_once(self.path(key), content, aside=self._folder / _ASIDE)
         return record
 
     def records(self) -> dict[str, list[Record]]:
         """Read what was said of each edit; two processes that made the same one said two things."""
         found: dict[str, list[Record]] = {}
-        for path in sorted((self._folder / _RECORDS).glob("*.jsonl")):
-            for line in path.read_bytes().split(b"\n")[:-1]:  # the last is empty, or torn by a kill
-                said = json.loads(line)
-                found.setdefault(said["key"], []).append(Record(said["sha256"], said["profile"]))
+        for said in self._records:
+            found.setdefault(said["key"], []).append(Record(said["sha256"], said["profile"]))
         return found
 
     def said(self, keys: Collection[str]) -> dict[str, Record]:
@@ -159,16 +155,6 @@ class EditStore:
         """Forget edits for good."""
         for key in keys:
             self.path(key).unlink(missing_ok=True)
-
-    def _say(self, key: str, record: Record) -> None:
-        """Append a line to this process's own file of records."""
-        if self._records is None or self._records[0] != os.getpid():  # a fork writes its own
-            folder = self._folder / _RECORDS
-            folder.mkdir(parents=True, exist_ok=True)
-            name = f"{socket.gethostname()}.{uuid.uuid4().hex}.jsonl"
-            self._records = (os.getpid(), folder / name)
-        with self._records[1].open("ab") as file:
-            file.write((json.dumps({"key": key, **asdict(record)}) + "\n").encode())
 
     def _set_aside(self, key: str) -> None:
         self.quarantine.mkdir(exist_ok=True)

@@ -25,6 +25,7 @@ def fit(
     seed: int,
     device: str,
     describe: str = "Training",
+    augment: Callable[[torch.Tensor], torch.Tensor] = lambda images: images,
     on_point: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
     progress: Progress = silent,
 ) -> pd.DataFrame:
@@ -32,7 +33,7 @@ def fit(
 
     Returns the curve: a row a validation, with step, train_loss, val_loss, val_accuracy and
     learning_rate. Val decides, test is never seen (DESIGN, promise 7). Everything random follows
-    from `seed`.
+    from `seed`. `augment` changes float (B, 3, S, S) images in [0, 1] after crop and flip.
     """
     model = classifier.model.to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
@@ -54,7 +55,7 @@ def fit(
         labels = torch.from_numpy(train.labels[index]).to(device)
         model.train()
         with torch.autocast("cuda", torch.bfloat16, enabled=mixed):
-            loss = functional.cross_entropy(model(to_tensor(images, device)), labels)
+            loss = functional.cross_entropy(model(augment(to_tensor(images, device))), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -3,12 +3,19 @@
 import time
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from diffusemix_pipeline.orchestration.metadata import stage_metadata, stage_sheet
+from diffusemix_pipeline.orchestration.metadata import picture, stage_metadata, stage_sheet
 from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
+from diffusemix_pipeline.project import Project
+from diffusemix_pipeline.settings import Settings
+
+if TYPE_CHECKING:
+    from diffusemix_pipeline.datasets.manifest import Stage
+    from diffusemix_pipeline.editing.generate import LabelGate
+    from diffusemix_pipeline.editing.planning import Plan
 
 # The only way for an op to give its asset a data version; dagster is pinned, so it cannot change.
 warnings.filterwarnings("ignore", "Parameter `data_version`", dg.BetaWarning)
@@ -18,17 +25,21 @@ warnings.filterwarnings("ignore", "Parameter `data_version`", dg.BetaWarning)
     ins={"raw_dataset": dg.In(dg.Nothing)},
     out=dg.DynamicOut(int),
     required_resource_keys=RESOURCE_KEYS,
-    description="Which edits are wanted; a step for each shard of them, if any has work to do.",
+    pool="gpu",
+    description="Which edits are wanted; a step for each shard of them, if any has work to do. "
+    "The label gate's teachers are trained here, once for all shards.",
 )
 def plan_edits(context: dg.OpExecutionContext) -> Iterator[dg.DynamicOutput[int]]:
-    from diffusemix_pipeline.datasets.manifest import finished_stage, read_stage
-    from diffusemix_pipeline.editing import planning
+    from diffusemix_pipeline.datasets.manifest import finished_stage
 
     project, settings = context.resources.project, context.resources.settings
-    plan = planning.plan_edits(read_stage(project.raw), settings)
+    plan = _plan(project, settings)
     if finished_stage(project.generated, plan.fingerprint):
         context.log.info(f"{project.generated} is there already")
         return
+    gate = _gate(context, plan)
+    if gate:
+        context.log.info(f"The gate's teachers are right on {gate.teacher_accuracy:.0%} of unseen")
     for shard in range(settings.editing.shards):
         yield dg.DynamicOutput(shard, mapping_key=f"shard_{shard}")
 
@@ -39,18 +50,18 @@ def plan_edits(context: dg.OpExecutionContext) -> Iterator[dg.DynamicOutput[int]
     description="Makes those edits of a shard that the store lacks; run again, it goes on.",
 )
 def edit_shard(context: dg.OpExecutionContext, shard: int) -> dict[str, Any]:
-    from diffusemix_pipeline.datasets.manifest import read_stage
     from diffusemix_pipeline.devices import choose_device
     from diffusemix_pipeline.editing.generate import make_edits
-    from diffusemix_pipeline.editing.planning import plan_edits
     from diffusemix_pipeline.editing.store import EditStore
 
     project, settings = context.resources.project, context.resources.settings
     started = time.monotonic()
+    plan = _plan(project, settings)
     made = make_edits(
-        plan_edits(read_stage(project.raw), settings),
+        plan,
         store=EditStore(project.edits),
         device=choose_device(settings.device),
+        gate=_gate(context, plan),
         shard=shard,
         shards=settings.editing.shards,
         progress=context.resources.progress(context.log),
@@ -64,18 +75,18 @@ def edit_shard(context: dg.OpExecutionContext, shard: int) -> dict[str, Any]:
     description="Links all edits from the store into the stage folder.",
 )
 def collect_edits(context: dg.OpExecutionContext, shards: list[dict[str, Any]]) -> dg.Output[None]:
-    from diffusemix_pipeline.datasets.manifest import finished_stage, read_stage
+    from diffusemix_pipeline.datasets.manifest import finished_stage
     from diffusemix_pipeline.editing import generate
-    from diffusemix_pipeline.editing.planning import plan_edits
     from diffusemix_pipeline.editing.store import EditStore
 
     project, settings = context.resources.project, context.resources.settings
     store = EditStore(project.edits)
-    plan = plan_edits(read_stage(project.raw), settings)
+    plan = _plan(project, settings)
     stage = finished_stage(project.generated, plan.fingerprint) or generate.collect_edits(
         plan,
         project.generated,
         store,
+        plan.verdicts(project.gate) if plan.gate else None,
         project.aside,
         context.resources.progress(context.log),
     )
@@ -86,12 +97,55 @@ def collect_edits(context: dg.OpExecutionContext, shards: list[dict[str, Any]]) 
         metadata={
             **stage_metadata(stage, seconds),
             "edits_made": made,
-            "edits_from_store": stage.counts["images"] - made,
             **({"edits_per_second_in_a_shard": made / seconds} if made else {}),
             "numeric_profiles": generate.numeric_profiles(stage, store),
+            **_yield_metadata(stage),
             "contact_sheet": stage_sheet(stage, "prompt"),
         },
     )
+
+
+def _plan(project: Project, settings: Settings) -> "Plan":
+    from diffusemix_pipeline.datasets.manifest import read_stage
+    from diffusemix_pipeline.editing.planning import plan_edits
+
+    return plan_edits(read_stage(project.raw), settings)
+
+
+def _gate(context: dg.OpExecutionContext, plan: "Plan") -> "LabelGate | None":
+    from diffusemix_pipeline.datasets.manifest import read_stage
+    from diffusemix_pipeline.devices import choose_device
+    from diffusemix_pipeline.training.fold_teachers import fit_label_gate
+
+    if not plan.gate:
+        return None
+    project = context.resources.project
+    return fit_label_gate(
+        plan,
+        read_stage(project.raw),
+        folder=project.gate,
+        aside=project.aside,
+        device=choose_device(plan.settings.device),
+        progress=context.resources.progress(context.log),
+    )
+
+
+def _yield_metadata(stage: "Stage") -> dict[str, Any]:
+    """Return what the label gate let through, in all and by class and prompt."""
+    from diffusemix_pipeline.editing.gate import ACCEPTED, yield_table
+    from diffusemix_pipeline.editing.generate import judged_edits
+    from diffusemix_pipeline.pictures import yield_map
+
+    judged = judged_edits(stage)
+    if judged.empty:
+        return {}
+    table = yield_table(judged)
+    return {
+        "gate_yield": float((judged["verdict"] == ACCEPTED).mean()),
+        "gate_verdicts": judged["verdict"].value_counts().to_dict(),
+        "gate_yield_table": dg.MetadataValue.md(table.round(3).to_markdown()),
+        "gate_yield_map": picture(yield_map(table), "share of accepted edits"),
+    }
 
 
 @dg.graph_asset(
