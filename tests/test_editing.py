@@ -7,7 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import picture, quick_settings, tiny_editor, write_classes
+from conftest import picture, quick_settings, tiny_editor, tiny_editor_xl, write_classes
 
 from diffusemix_pipeline.datasets.images import read_square, to_square
 from diffusemix_pipeline.datasets.ingest import ingest
@@ -71,8 +71,15 @@ def test_an_edit_depends_on_itself_and_not_on_order_or_neighbours(sampler, weigh
     assert not np.array_equal(edit(images, PROMPTS, [4, 5, 6]), together)
 
 
+@pytest.fixture(scope="module")
+def weights_xl(tmp_path_factory) -> Path:
+    return tiny_editor_xl(tmp_path_factory.mktemp("editor-xl"))
+
+
+@pytest.mark.parametrize("family", ["weights", "weights_xl"])
 @pytest.mark.parametrize("sampler", ["dpmsolver++", "euler_ancestral"])
-def test_the_sampling_loop_is_that_of_the_pipeline_in_diffusers(sampler, weights):
+def test_the_sampling_loop_is_that_of_the_pipeline_in_diffusers(sampler, family, request):
+    weights = request.getfixturevalue(family)
     wanted = quick_settings(
         f"editing.sampler={sampler}",
         "editing.steps=5",
@@ -80,9 +87,7 @@ def test_the_sampling_loop_is_that_of_the_pipeline_in_diffusers(sampler, weights
         "editing.image_guidance=1.5",
         "editing.dtype=float32",
     ).editing
-    pipeline = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(
-        weights, safety_checker=None, requires_safety_checker=False, use_safetensors=True
-    )
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(weights, use_safetensors=True)
     pipeline.scheduler = SCHEDULERS[sampler].from_config(pipeline.scheduler.config)
     theirs = pipeline(
         PROMPTS,
@@ -92,6 +97,8 @@ def test_the_sampling_loop_is_that_of_the_pipeline_in_diffusers(sampler, weights
         guidance_scale=4,
         image_guidance_scale=1.5,
         output_type="np",
+        height=32,
+        width=32,
     ).images
     ours = load_editor(weights, wanted, "cpu").edit(IMAGES, PROMPTS, [1, 2, 3])
     assert np.abs(ours - theirs * 255).max() < 1.1

@@ -225,6 +225,8 @@ class InstructPix2PixXLEditor(InstructPix2PixEditor):
         hidden, _, pooled, _ = self._pipeline.encode_prompt(
             instruction, device=self._unet.device, do_classifier_free_guidance=False
         )
+        if not instruction and self._pipeline.config.force_zeros_for_empty_prompt:
+            hidden, pooled = torch.zeros_like(hidden), torch.zeros_like(pooled)
         return Text(hidden, {"text_embeds": pooled})
 
     def _branches(self, sources: Tensor, texts: Sequence[Text], branches: int) -> "_Branches":
