@@ -99,6 +99,11 @@ class Editing(Section):
         "timbrooks/instruct-pix2pix, in diffusers' format: `diffusemix editor list`.",
     )
     revision: str | None = Field(None, description="Commit, tag or branch of a hub id.")
+    lora: str = Field(
+        "",
+        description="Low-rank weights to add to the editor's: a .safetensors file, or "
+        "owner/name/FILE.safetensors on the hub; empty: none.",
+    )
     prompts: list[Prompt] = Field(
         PAPER_PROMPTS, min_length=1, description="What an image may be turned into."
     )
@@ -110,8 +115,9 @@ class Editing(Section):
         "one", description="one: each copy draws a prompt; all: each copy uses every prompt."
     )
     copies: int = Field(1, gt=0, description="Edits an image (a prompt, where all are used).")
-    sampler: Literal["dpmsolver++", "euler_ancestral"] = Field(
-        "dpmsolver++", description="The diffusion sampler."
+    sampler: Literal["dpmsolver++", "euler_ancestral", "checkpoint"] = Field(
+        "dpmsolver++",
+        description="The diffusion sampler; checkpoint: the scheduler that the editor ships.",
     )
     steps: int = Field(10, gt=0, le=1000, description="Sampling steps.")
     guidance: float = Field(1.5, ge=1, description="Guidance scale of the text.")
@@ -119,11 +125,13 @@ class Editing(Section):
     guidance_until: float = Field(
         1, gt=0, le=1, description="Share of the steps, from the first, that are guided."
     )
-    batch_size: int = Field(32, gt=0, description="Edits sampled at once; it is part of the bytes.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="What the UNet computes in; auto: half precision where it is fast."
+    batch_size: int = Field(
+        32, gt=0, description="Edits sampled at once, by editors that can; it is part of the bytes."
     )
-    compile: bool = Field(False, description="Compile the UNet: pays on a GPU for many edits.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="What the editor computes in; auto: half precision where it is fast."
+    )
+    compile: bool = Field(False, description="Compile the denoiser: pays on a GPU for many edits.")
 
     @field_validator("prompts")
     @classmethod
@@ -242,7 +250,7 @@ def data_settings(settings: Settings) -> str:
     `data/generated`: both may come from elsewhere than these settings say.
     """
     values = settings.model_dump(exclude={"device", "source", "training", "evaluation", "tracking"})
-    for place_or_speed in ("editor", "revision", "batch_size", "dtype", "compile"):
+    for place_or_speed in ("editor", "revision", "lora", "batch_size", "dtype", "compile"):
         del values["editing"][place_or_speed]
     del values["mixing"]["fractal_dir"]
     return yaml.safe_dump(values, sort_keys=True)

@@ -10,7 +10,13 @@ from typing import Any
 import pandas as pd
 
 from diffusemix_pipeline.datasets.manifest import Stage, finished_stage, read_stage, write_stage
-from diffusemix_pipeline.editing.editor import editor_fingerprint, load_editor, locate_editor
+from diffusemix_pipeline.editing.editor import (
+    editor_fingerprint,
+    edits_at_once,
+    load_editor,
+    locate_editor,
+    locate_lora,
+)
 from diffusemix_pipeline.editing.sampling import PlannedEdit, Sampler
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.files import link_or_copy
@@ -19,8 +25,9 @@ from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings
 
 CODE_VERSION = "1"
-# Speed and place change no edit's identity; the editor is known by the bytes of its weights.
-_NOT_IDENTITY = {"editor", "revision", "batch_size", "dtype", "compile"}
+# Speed and place change no edit's identity; the editor is known by the bytes of its weights,
+# its LoRA's among them.
+_NOT_IDENTITY = {"editor", "revision", "lora", "batch_size", "dtype", "compile"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ def generate(
 ) -> Generated:
     """Edit the training images of `raw`; only edits that the store lacks cost UNet evaluations."""
     folder = locate_editor(settings.editing.editor, settings.editing.revision)
-    weights = editor_fingerprint(folder)
+    weights = editor_fingerprint(folder, locate_lora(settings.editing.lora))
     shape = settings.editing.model_dump(exclude=_NOT_IDENTITY)
     fingerprint = digest(
         "generated", CODE_VERSION, raw.version, settings.seed, settings.size, shape, weights
@@ -64,7 +71,8 @@ def generate(
     missing = [edit for key, edit in wanted.items() if key not in kept]
     if missing:
         editor = load_editor(folder, settings.editing, device)
-        sampler = Sampler(editor, device, settings.size, settings.editing.batch_size)
+        at_once = edits_at_once(folder, settings.editing)
+        sampler = Sampler(editor, device, settings.size, at_once)
         kept |= sampler.make(missing, store, progress)
     with write_stage(out, name="generated", fingerprint=fingerprint, aside=aside) as stage:
         for edit in planned:
