@@ -153,7 +153,7 @@ def _sampler(
 ) -> Sampler:
     editing = Editing(batch_size=options.batch_size, **overrides)
     settings = Settings(size=options.size, editing=editing)
-    return Sampler(load_editor(folder, editing, device), device, settings)
+    return Sampler(load_editor(folder, editing, device), device, settings, options.batch_size)
 
 
 def _edits(scratch: Path, options: argparse.Namespace, count: int) -> Sequence[PlannedEdit]:

@@ -224,7 +224,28 @@ def settings(preset: str | None, config: Path | None, overrides: Sequence[str]) 
 
 @main.group()
 def editor() -> None:
-    """Train and judge the editor that the package carries."""
+    """See which editors there are; train and judge the one that the package carries."""
+
+
+@editor.command("list")
+def list_editors() -> None:
+    """List the kinds of editors, each with a checkpoint to name and the settings that suit it."""
+    from tabulate import tabulate
+
+    from diffusemix_pipeline.editing.editor import FAMILIES
+
+    rows = [("bundled", "Apache-2.0", "the defaults", "batch_size")]
+    for family in FAMILIES:
+        settings = "\n".join(f"{k}={v}" for k, v in family.advice.items() if k != "lora")
+        at_once = "batch_size" if family.batches else "1"
+        name = f"{family.example}\n({family.pipeline})"
+        rows.append((name, family.licence, settings, at_once))
+    headers = ("editing.editor", "licence of the weights", "under editing", "edits at once")
+    click.echo(tabulate(rows, headers, tablefmt="grid", maxcolwidths=[None, 24, None, None]))
+    for family in FAMILIES:
+        if "lora" in family.advice:  # too long for a column
+            click.echo(f"{family.example} with editing.lora={family.advice['lora']}")
+    click.echo("A checkpoint of your own, of one of these classes, goes the same way.")
 
 
 @editor.command()

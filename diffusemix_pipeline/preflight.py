@@ -5,7 +5,7 @@ from pathlib import Path
 from diffusemix_pipeline.datasets.manifest import STAGE
 from diffusemix_pipeline.datasets.sources import DIGITS
 from diffusemix_pipeline.devices import choose_device
-from diffusemix_pipeline.editing.editor import locate_editor
+from diffusemix_pipeline.editing.editor import check_honoured, locate_editor, locate_lora
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import check_replaceable
 from diffusemix_pipeline.mixing.fractals import fractals_version
@@ -63,7 +63,7 @@ def _check_data(project: Project) -> None:
 
 
 def check_augmentation(settings: Settings) -> None:
-    """Raise UserError for an editor, a device or a fractal folder that is not there."""
+    """Raise UserError for what is not there, and for settings that the editor cannot honour."""
     import torch
 
     mixing = settings.mixing
@@ -74,4 +74,6 @@ def check_augmentation(settings: Settings) -> None:
         torch.empty(0, device=choose_device(settings.device))
     except (RuntimeError, AssertionError):
         raise UserError(f"device: {settings.device} is not here. Use auto or cpu.") from None
-    locate_editor(settings.editing.editor, settings.editing.revision)
+    folder = locate_editor(settings.editing.editor, settings.editing.revision)
+    check_honoured(folder, settings.editing)
+    locate_lora(settings.editing.lora)

@@ -133,6 +133,11 @@ class Editing(Section):
         "timbrooks/instruct-pix2pix, in diffusers' format: `diffusemix editor list`.",
     )
     revision: str | None = Field(None, description="Commit, tag or branch of a hub id.")
+    lora: str = Field(
+        "",
+        description="Low-rank weights to add to the editor's: a .safetensors file, or "
+        "owner/name/FILE.safetensors on the hub; empty: none.",
+    )
     prompts: list[Prompt] = Field(
         PAPER_PROMPTS, min_length=1, description="What an image may be turned into."
     )
@@ -158,8 +163,9 @@ class Editing(Section):
         multiple_of=8,
         description="Below this side in px, images are enlarged for editing and brought back.",
     )
-    sampler: Literal["dpmsolver++", "euler_ancestral"] = Field(
-        "dpmsolver++", description="The diffusion sampler."
+    sampler: Literal["dpmsolver++", "euler_ancestral", "checkpoint"] = Field(
+        "dpmsolver++",
+        description="The diffusion sampler; checkpoint: the scheduler that the editor ships.",
     )
     steps: int = Field(10, gt=0, le=1000, description="Sampling steps.")
     guidance: float = Field(1.5, ge=1, description="Guidance scale of the text.")
@@ -167,12 +173,14 @@ class Editing(Section):
     guidance_until: float = Field(
         1, gt=0, le=1, description="Share of the steps, from the first, that are guided."
     )
-    batch_size: int = Field(32, gt=0, description="Edits sampled at once; it is part of the bytes.")
+    batch_size: int = Field(
+        32, gt=0, description="Edits sampled at once, by editors that can; it is part of the bytes."
+    )
     shards: int = Field(1, gt=0, le=200, description="Steps that share the editing of a run.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="What the UNet computes in; auto: half precision where it is fast."
+        "auto", description="What the editor computes in; auto: half precision where it is fast."
     )
-    compile: bool = Field(False, description="Compile the UNet: pays on a GPU for many edits.")
+    compile: bool = Field(False, description="Compile the denoiser: pays on a GPU for many edits.")
     gate: Gate = Gate()
 
     @field_validator("prompts")
@@ -297,7 +305,15 @@ def data_settings(settings: Settings) -> str:
     """
     elsewhere = {"device", "executor", "source", "training", "evaluation", "tracking"}
     values = settings.model_dump(exclude=elsewhere)
-    for place_or_speed in ("editor", "revision", "batch_size", "shards", "dtype", "compile"):
+    for place_or_speed in (
+        "editor",
+        "revision",
+        "lora",
+        "batch_size",
+        "shards",
+        "dtype",
+        "compile",
+    ):
         del values["editing"][place_or_speed]
     del values["mixing"]["fractal_dir"]
     return yaml.safe_dump(values, sort_keys=True)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import picture, quick_settings, tiny_editor, write_classes
+from conftest import picture, quick_settings, tiny_editor, tiny_editor_xl, write_classes
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -91,7 +91,8 @@ def test_an_edit_depends_on_itself_and_not_on_order_or_neighbours(sampler, weigh
 
 @hypothesis.settings(max_examples=12, deadline=None)
 @given(
-    st.lists(st.integers(0, 7), min_size=8, max_size=8), st.sampled_from(["float32", "bfloat16"])
+    members=st.lists(st.integers(0, 7), min_size=8, max_size=8),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
 )
 def test_an_edit_is_the_same_in_whatever_batch_of_its_shape(members, dtype, weights):
     edit = editor(weights, f"editing.dtype={dtype}").edit
@@ -102,8 +103,15 @@ def test_an_edit_is_the_same_in_whatever_batch_of_its_shape(members, dtype, weig
     assert np.array_equal(mixed, alone[members])
 
 
-@pytest.mark.parametrize("sampler", ["dpmsolver++", "euler_ancestral"])
-def test_the_sampling_loop_is_that_of_the_pipeline_in_diffusers(sampler, weights):
+@pytest.fixture(scope="module")
+def weights_xl(tmp_path_factory) -> Path:
+    return tiny_editor_xl(tmp_path_factory.mktemp("editor-xl"))
+
+
+@pytest.mark.parametrize("family", ["weights", "weights_xl"])
+@pytest.mark.parametrize("sampler", ["dpmsolver++", "euler_ancestral", "checkpoint"])
+def test_the_sampling_loop_is_that_of_the_pipeline_in_diffusers(sampler, family, request):
+    weights = request.getfixturevalue(family)
     wanted = quick_settings(
         f"editing.sampler={sampler}",
         "editing.steps=5",
@@ -111,10 +119,9 @@ def test_the_sampling_loop_is_that_of_the_pipeline_in_diffusers(sampler, weights
         "editing.image_guidance=1.5",
         "editing.dtype=float32",
     ).editing
-    pipeline = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(
-        weights, safety_checker=None, requires_safety_checker=False, use_safetensors=True
-    )
-    pipeline.scheduler = SCHEDULERS[sampler].from_config(pipeline.scheduler.config)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(weights, use_safetensors=True)
+    if sampler != "checkpoint":
+        pipeline.scheduler = SCHEDULERS[sampler].from_config(pipeline.scheduler.config)
     theirs = pipeline(
         PROMPTS,
         image=torch.from_numpy(IMAGES).permute(0, 3, 1, 2) / 255,
@@ -123,6 +130,8 @@ def test_the_sampling_loop_is_that_of_the_pipeline_in_diffusers(sampler, weights
         guidance_scale=4,
         image_guidance_scale=1.5,
         output_type="np",
+        height=32,
+        width=32,
     ).images
     ours = load_editor(weights, wanted, "cpu").edit(IMAGES, PROMPTS, [1, 2, 3])
     assert np.abs(ours - theirs * 255).max() < 1.1
@@ -165,13 +174,13 @@ def test_an_instruction_that_would_be_cut_off_is_refused(weights):
 
 
 def test_the_fingerprint_follows_the_bytes_of_the_weights(weights, tmp_path):
-    before = editor_fingerprint(weights)
+    before = editor_fingerprint(weights, None)
     other = tiny_editor(tmp_path, seed=1)
-    assert editor_fingerprint(other) != before
-    copied = editor_fingerprint(other)
+    assert editor_fingerprint(other, None) != before
+    copied = editor_fingerprint(other, None)
     for path in other.rglob("*"):
         path.touch()  # a new time is no new content
-    assert editor_fingerprint(other) == copied
+    assert editor_fingerprint(other, None) == copied
 
 
 @pytest.mark.parametrize("content", [None, {"_class_name": "StableDiffusionPipeline"}])
@@ -221,15 +230,13 @@ def test_where_memory_does_not_suffice_the_batch_is_halved_and_the_run_says_so(w
     edits._unet.forward = small_device
     store = EditStore(tmp_path / "store")
     with pytest.warns(UserWarning, match="for 8 edits at once: going on with 4, which is another"):
-        Sampler(edits, "cpu", quick_settings()).make(planned(tmp_path, 5), store, silent)
+        Sampler(edits, "cpu", quick_settings(), 8).make(planned(tmp_path, 5), store, silent)
     profiles, said = store.profiles(), store.said(list(store))
     sizes = {key: profiles[record.profile]["batch_size"] for key, record in said.items()}
     assert sizes == {f"{n:02}": 2 for n in range(5)}
     halved = {key: read_square(store.path(key), 32) for key in store}
     other = EditStore(tmp_path / "other")
-    Sampler(editor(weights), "cpu", quick_settings("editing.batch_size=2")).make(
-        planned(tmp_path, 5), other, silent
-    )
+    Sampler(editor(weights), "cpu", quick_settings(), 2).make(planned(tmp_path, 5), other, silent)
     assert all(np.array_equal(halved[key], read_square(other.path(key), 32)) for key in halved)
 
 
@@ -240,12 +247,12 @@ def test_too_little_memory_for_one_edit_names_what_to_do(weights, tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     edits._unet.forward = no_device
-    two = quick_settings("editing.batch_size=2")
     with (
         pytest.warns(UserWarning, match="for 2 edits at once"),
         pytest.raises(UserError, match="too little memory for one edit of 32 px"),
     ):
-        Sampler(edits, "cpu", two).make(planned(tmp_path, 2), EditStore(tmp_path / "s"), silent)
+        store = EditStore(tmp_path / "store")
+        Sampler(edits, "cpu", quick_settings(), 2).make(planned(tmp_path, 2), store, silent)
 
 
 def planned(folder: Path, count: int) -> list[PlannedEdit]:
@@ -469,7 +476,7 @@ def test_small_images_are_enlarged_for_editing_and_brought_back(weights, tmp_pat
     real = edits.edit
     edits.edit = lambda images, *more: (seen.append(images), real(images, *more))[1]
     store = EditStore(tmp_path / "edits")
-    Sampler(edits, "cpu", settings).make(plan.edits, store, silent)
+    Sampler(edits, "cpu", settings, 8).make(plan.edits, store, silent)
     assert {images.shape[1:] for images in seen} == {(64, 64, 3)}
     stage = collect_edits(plan, tmp_path / "out", store, None, tmp_path / "aside")
     rows = stage.manifest()

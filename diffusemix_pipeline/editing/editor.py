@@ -1,7 +1,7 @@
 """Editors: what turns images into edits by instructions, found by a name, loaded by a family.
 
-What belongs here: the protocol, the families of diffusers pipelines, finding and checking an
-editor's files. What does not: sampling (a module a family), batches and files (`sampling.py`).
+What belongs here: the protocol, the families of diffusers pipelines, finding and checking the files
+and settings of an editor. What does not: sampling (a module a family), batches (`sampling.py`).
 """
 
 import json
@@ -19,6 +19,9 @@ from diffusemix_pipeline.settings import Editing
 BUNDLED = "bundled"
 BUNDLED_WEIGHTS = Path(__file__).parent.parent / "bundled_editor" / "weights"
 INDEX = "model_index.json"
+_WEIGHTS_AND_WORDS = (".json", ".safetensors", ".txt", ".jinja")  # jinja: chat templates
+_WITHOUT = {"guidance": 1, "image_guidance": 1, "guidance_until": 1, "lora": ""}
+"""Values that ask nothing of an editor."""
 
 
 class Editor(Protocol):
@@ -54,21 +57,50 @@ class Family:
     """Settings below `editing` that suit the example."""
     parts: tuple[str, ...]
     """Folders of weights, each of which must hold safetensors."""
-    load: Callable[[Path, Editing, str], Editor]
+    load: Callable[[Path, Editing, str, Path | None], Editor]
+    batches: bool = True
+    """Whether it edits `editing.batch_size` images at once; else one."""
+    samplers: tuple[str, ...] = ("dpmsolver++", "euler_ancestral", "checkpoint")
+    lacks: tuple[str, ...] = ()
+    """Settings below `editing` that it cannot honour."""
 
 
-def _instruct_pix2pix(folder: Path, editing: Editing, device: str) -> Editor:
+def _instruct_pix2pix(folder: Path, editing: Editing, device: str, lora: Path | None) -> Editor:
     from diffusemix_pipeline.editing.instruct_pix2pix import InstructPix2PixEditor
 
-    return InstructPix2PixEditor(folder, editing, device)
+    return InstructPix2PixEditor(folder, editing, device, lora)
 
 
-def _instruct_pix2pix_xl(folder: Path, editing: Editing, device: str) -> Editor:
+def _instruct_pix2pix_xl(folder: Path, editing: Editing, device: str, lora: Path | None) -> Editor:
     from diffusemix_pipeline.editing.instruct_pix2pix import InstructPix2PixXLEditor
 
-    return InstructPix2PixXLEditor(folder, editing, device)
+    return InstructPix2PixXLEditor(folder, editing, device, lora)
 
 
+def _few_step(folder: Path, editing: Editing, device: str, lora: Path | None) -> Editor:
+    from diffusemix_pipeline.editing.few_step import FewStepEditor
+
+    return FewStepEditor(folder, editing, device, lora)
+
+
+def _transformer(
+    pipeline: str, example: str, licence: str, advice: dict[str, Any], lacks: tuple[str, ...] = ()
+) -> Family:
+    return Family(
+        pipeline,
+        example,
+        licence,
+        {"sampler": "checkpoint", **advice},
+        ("transformer", "vae", "text_encoder"),
+        _few_step,
+        batches=False,
+        samplers=("checkpoint",),
+        lacks=("image_guidance", "guidance_until", *lacks),
+    )
+
+
+_LIGHTNING = "lightx2v/Qwen-Image-Lightning"
+"""LoRA on the hub, Apache-2.0."""
 FAMILIES = [
     Family(
         "StableDiffusionInstructPix2PixPipeline",
@@ -86,12 +118,74 @@ FAMILIES = [
         ("unet", "vae", "text_encoder", "text_encoder_2"),
         _instruct_pix2pix_xl,
     ),
+    _transformer(
+        "Flux2KleinPipeline",
+        "black-forest-labs/FLUX.2-klein-4B",
+        "Apache-2.0 (the 9B checkpoints: non-commercial)",
+        {"steps": 4, "guidance": 1},
+    ),
+    _transformer(
+        "QwenImageEditPipeline",
+        "Qwen/Qwen-Image-Edit",
+        "Apache-2.0",
+        {
+            "steps": 8,
+            "guidance": 1,
+            "lora": f"{_LIGHTNING}/Qwen-Image-Edit-Lightning-8steps-V1.0-bf16.safetensors",
+        },
+    ),
+    _transformer(
+        "QwenImageEditPlusPipeline",
+        "Qwen/Qwen-Image-Edit-2509",
+        "Apache-2.0",
+        {
+            "steps": 8,
+            "guidance": 1,
+            "lora": f"{_LIGHTNING}/Qwen-Image-Edit-2509/"
+            "Qwen-Image-Edit-2509-Lightning-8steps-V1.0-bf16.safetensors",
+        },
+    ),
+    _transformer(
+        "LongCatImageEditPipeline",
+        "meituan-longcat/LongCat-Image-Edit-Turbo",
+        "Apache-2.0",
+        {"steps": 8, "guidance": 1},
+        lacks=("lora",),
+    ),
 ]
 
 
 def load_editor(folder: Path, editing: Editing, device: str) -> Editor:
-    """Load the editor in a folder that `locate_editor` gave."""
-    return _family(folder, str(folder)).load(folder, editing, device)
+    """Load the editor in a folder that `locate_editor` gave, with its LoRA; UserError as below."""
+    check_honoured(folder, editing)
+    return _family(folder, str(folder)).load(folder, editing, device, locate_lora(editing.lora))
+
+
+def check_honoured(folder: Path, editing: Editing) -> None:
+    """Raise one UserError that names every setting which the editor in `folder` cannot honour.
+
+    A default was asked for by nobody: of what an editor lacks, other values alone are refused.
+    """
+    family = _family(folder, str(folder))
+    repairs: dict[str, Any] = {}
+    if editing.sampler not in family.samplers:
+        repairs["sampler"] = family.samplers[0]
+    distilled = ("guidance",) if _index(folder).get("is_distilled") else ()
+    for name in (*family.lacks, *distilled):
+        if getattr(editing, name) not in (_WITHOUT[name], Editing.model_fields[name].default):
+            repairs[name] = _WITHOUT[name]
+    if repairs:
+        asked = ", ".join(f"editing.{name}={getattr(editing, name)}" for name in repairs)
+        repaired = ", ".join(f"editing.{name}={value}" for name, value in repairs.items())
+        raise UserError(
+            f"{asked}: the editor {editing.editor} ({family.pipeline}) cannot do that. "
+            f"Set {repaired}; `diffusemix editor list` names the settings that suit it."
+        )
+
+
+def edits_at_once(folder: Path, editing: Editing) -> int:
+    """Return how many edits one call should hold: an editor of one at a time is not padded."""
+    return editing.batch_size if _family(folder, str(folder)).batches else 1
 
 
 def locate_editor(editor: str, revision: str | None) -> Path:
@@ -113,19 +207,45 @@ def locate_editor(editor: str, revision: str | None) -> Path:
     return folder
 
 
-def editor_fingerprint(folder: Path) -> str:
-    """Identify an editor's weights: a hub snapshot by its commit, a folder by its files' bytes."""
+def locate_lora(lora: str) -> Path | None:
+    """Return the file that `editing.lora` names, downloading a hub's once; None for none.
+
+    Raises UserError for what is no safetensors file, here or on the hub.
+    """
+    if not lora:
+        return None
+    if not lora.endswith(".safetensors"):
+        raise UserError(
+            f"editing.lora: {lora} is no .safetensors file. Other formats are not read, as they "
+            "may run code: name a file, or owner/name/FILE.safetensors on the hub."
+        )
+    path = Path(lora).expanduser()
+    return path if path.is_file() else _download_lora(lora)
+
+
+def editor_fingerprint(folder: Path, lora: Path | None) -> str:
+    """Identify an editor's weights, with its LoRA's bytes."""
+    weights = _weights_fingerprint(folder)
+    return digest(weights, "lora", file_sha256(lora)) if lora else weights
+
+
+def _weights_fingerprint(folder: Path) -> str:
+    """Identify a hub snapshot by its commit, a folder by its files' bytes."""
     if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
         return digest("hub", folder.parent.parent.name, folder.name)
-    files = sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".txt"))
+    files = sorted(p for p in folder.rglob("*") if p.suffix in _WEIGHTS_AND_WORDS)
     return digest([[p.relative_to(folder).as_posix(), file_sha256(p)] for p in files])
 
 
-def _family(folder: Path, editor: str) -> Family:
+def _index(folder: Path) -> dict[str, Any]:
     try:
-        found = dict(json.loads((folder / INDEX).read_text("utf-8"))).get("_class_name")
+        return dict(json.loads((folder / INDEX).read_text("utf-8")))
     except (OSError, ValueError, TypeError):
-        found = None
+        return {}
+
+
+def _family(folder: Path, editor: str) -> Family:
+    found = _index(folder).get("_class_name")
     for family in FAMILIES:
         if family.pipeline == found:
             return family
@@ -149,4 +269,18 @@ def _download(hub_id: str, revision: str | None) -> Path:
         raise UserError(
             f"editing.editor: {hub_id} is neither a folder here nor a model that the hub gives "
             f"({reason}). Check the name and the network, or use 'bundled'."
+        ) from None
+
+
+def _download_lora(lora: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    owner, name, file = (*lora.split("/", 2), "", "")[:3]
+    try:
+        return Path(hf_hub_download(f"{owner}/{name}", file))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"editing.lora: {lora} is neither a file here nor one that the hub gives ({reason}). "
+            "Check the name, owner/name/FILE.safetensors, and the network."
         ) from None

@@ -17,7 +17,7 @@ import pandas as pd
 
 from diffusemix_pipeline.datasets.images import read_square
 from diffusemix_pipeline.datasets.manifest import Stage, finished_stage, read_stage, write_stage
-from diffusemix_pipeline.editing.editor import load_editor
+from diffusemix_pipeline.editing.editor import edits_at_once, load_editor
 from diffusemix_pipeline.editing.gate import ACCEPTED, Judge
 from diffusemix_pipeline.editing.planning import Plan, PlannedEdit, plan_edits
 from diffusemix_pipeline.editing.store import EditStore
@@ -166,7 +166,8 @@ def _make_missing(
     missing = [edit for key, edit in by_key.items() if key not in sound]
     if missing:
         editor = load_editor(plan.editor, plan.settings.editing, device)
-        Sampler(editor, device, plan.settings).make(missing, store, progress)
+        at_once = edits_at_once(plan.editor, plan.settings.editing)
+        Sampler(editor, device, plan.settings, at_once).make(missing, store, progress)
     return len(missing)
 
 

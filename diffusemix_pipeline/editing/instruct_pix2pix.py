@@ -9,7 +9,6 @@ instruction is encoded once, a source once a batch. Both autoencoder passes go i
 
 import copy
 import math
-import platform
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -18,13 +17,20 @@ from typing import Any, ClassVar, NamedTuple
 import diffusers
 import numpy as np
 import torch
-import transformers
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from diffusemix_pipeline.editing.pipelines import (
+    compute_dtype,
+    fuse_lora,
+    numeric_profile,
+    silence_libraries,
+    to_pixels,
+)
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.settings import Editing
 
+# "checkpoint" is none of them: the scheduler that was loaded stays.
 SCHEDULERS = {
     "dpmsolver++": diffusers.DPMSolverMultistepScheduler,
     "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
@@ -54,20 +60,24 @@ class InstructPix2PixEditor:
         "requires_safety_checker": False,
     }
 
-    def __init__(self, folder: Path, editing: Editing, device: str) -> None:
-        for library in (diffusers, transformers):  # our own progress is what a person watches
-            library.utils.logging.set_verbosity_error()
-            library.utils.logging.disable_progress_bar()
+    def __init__(self, folder: Path, editing: Editing, device: str, lora: Path | None) -> None:
+        silence_libraries()
         self._editing = editing
-        dtype = unet_dtype(editing.dtype, device)
+        dtype = compute_dtype(editing.dtype, device, half=torch.float16)  # as the authors' code
         self._pipeline = self._pipeline_class.from_pretrained(
             folder,
             dtype={"unet": dtype, "vae": self._vae_dtype(dtype), "default": torch.float32},
             use_safetensors=True,
             local_files_only=True,
             **self._without,
-        ).to(device)
-        self._scheduler = SCHEDULERS[editing.sampler].from_config(self._pipeline.scheduler.config)
+        )
+        if lora:
+            fuse_lora(self._pipeline, lora)
+        self._pipeline.to(device)
+        if editing.sampler in SCHEDULERS:
+            self._pipeline.scheduler = SCHEDULERS[editing.sampler].from_config(
+                self._pipeline.scheduler.config
+            )
         self._unet, self._vae = self._pipeline.unet, self._pipeline.vae
         self._unet.to(memory_format=torch.channels_last)
         if editing.compile:
@@ -76,16 +86,7 @@ class InstructPix2PixEditor:
 
     def profile(self) -> dict[str, Any]:
         """Return what the bytes of an edit depend on beside its key and its batch."""
-        device = self._unet.device
-        on_gpu = device.type == "cuda"
-        return {
-            "device": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
-            "dtype": str(self._unet.dtype).removeprefix("torch."),
-            "memory_format": "channels_last",
-            "compile": self._editing.compile,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-        }
+        return numeric_profile(self._unet, self._editing) | {"memory_format": "channels_last"}
 
     def check_instruction(self, instruction: str) -> None:
         """Raise UserError for an instruction that the text encoder would cut off."""
@@ -110,15 +111,7 @@ class InstructPix2PixEditor:
             lambda part: self._vae.decode(part.to(self._vae.dtype)).sample,
             self._to_decode(latents),
         )
-        pixels = (edited.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
-        failed = int((~np.isfinite(pixels)).any(axis=(1, 2, 3)).sum())
-        if failed:  # cast to integers, they would be black images with a label
-            raise UserError(
-                f"The editor gave no numbers for {failed} of {len(images)} edits, as half "
-                "precision does where it overflows. Try editing.dtype=float32, other guidance "
-                "scales or another checkpoint."
-            )
-        return (pixels * 255).round().astype(np.uint8)
+        return to_pixels((edited.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy())
 
     def _sample(
         self, sources: Tensor, texts: Sequence[Text], generators: list[torch.Generator]
@@ -129,12 +122,16 @@ class InstructPix2PixEditor:
         2023, equation 3); the steps after them the first alone.
         """
         editing, unet = self._editing, self._unet
-        scheduler = copy.deepcopy(self._scheduler)  # it counts steps; threads share the editor
+        scheduler = copy.deepcopy(
+            self._pipeline.scheduler
+        )  # it counts steps; threads share the editor
         scheduler.set_timesteps(editing.steps, device=unet.device)
         noise = randn_tensor(sources.shape, generators, unet.device)
         latents = noise * scheduler.init_noise_sigma
         guided = self._branches(sources, texts, 3)
         alone = self._branches(sources, texts, 1)
+        # Not every scheduler that a checkpoint may ship draws noise, or has an eta.
+        drawn = self._pipeline.prepare_extra_step_kwargs(generators, eta=0.0)
         for step, time in enumerate(scheduler.timesteps):
             branches = guided if step < guided_steps(editing) else alone
             scaled = scheduler.scale_model_input(latents, time)
@@ -146,7 +143,7 @@ class InstructPix2PixEditor:
                     + editing.guidance * (with_text - with_image)
                     + editing.image_guidance * (with_image - without)
                 )
-            latents = scheduler.step(predicted, time, latents, generator=generators).prev_sample
+            latents = scheduler.step(predicted, time, latents, **drawn).prev_sample
         return latents
 
     def _predict(self, latents: Tensor, time: Tensor, branches: "_Branches") -> Tensor:
@@ -226,6 +223,8 @@ class InstructPix2PixXLEditor(InstructPix2PixEditor):
         hidden, _, pooled, _ = self._pipeline.encode_prompt(
             instruction, device=self._unet.device, do_classifier_free_guidance=False
         )
+        if not instruction and self._pipeline.config.force_zeros_for_empty_prompt:
+            hidden, pooled = torch.zeros_like(hidden), torch.zeros_like(pooled)
         return Text(hidden, {"text_embeds": pooled})
 
     def _branches(self, sources: Tensor, texts: Sequence[Text], branches: int) -> "_Branches":
@@ -268,13 +267,3 @@ def guided_steps(editing: Editing) -> int:
 def unet_evaluations(editing: Editing) -> int:
     """Return the UNet evaluations that an edit costs, each branch counted."""
     return editing.steps + 2 * guided_steps(editing)
-
-
-def unet_dtype(wanted: str, device: str) -> torch.dtype:
-    """Resolve 'auto': half precision where the device computes in it, else float32."""
-    if wanted != "auto":
-        return getattr(torch, wanted)
-    if device != "cpu":
-        return torch.float16  # as the authors' code
-    able = torch.cpu.get_capabilities()
-    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32

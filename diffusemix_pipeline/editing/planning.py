@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diffusemix_pipeline.datasets.manifest import Stage
-from diffusemix_pipeline.editing.editor import editor_fingerprint, locate_editor
+from diffusemix_pipeline.editing.editor import editor_fingerprint, locate_editor, locate_lora
 from diffusemix_pipeline.files import Ledger
 from diffusemix_pipeline.identity import digest, draw, seed_from
 from diffusemix_pipeline.settings import Settings
 
 CODE_VERSION = "1"
-# Speed and place change no edit's identity; the editor is known by the bytes of its weights.
-_NOT_IDENTITY = {"editor", "revision", "batch_size", "shards", "dtype", "compile", "gate"}
+# Speed and place change no edit's identity; the editor is known by the bytes of its weights, its
+# LoRA's among them, and the gate by its version.
+_NOT_IDENTITY = {"editor", "revision", "lora", "batch_size", "shards", "dtype", "compile", "gate"}
 
 
 class Source(NamedTuple):
@@ -73,7 +74,7 @@ def plan_edits(raw: Stage, settings: Settings) -> Plan:
     """List the edits that the training images of `raw` want."""
     editing = settings.editing
     folder = locate_editor(editing.editor, editing.revision)
-    weights = editor_fingerprint(folder)
+    weights = editor_fingerprint(folder, locate_lora(editing.lora))
     shape = editing.model_dump(exclude=_NOT_IDENTITY)
     gate = _gate_version(raw, settings)
     fingerprint = digest(

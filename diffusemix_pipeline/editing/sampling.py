@@ -31,10 +31,10 @@ class Sampler:
     workers take turns: one samples while the other one reads, encodes and writes.
     """
 
-    def __init__(self, editor: Editor, device: str, settings: Settings) -> None:
+    def __init__(self, editor: Editor, device: str, settings: Settings, batch_size: int) -> None:
         self._editor = editor
         self._side, self._size = edited_side(settings), settings.size
-        self._batch_size = settings.editing.batch_size
+        self._batch_size = batch_size
         on_cpu = device == "cpu"
         self._workers = torch.get_num_threads() if on_cpu else 2
         self._device = Semaphore(self._workers if on_cpu else 1)
