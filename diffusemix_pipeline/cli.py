@@ -5,11 +5,12 @@ Each command reads settings, calls one function and says what came of it.
 
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import click
 
@@ -187,6 +188,74 @@ def preview(
         png = draw(source, settings, Project(Path.cwd()), images, progress)
     write_bytes(out, png)
     click.echo(f"Preview: {out}")
+
+
+class _Duration(click.ParamType):
+    """Seconds, from '90m', '2h' or '45s'."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: Any, context: Any) -> float:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", str(value).strip())
+        if not found or not float(found[1]):
+            self.fail(f"'{value}' is no duration: write it as 45s, 90m, 2h or 1.5d.")
+        return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
+@main.command()
+@_settings_options
+@click.option("--data", type=_FOLDER, help="A folder of labelled images (source.path).")
+@click.option("--budget", type=_Duration(), help="Say which share of the images fits, e.g. 2h.")
+def plan(
+    preset: str | None,
+    config: Path | None,
+    overrides: Sequence[str],
+    data: Path | None,
+    budget: float | None,
+) -> None:
+    """Say what the edits of a run will cost, from some tens of them, which the run then has.
+
+    \b
+    diffusemix plan --data photos --preset balanced --budget 2h
+    """
+    from diffusemix_pipeline.cost_plan import plan_cost
+    from diffusemix_pipeline.terminal import print_table, progress_bars
+
+    given = [*overrides, *([f"source.path={_quoted(data.resolve())}"] if data else [])]
+    settings = load_settings(
+        Path.cwd(), preset=preset, own_images=bool(data), config=config, overrides=given
+    )
+    with progress_bars() as progress:
+        planned = plan_cost(settings, Project(Path.cwd()), budget, progress)
+    rows = [["edits wanted", f"{planned.edits:,}"], ["in the store", f"{planned.stored:,}"]]
+    if cost := planned.cost:
+        missing = cost.missing(settings.editing.gate.max_attempts)
+        rows += [
+            ["made for this plan", f"{cost.pilot:,}"],
+            ["still to be made", f"{missing:,}"],
+            ["edits a second", f"{cost.round_edits / cost.round_seconds:.2f}"],
+            ["time", _duration(cost.seconds(missing))],
+            ["disk, edits", f"{missing * cost.edit_bytes / 1e6:,.1f} MB"],
+        ]
+        if cost.accepted is not None:
+            rows.append(["accepted by the gate", f"{cost.accepted:.0%}"])
+    print_table(["what", "how much"], rows, "Cost of the edits, on this device alone")
+    if not planned.cost:
+        click.echo("So few edits are missing that a pilot would make them all: just run.")
+    elif budget and planned.share == 1:
+        click.echo(f"All of it fits into {_duration(budget)}.")
+    elif budget and planned.share:
+        click.echo(
+            f"Within {_duration(budget)}: --set editing.share={planned.share:g}, the same share of "
+            "every class. A larger share later keeps these edits."
+        )
+    elif budget:
+        click.echo(f"Not even a hundredth of the images fits into {_duration(budget)}.")
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
 
 
 @main.command()
@@ -413,6 +482,10 @@ def _what_to_know(outcome: "Outcome") -> Iterator[str]:
     yield f"Images: {raw['images'].value} from {raw['origin'].value}"
     if thinned := raw["left_out_by_train_per_class"].value:
         yield _THINNED.format(thinned)
+    edits = outcome.metadata["generated_images"]
+    if predicted := edits.get("predicted_seconds"):
+        took, foretold = (cast(float, each.value) for each in (edits["actual_seconds"], predicted))
+        yield f"Editing took {_duration(took)}; a pilot predicted {_duration(foretold)}"
     if set_aside := raw["set_aside"].value:
         first = raw["first_set_aside"].value
         yield f"{set_aside} files are set aside, named in data/raw/stage.json; first: {first}"

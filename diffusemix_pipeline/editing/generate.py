@@ -90,12 +90,14 @@ def make_edits(
     What the gate rejects is made anew from another seed, as often as the settings allow.
     """
     wanted = [edit for edit in plan.edits if int(edit.key, 16) % shards == shard]
+    judged = _said(gate.verdicts) if gate else {}
     made = 0
     while wanted:
-        made += _make_missing(plan, wanted, store, device, progress)
+        of_use = [edit for edit in wanted if judged.get(edit.key, ACCEPTED) == ACCEPTED]
+        made += _make_missing(plan, of_use, store, device, progress)
         if gate is None:
             break
-        verdicts = _judged(plan, wanted, store, gate, progress)
+        verdicts = judge_edits(plan, wanted, store, gate, progress)
         rejected = [edit for edit in wanted if verdicts[edit.key] != ACCEPTED]
         wanted = [plan.next_attempt(edit) for edit in rejected if _may_try_again(plan, edit)]
     return made
@@ -171,7 +173,7 @@ def _make_missing(
     return len(missing)
 
 
-def _judged(
+def judge_edits(
     plan: Plan,
     wanted: Sequence[PlannedEdit],
     store: EditStore,
@@ -179,7 +181,7 @@ def _judged(
     progress: Progress,
 ) -> dict[str, str]:
     """Return the verdicts by key, asking the gate for those that it did not give before."""
-    verdicts = {said["key"]: said["verdict"] for said in gate.verdicts}
+    verdicts = _said(gate.verdicts)
     open_ = [edit for edit in wanted if edit.key not in verdicts]
     for start in range(0, len(open_), _JUDGED_AT_ONCE):
         batch = open_[start : start + _JUDGED_AT_ONCE]
@@ -194,6 +196,10 @@ def _judged(
     return verdicts
 
 
+def _said(verdicts: Ledger) -> dict[str, str]:
+    return {said["key"]: said["verdict"] for said in verdicts}
+
+
 def _may_try_again(plan: Plan, edit: PlannedEdit) -> bool:
     return edit.attempt + 1 < plan.settings.editing.gate.max_attempts
 
@@ -204,7 +210,7 @@ def _chosen(
     """Return the edits that are used and those that were rejected, each with its verdict."""
     if verdicts is None:
         return [(edit, None) for edit in plan.edits], []
-    said = {each["key"]: each["verdict"] for each in verdicts}
+    said = _said(verdicts)
     accepted: list[tuple[PlannedEdit, str | None]] = []
     rejected: list[tuple[PlannedEdit, str]] = []
     for edit in plan.edits:

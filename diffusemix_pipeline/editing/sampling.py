@@ -36,8 +36,8 @@ class Sampler:
         self._side, self._size = edited_side(settings), settings.size
         self._batch_size = batch_size
         on_cpu = device == "cpu"
-        self._workers = torch.get_num_threads() if on_cpu else 2
-        self._device = Semaphore(self._workers if on_cpu else 1)
+        self._workers = workers_on(device) if on_cpu else 2
+        self._device = Semaphore(workers_on(device))
         self._profile = editor.profile() | ({"threads": 1} if on_cpu else {})
 
     def make(self, planned: Sequence[PlannedEdit], store: EditStore, progress: Progress) -> None:
@@ -104,6 +104,11 @@ class Sampler:
             [batch[index].seed for index in filled],
         )
         return edited[: len(batch)]
+
+
+def workers_on(device: str) -> int:
+    """Return how many batches are sampled at once: one a core, or one on an accelerator."""
+    return torch.get_num_threads() if device == "cpu" else 1
 
 
 @contextmanager

@@ -23,25 +23,30 @@ warnings.filterwarnings("ignore", "Parameter `data_version`", dg.BetaWarning)
 
 @dg.op(
     ins={"raw_dataset": dg.In(dg.Nothing)},
-    out=dg.DynamicOut(int),
+    out={"shards": dg.DynamicOut(int), "predicted": dg.Out(dict)},
     required_resource_keys=RESOURCE_KEYS,
     pool="gpu",
     description="Which edits are wanted; a step for each shard of them, if any has work to do. "
-    "The label gate's teachers are trained here, once for all shards.",
+    "The label gate's teachers are trained here, once for all shards, and a pilot tells the cost.",
 )
-def plan_edits(context: dg.OpExecutionContext) -> Iterator[dg.DynamicOutput[int]]:
+def plan_edits(context: dg.OpExecutionContext) -> Iterator[dg.DynamicOutput[int] | dg.Output[dict]]:
     from diffusemix_pipeline.datasets.manifest import finished_stage
 
     project, settings = context.resources.project, context.resources.settings
     plan = _plan(project, settings)
     if finished_stage(project.generated, plan.fingerprint):
         context.log.info(f"{project.generated} is there already")
+        yield dg.Output({}, "predicted")
         return
     gate = _gate(context, plan)
-    if gate:
-        context.log.info(f"The gate's teachers are right on {gate.teacher_accuracy:.0%} of unseen")
+    predicted = _predicted(context, plan, gate)
+    observed = {"gate_teachers_accuracy": gate.teacher_accuracy} if gate else {}
+    if observed or predicted:
+        metadata = {**observed, **predicted}
+        context.log_event(dg.AssetObservation("generated_images", metadata=metadata))
+    yield dg.Output(predicted, "predicted")
     for shard in range(settings.editing.shards):
-        yield dg.DynamicOutput(shard, mapping_key=f"shard_{shard}")
+        yield dg.DynamicOutput(shard, mapping_key=f"shard_{shard}", output_name="shards")
 
 
 @dg.op(
@@ -74,7 +79,9 @@ def edit_shard(context: dg.OpExecutionContext, shard: int) -> dict[str, Any]:
     required_resource_keys=RESOURCE_KEYS,
     description="Links all edits from the store into the stage folder.",
 )
-def collect_edits(context: dg.OpExecutionContext, shards: list[dict[str, Any]]) -> dg.Output[None]:
+def collect_edits(
+    context: dg.OpExecutionContext, predicted: dict[str, Any], shards: list[dict[str, Any]]
+) -> dg.Output[None]:
     from diffusemix_pipeline.datasets.manifest import finished_stage
     from diffusemix_pipeline.editing import generate
     from diffusemix_pipeline.editing.store import EditStore
@@ -96,7 +103,9 @@ def collect_edits(context: dg.OpExecutionContext, shards: list[dict[str, Any]]) 
         data_version=dg.DataVersion(stage.version),
         metadata={
             **stage_metadata(stage, seconds),
-            "edits_made": made,
+            "edits_made": made + predicted.get("pilot_edits", 0),
+            **predicted,
+            **({"actual_seconds": seconds} if predicted else {}),
             **({"edits_per_second_in_a_shard": made / seconds} if made else {}),
             "numeric_profiles": generate.numeric_profiles(stage, store),
             **_yield_metadata(stage),
@@ -130,6 +139,33 @@ def _gate(context: dg.OpExecutionContext, plan: "Plan") -> "LabelGate | None":
     )
 
 
+def _predicted(
+    context: dg.OpExecutionContext, plan: "Plan", gate: "LabelGate | None"
+) -> dict[str, Any]:
+    """Run the pilot, and return what it predicts; nothing where too few edits are missing."""
+    from diffusemix_pipeline.devices import choose_device
+    from diffusemix_pipeline.editing.cost import run_pilot
+    from diffusemix_pipeline.editing.store import EditStore
+
+    cost = run_pilot(
+        plan,
+        EditStore(context.resources.project.edits),
+        device=choose_device(plan.settings.device),
+        gate=gate,
+        progress=context.resources.progress(context.log),
+    )
+    if cost is None:
+        return {}
+    missing = cost.missing(plan.settings.editing.gate.max_attempts)
+    return {
+        "pilot_edits": cost.pilot,
+        "predicted_edits": missing,
+        "predicted_seconds": cost.seconds(missing),
+        "predicted_megabytes": missing * cost.edit_bytes / 1e6,
+        **({} if cost.accepted is None else {"predicted_yield": cost.accepted}),
+    }
+
+
 def _yield_metadata(stage: "Stage") -> dict[str, Any]:
     """Return what the label gate let through, in all and by class and prompt."""
     from diffusemix_pipeline.editing.gate import ACCEPTED, yield_table
@@ -158,4 +194,5 @@ def _yield_metadata(stage: "Stage") -> dict[str, Any]:
     "its seed follows from what it is, never from order, shard or worker.",
 )
 def generated_images(raw_dataset: None) -> None:
-    return collect_edits(plan_edits(raw_dataset).map(edit_shard).collect())
+    shards, predicted = plan_edits(raw_dataset)
+    return collect_edits(predicted, shards.map(edit_shard).collect())

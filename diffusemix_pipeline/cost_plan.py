@@ -1,0 +1,59 @@
+"""What a run's edits will cost, before it starts: behind `diffusemix plan`."""
+
+from dataclasses import dataclass
+
+from diffusemix_pipeline.datasets.ingest import ingest
+from diffusemix_pipeline.datasets.manifest import STAGE, Stage, read_stage
+from diffusemix_pipeline.datasets.sources import DIGITS
+from diffusemix_pipeline.devices import choose_device
+from diffusemix_pipeline.editing.cost import Cost, run_pilot, share_within
+from diffusemix_pipeline.editing.planning import plan_edits
+from diffusemix_pipeline.editing.store import EditStore
+from diffusemix_pipeline.preflight import check_augmentation
+from diffusemix_pipeline.progress import Progress, silent
+from diffusemix_pipeline.project import Project
+from diffusemix_pipeline.settings import Settings
+from diffusemix_pipeline.training.fold_teachers import fit_label_gate
+
+
+@dataclass(frozen=True)
+class CostPlan:
+    """How many edits are wanted and stored, and what a pilot says of the others."""
+
+    edits: int
+    stored: int
+    cost: Cost | None
+    """None where so few are missing that a pilot would have made them."""
+    share: float | None
+    """The largest `editing.share` within the budget; None without a budget or a pilot."""
+
+
+def plan_cost(
+    settings: Settings, project: Project, budget: float | None, progress: Progress = silent
+) -> CostPlan:
+    """Make a pilot of the edits that a run with these settings would make; `budget` in seconds.
+
+    The pilot's edits stay in the store for that run, as do the label gate's teachers.
+    """
+    check_augmentation(settings)
+    device, store = choose_device(settings.device), EditStore(project.edits)
+    raw = _raw(settings, project, progress)
+    plan = plan_edits(raw, settings)
+    gate = None
+    if plan.gate:
+        gate = fit_label_gate(
+            plan, raw, folder=project.gate, aside=project.aside, device=device, progress=progress
+        )
+    stored = sum(edit.key in store for edit in plan.edits)
+    cost = run_pilot(plan, store, device=device, gate=gate, progress=progress)
+    share = share_within(budget, cost, raw, settings, store) if cost and budget else None
+    return CostPlan(len(plan.edits), stored, cost, share)
+
+
+def _raw(settings: Settings, project: Project, progress: Progress) -> Stage:
+    """Return the images of a run: those of the source, else those in `data/`, else the digits."""
+    if not settings.source.path and (project.raw / STAGE).exists():
+        return read_stage(project.raw)
+    work = project.state / "plan"
+    source = settings.source.path or DIGITS
+    return ingest(source, settings, work / "raw", aside=work / "aside", progress=progress)

@@ -1,0 +1,145 @@
+"""Promises: a pilot is paid for once, its prediction follows from it, a budget is kept to."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from conftest import quick_settings, tiny_editor, write_classes
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusemix_pipeline.cli import main
+from diffusemix_pipeline.datasets.ingest import ingest
+from diffusemix_pipeline.datasets.manifest import Stage
+from diffusemix_pipeline.editing.cost import Cost, pilot_size, run_pilot, share_within
+from diffusemix_pipeline.editing.gate import ACCEPTED
+from diffusemix_pipeline.editing.generate import LabelGate, generate
+from diffusemix_pipeline.editing.planning import plan_edits
+from diffusemix_pipeline.editing.store import EditStore
+from diffusemix_pipeline.settings import Settings
+
+COST = Cost(
+    edits=100,
+    stored=20,
+    pilot=8,
+    round_edits=4,
+    round_seconds=2.0,
+    edit_bytes=1000.0,
+    accepted=None,
+)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    return tiny_editor(tmp_path_factory.mktemp("editor"))
+
+
+@pytest.fixture
+def raw(tmp_path, weights) -> Stage:
+    source = write_classes(tmp_path / "data", ["cat", "dog"], 15)
+    aside = tmp_path / "aside"
+    wanted = settings_of(weights)
+    return ingest(str(source), wanted, tmp_path / "raw", aside=aside, train_only=True)
+
+
+def settings_of(weights: Path, *overrides: str) -> Settings:
+    return quick_settings(
+        "source.train_per_class=null",
+        "editing.batch_size=2",
+        f"editing.editor={weights}",
+        *overrides,
+    )
+
+
+def test_without_a_gate_what_is_missing_is_what_is_made():
+    assert COST.missing(3) == 80
+    assert COST.seconds(80) == 40
+    assert COST.seconds(81) == 42  # a round is paid for as a whole
+
+
+def test_with_a_gate_rejected_edits_are_made_again():
+    # 80 first attempts; a quarter of 100 is rejected, then a quarter of those 25.
+    assert replace(COST, accepted=0.75).missing(3) == round(80 * 1.3125 + 20 * 0.3125)
+    assert replace(COST, accepted=0.75).missing(1) == 80
+    assert replace(COST, accepted=1.0).missing(3) == 80
+
+
+def test_the_pilot_is_of_the_wanted_edits_and_paid_for_once(raw, weights, tmp_path):
+    settings, store = settings_of(weights), EditStore(tmp_path / "edits")
+    plan = plan_edits(raw, settings)
+    pilot = pilot_size(plan, "cpu")
+    cost = run_pilot(plan, store, device="cpu")
+    assert cost is not None
+    assert cost.edits == len(plan.edits) == 30
+    assert cost.stored == cost.pilot == pilot == len(list(store))
+    assert {edit.key for edit in plan.edits} >= set(store)
+    assert cost.edit_bytes == sum(store.path(key).stat().st_size for key in store) / pilot
+    assert cost.round_seconds > 0
+    made = generate(
+        raw, settings, tmp_path / "out", store=store, aside=tmp_path / "aside", device="cpu"
+    ).made
+    assert made == cost.missing(1) == 30 - pilot
+    assert run_pilot(plan, store, device="cpu") is None  # nothing is missing
+
+
+def test_the_pilot_of_a_gate_tells_its_yield(raw, weights, tmp_path):
+    settings = settings_of(weights, "editing.gate.enabled=true")
+    plan = plan_edits(raw, settings)
+
+    def judge(sources, originals, edits):
+        return [ACCEPTED if source.label == "cat" else "label" for source in sources]
+
+    gate = LabelGate(judge, plan.verdicts(tmp_path / "gate"), 1)
+    store = EditStore(tmp_path / "edits")
+    cost = run_pilot(plan, store, device="cpu", gate=gate)
+    assert cost is not None
+    cats = sum(edit.source.label == "cat" for edit in plan.edits if edit.key in store)
+    assert cost.accepted == cats / cost.pilot
+
+
+@given(seconds=st.floats(0, 60))
+def test_a_share_keeps_to_its_budget_and_is_the_largest_that_does(shared, seconds):
+    raw, settings, store, cost = shared
+
+    def predicted(share: float) -> float:
+        editing = settings.editing.model_copy(update={"share": share})
+        plan = plan_edits(raw, settings.model_copy(update={"editing": editing}))
+        return cost.seconds(sum(edit.key not in store for edit in plan.edits))
+
+    share = share_within(seconds, cost, raw, settings, store)
+    if share:
+        assert predicted(share) <= seconds
+    if share < 1:
+        assert predicted(share + 0.01) > seconds
+
+
+@pytest.fixture(scope="module")
+def shared(weights, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shared")
+    source = write_classes(folder / "data", ["cat", "dog"], 15)
+    wanted = settings_of(weights)
+    aside = folder / "aside"
+    raw = ingest(str(source), wanted, folder / "raw", aside=aside, train_only=True)
+    return raw, wanted, EditStore(folder / "edits"), COST
+
+
+def test_the_command_prints_the_cost_and_a_share(weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = write_classes(tmp_path / "photos", ["cat", "dog"], 30)
+    own = ["size=32", "editing.steps=2", "editing.batch_size=2", f"editing.editor={weights}"]
+    sets = [word for each in own for word in ("--set", each)]
+    result = CliRunner().invoke(main, ["plan", "--data", str(source), "--budget", "0.001s", *sets])
+    assert result.exit_code == 0, result.output
+    assert "still to be made" in result.output
+    assert "Not even a hundredth" in result.output
+    result = CliRunner().invoke(main, ["plan", "--data", str(source), "--budget", "9h", *sets])
+    assert "All of it fits into 9 h 0 min" in result.output
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_budget_that_is_no_duration_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["plan", "--budget", "soon"])
+    assert result.exit_code == 2
+    assert "'soon' is no duration" in result.output
