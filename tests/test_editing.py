@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from diffusemix_pipeline.datasets.images import read_square, to_square
 from diffusemix_pipeline.datasets.ingest import ingest
-from diffusemix_pipeline.datasets.manifest import Stage
+from diffusemix_pipeline.datasets.manifest import REJECTED, Stage
 from diffusemix_pipeline.editing.editor import (
     Editor,
     editor_fingerprint,
@@ -25,7 +25,6 @@ from diffusemix_pipeline.editing.editor import (
 )
 from diffusemix_pipeline.editing.gate import ACCEPTED, Judge
 from diffusemix_pipeline.editing.generate import (
-    REJECTED,
     Generated,
     LabelGate,
     collect_edits,

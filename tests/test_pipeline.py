@@ -3,15 +3,18 @@
 import json
 import shutil
 import subprocess
+from contextlib import chdir
 from pathlib import Path
 
+import dagster as dg
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import ASSETS, quick_settings, tiny_editor, write_classes
 
 from diffusemix_pipeline.editing.instruct_pix2pix import InstructPix2PixEditor
-from diffusemix_pipeline.orchestration.launch import Outcome, run_here
+from diffusemix_pipeline.orchestration.launch import Outcome, prepare_instance, run_here
+from diffusemix_pipeline.orchestration.resources import IN_PROCESS
 from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.training import arms, fold_teachers
@@ -239,6 +242,22 @@ def test_a_second_run_at_the_same_time_is_refused(weights, project):
     assert outcome.user_error
     assert "Another run is at work" in outcome.problems[0]
     assert not project.data.exists()
+
+
+def test_a_killed_run_is_told_and_gives_back_what_it_held(weights, project):
+    prepare_instance(project)
+    killed = dg.DagsterRun(
+        job_name="diffusemix", status=dg.DagsterRunStatus.STARTED, tags=IN_PROCESS
+    )
+    with chdir(project.root), dg.DagsterInstance.get() as instance:
+        instance.add_run(killed)
+        slots = instance.event_log_storage
+        slots.initialize_concurrency_limit_to_default("gpu")
+        slots.claim_concurrency_slot("gpu", killed.run_id, "generated_images.edit_shard")
+        assert slots.get_concurrency_info("gpu").active_slot_count == 1
+        assert run(project, weights).success
+        assert instance.get_run_by_id(killed.run_id).status == dg.DagsterRunStatus.FAILURE
+        assert slots.get_concurrency_info("gpu").active_slot_count == 0
 
 
 def test_a_clone_with_a_remote_pulls_what_is_pinned(weights, tmp_path):

@@ -18,6 +18,10 @@ from diffusemix_pipeline.identity import digest
 
 MANIFEST = "manifest.parquet"
 STAGE = "stage.json"
+REJECTED = "rejected.parquet"
+"""What a label gate kept out of the stage."""
+TABLES = {MANIFEST, STAGE, REJECTED}
+"""The files of a stage folder that are no images."""
 SPLITS = ("train", "val", "test")
 
 # What each column holds, for a person: docs/data.md.

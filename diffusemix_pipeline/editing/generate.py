@@ -16,7 +16,13 @@ import numpy as np
 import pandas as pd
 
 from diffusemix_pipeline.datasets.images import read_square
-from diffusemix_pipeline.datasets.manifest import Stage, finished_stage, read_stage, write_stage
+from diffusemix_pipeline.datasets.manifest import (
+    REJECTED,
+    Stage,
+    finished_stage,
+    read_stage,
+    write_stage,
+)
 from diffusemix_pipeline.editing.editor import edits_at_once, load_editor
 from diffusemix_pipeline.editing.gate import ACCEPTED, Judge
 from diffusemix_pipeline.editing.planning import Plan, PlannedEdit, plan_edits
@@ -26,7 +32,6 @@ from diffusemix_pipeline.files import Ledger, link_or_copy
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings
 
-REJECTED = "rejected.parquet"
 _REJECTED_COLUMNS = ["source_id", "label", "prompt", "copy", "attempt", "edit_key", "verdict"]
 _JUDGED_AT_ONCE = 64
 

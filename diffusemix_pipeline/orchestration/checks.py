@@ -28,12 +28,12 @@ def _files_match_manifest(name: str, asset: dg.AssetsDefinition) -> dg.AssetChec
         description="Every image file has its row in the manifest, and every row its file.",
     )
     def files_match_manifest(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
-        from diffusemix_pipeline.datasets.manifest import MANIFEST, STAGE, read_manifest
+        from diffusemix_pipeline.datasets.manifest import TABLES, read_manifest
 
         folder = getattr(context.resources.project, name)
         rows = set(read_manifest(folder)["file_name"])
         files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-        files -= {MANIFEST, STAGE}
+        files -= TABLES
         strays, missing = sorted(files - rows), sorted(rows - files)
         found = [f"{len(rows)} rows, {len(files)} files"]
         if strays:

@@ -12,6 +12,7 @@ from dagster._utils.error import SerializableErrorInfo
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import write_bytes
 from diffusemix_pipeline.orchestration.build import build_definitions
+from diffusemix_pipeline.orchestration.resources import IN_PROCESS
 from diffusemix_pipeline.progress import Progress
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings
@@ -59,6 +60,7 @@ def run_here(project: Project, settings: Settings, progress: Progress) -> Outcom
                 "resources": {"settings": {"config": settings.model_dump()}},
                 "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
             },
+            tags=IN_PROCESS,
             raise_on_error=False,
         )
     failed_checks = [

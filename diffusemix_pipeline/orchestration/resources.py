@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO, get_args, get_origin
 
 import dagster as dg
+from dagster._core.storage.dagster_run import IN_PROGRESS_RUN_STATUSES
 
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import write_json
@@ -19,6 +20,8 @@ from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Section, Settings, check
 
 RESOURCE_KEYS = {"settings", "project", "progress"}
+IN_PROCESS = {"diffusemix/in_process": "true"}
+"""Tags a run that lives and dies with one process."""
 _LOG_EVERY_SECONDS = 20.0
 
 MakeProgress = Callable[[dg.DagsterLogManager], Progress]
@@ -53,7 +56,13 @@ def project_resource(project: Project) -> dg.ResourceDefinition:
     def hold(context: dg.InitResourceContext) -> Iterator[Project]:
         project.state.mkdir(parents=True, exist_ok=True)
         with (project.state / "run.lock").open("a+") as lock:
-            if not _held(lock, str(context.run_id), project.aside):
+            if _nobody_at_work(lock):
+                shutil.rmtree(project.aside, ignore_errors=True)  # what killed runs left there
+                _end_killed_runs(context)
+                lock.truncate(0)
+                lock.write(str(context.run_id))
+                lock.flush()
+            if not _held(lock, str(context.run_id)):
                 raise dg.Failure(
                     f"Another run is at work in {project.root}. Wait for it to end.",
                     allow_retries=False,
@@ -63,20 +72,34 @@ def project_resource(project: Project) -> dg.ResourceDefinition:
     return dg.ResourceDefinition(hold, description="Where the project's files lie.")
 
 
-def _held(lock: TextIO, run_id: str, aside: Path) -> bool:
-    """Share a lock file, whose content is the holder's id, with the steps of the same run."""
+def _nobody_at_work(lock: TextIO) -> bool:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        pass
-    else:  # nobody is at work
-        shutil.rmtree(aside, ignore_errors=True)  # what killed runs left there
-        lock.truncate(0)
-        lock.write(run_id)
-        lock.flush()
+        return False
+    return True
+
+
+def _held(lock: TextIO, run_id: str) -> bool:
+    """Share a lock file, whose content is the holder's id, with the steps of the same run."""
     fcntl.flock(lock, fcntl.LOCK_SH)  # waits for a step that is just writing its run's id
     lock.seek(0)
     return lock.read() == run_id
+
+
+def _end_killed_runs(context: dg.InitResourceContext) -> None:
+    """Tell Dagster of runs whose process was killed: they hold their pools' slots for ever.
+
+    A run within one process holds the lock all its life, so without it none is alive. Runs that
+    servers started are the daemon's to end.
+    """
+    instance = context.instance
+    assert instance is not None  # every run has one
+    unfinished = dg.RunsFilter(tags=IN_PROCESS, statuses=IN_PROGRESS_RUN_STATUSES)
+    for run in instance.get_runs(unfinished):
+        if run.run_id != context.run_id:
+            instance.report_run_failed(run, "Its process was killed.")
+            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
 
 
 class JsonValues(dg.IOManager):
