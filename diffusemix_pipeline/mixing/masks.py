@@ -4,20 +4,30 @@ What belongs here: the weight M of the original. What does not: drawing which ma
 and applying it (`blending`).
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
 from diffusemix_pipeline.errors import UserError
 
 
-def half_mask(name: str, height: int, width: int, seam: int = 0) -> NDArray[np.float32]:
-    """Return the weight M of the original in H = M I + (1 - M) G.
+class Mask(NamedTuple):
+    """The weight of the original in H = M I + (1 - M) G, in whole numbers: M = weight / unit."""
 
-    The result is float32 (height, width) in [0, 1]. `name` (left, right, top, bottom) is the half
-    that stays the original. The left and the top half hold side // 2 px, the right and the bottom
-    half the rest: opposite masks always sum to one. With seam 0 the mask is binary (paper, figure
-    2). An even `seam` > 0 puts a linear ramp of that many px on the middle, both ends included, as
-    the authors' code does: a ramp of 2 px is 1, 0.
+    weight: NDArray[np.uint16]
+    """(H, W, 3) in [0, unit], the three channels alike: images are then walked without strides."""
+    unit: int
+    """1 for a binary mask."""
+
+
+def half_mask(name: str, height: int, width: int, seam: int = 0) -> Mask:
+    """Return the mask of an original that keeps one half, for images of (height, width, 3).
+
+    `name` (left, right, top, bottom) is the half that stays the original. The left and the top half
+    hold side // 2 px, the right and the bottom half the rest: opposite masks always sum to one.
+    With seam 0 the mask is binary (paper, figure 2). An even `seam` > 0 puts a linear ramp of that
+    many px on the middle, both ends included, as the authors' code does: a ramp of 2 px is 1, 0.
 
     Raises UserError if the seam is wider than the side that it crosses, ValueError for another name
     or an odd seam.
@@ -33,11 +43,12 @@ def half_mask(name: str, height: int, width: int, seam: int = 0) -> NDArray[np.f
             f"mixing.seam = {seam} is wider than the image's side of {side} px: "
             f"set it to {side - side % 2} or less."
         )
+    unit = max(seam - 1, 1)
     start = side // 2 - seam // 2
-    profile = np.zeros(side, np.float32)
-    profile[:start] = 1
-    profile[start : start + seam] = 1 - np.linspace(0, 1, seam)
+    profile = np.zeros(side, np.uint16)
+    profile[:start] = unit
+    profile[start : start + seam] = np.arange(seam)[::-1]
     if name in ("right", "bottom"):
-        profile = 1 - profile
-    across = profile[None, :] if upright else profile[:, None]
-    return np.ascontiguousarray(np.broadcast_to(across, (height, width)))
+        profile = unit - profile
+    across = profile[None, :, None] if upright else profile[:, None, None]
+    return Mask(np.ascontiguousarray(np.broadcast_to(across, (height, width, 3))), unit)
