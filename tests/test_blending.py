@@ -164,11 +164,14 @@ def test_inputs_are_left_as_they_were(scene):
         np.testing.assert_array_equal(array, copy)
 
 
-def test_images_need_not_be_square():
+def test_large_images_are_joined_and_blended_in_every_row():
+    """Larger than the bands that the arithmetic walks, and no multiple of them."""
     rng = np.random.default_rng(0)
-    original, edit = rng.integers(0, 256, (2, 75, 9, 3), dtype=np.uint8)
-    joined = hybrid(original, edit, half_mask("top", 75, 9))
-    np.testing.assert_array_equal(joined, np.concatenate([original[:37], edit[37:]]))
+    original, edit, fractal = rng.integers(0, 256, (3, 275, 109, 3), dtype=np.uint8)
+    joined = hybrid(original, edit, half_mask("top", 275, 109))
+    np.testing.assert_array_equal(joined, np.concatenate([original[:137], edit[137:]]))
+    mixed = mix(original, edit, half_mask("top", 275, 109), fractal, 0.2)
+    np.testing.assert_array_equal(mixed, (4 * joined.astype(int) + fractal + 2) // 5)
 
 
 def test_mismatched_inputs_are_refused():

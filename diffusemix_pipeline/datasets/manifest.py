@@ -14,11 +14,12 @@ import pandas as pd
 
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import replaced_folder, write_json
-from diffusemix_pipeline.identity import digest
+from diffusemix_pipeline.identity import digest_of_text
 
 MANIFEST = "manifest.parquet"
 STAGE = "stage.json"
 SPLITS = ("train", "val", "test")
+CHUNK_ROWS = 1024  # held as Python objects at a time
 
 # What each column holds, for a person: docs/data.md.
 _DTYPES = {
@@ -61,12 +62,6 @@ class Stage:
         return read_manifest(self.folder)
 
 
-def table(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Return manifest rows, sorted by file name, every column present, typed and checked."""
-    frame = pd.DataFrame(rows, columns=list(_DTYPES)).astype(_DTYPES)
-    return _schema().validate(frame.sort_values("file_name", ignore_index=True))
-
-
 def read_manifest(folder: Path) -> pd.DataFrame:
     """Read and check a stage folder's manifest; UserError names a folder that holds none."""
     path = folder / MANIFEST
@@ -107,8 +102,27 @@ class StageWriter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.rows: list[dict[str, Any]] = []
         self.notes: dict[str, Any] = {}
+        self._rows: list[dict[str, Any]] = []
+        self._tables: list[pd.DataFrame] = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add the row of one image; what it does not say is missing."""
+        self._rows.append(row)
+        if len(self._rows) == CHUNK_ROWS:
+            self._pack()
+
+    def table(self) -> pd.DataFrame:
+        """Return the rows so far, sorted by file name, typed and checked."""
+        self._pack()
+        self._tables = [pd.concat(self._tables, ignore_index=True)]
+        rows = self._tables[0].sort_values("file_name", ignore_index=True)
+        return _schema().validate(rows)
+
+    def _pack(self) -> None:
+        """Turn rows into columns, which take a third of the memory."""
+        self._tables.append(_typed(self._rows))
+        self._rows = []
 
 
 @contextmanager
@@ -120,7 +134,7 @@ def write_stage(folder: Path, *, name: str, fingerprint: str, aside: Path) -> It
     with replaced_folder(folder, mark=STAGE, aside=aside) as partial:
         writer = StageWriter(partial)
         yield writer
-        rows = table(writer.rows)
+        rows = writer.table()
         rows.to_parquet(partial / MANIFEST, index=False)
         content = {
             "stage": name,
@@ -132,9 +146,15 @@ def write_stage(folder: Path, *, name: str, fingerprint: str, aside: Path) -> It
         write_json(partial / STAGE, content)
 
 
+def _typed(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=list(_DTYPES)).astype(_DTYPES)
+
+
 def version_of(rows: pd.DataFrame) -> str:
     """Return a digest of every value of every row, whatever library wrote the file."""
-    return digest(rows.to_csv(index=False))
+    starts = range(0, max(len(rows), 1), CHUNK_ROWS)
+    pieces = (rows[at : at + CHUNK_ROWS].to_csv(index=False, header=at == 0) for at in starts)
+    return digest_of_text(pieces)
 
 
 def counts_of(rows: pd.DataFrame) -> dict[str, Any]:

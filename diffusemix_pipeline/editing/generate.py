@@ -83,11 +83,11 @@ def generate(
         editor = InstructPix2PixEditor(folder, settings.editing, device)
         kept |= make_edits(missing, editor, settings, store, progress)
     with write_stage(out, name="generated", fingerprint=fingerprint, aside=aside) as stage:
-        for edit in planned:
+        for done, edit in enumerate(planned, start=1):
             target = stage.folder / edit.row["file_name"]
             link_or_copy(store.path(edit.key), target)
-            stage.rows.append({**edit.row, "sha256": kept[edit.key].sha256})
-            progress("Linking edits", len(stage.rows), len(planned))
+            stage.add({**edit.row, "sha256": kept[edit.key].sha256})
+            progress("Linking edits", done, len(planned))
         stage.notes["editor"] = weights
     return Generated(read_stage(out), len(missing))
 

@@ -16,7 +16,7 @@ class Mask(NamedTuple):
     """The weight of the original in H = M I + (1 - M) G, in whole numbers: M = weight / unit."""
 
     weight: NDArray[np.uint16]
-    """(H, W, 3) in [0, unit], the three channels alike: images are then walked without strides."""
+    """(H, W, 3) in [0, unit], the three channels alike."""
     unit: int
     """1 for a binary mask."""
 
@@ -50,5 +50,5 @@ def half_mask(name: str, height: int, width: int, seam: int = 0) -> Mask:
     profile[start : start + seam] = np.arange(seam)[::-1]
     if name in ("right", "bottom"):
         profile = unit - profile
-    across = profile[None, :, None] if upright else profile[:, None, None]
-    return Mask(np.ascontiguousarray(np.broadcast_to(across, (height, width, 3))), unit)
+    across = np.stack([profile] * 3, axis=-1)[None] if upright else profile[:, None, None]
+    return Mask(np.broadcast_to(across, (height, width, 3)), unit)
