@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _CHUNK_BYTES = 1 << 20
+_json = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
 
 
 def digest(*parts: Any) -> str:
@@ -55,10 +56,6 @@ def draw(options: Sequence[str], *parts: Any) -> str:
         return hasher.digest()
 
     return max(options, key=place)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def _hasher(text: str) -> Any:

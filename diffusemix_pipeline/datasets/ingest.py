@@ -47,6 +47,7 @@ def ingest(
     if finished:
         return finished
     readable, set_aside = _readable(items, settings.source.max_pixels, progress)
+    del items  # of a large source, tens of megabytes
     if train_only:
         train = [replace(item, split="train") for item in readable]
         used = thin_train(train, settings.source.train_per_class, settings.seed)

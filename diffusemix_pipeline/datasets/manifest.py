@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow
 
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import replaced_folder, write_json
@@ -43,6 +44,8 @@ _DTYPES = {
     "verdict": "str",
 }
 _REQUIRED = ("image_id", "file_name", "label", "split", "source_id", "source_sha256", "sha256")
+# Arrow's own allocator keeps what pandas frees; the system's gives it back.
+pyarrow.set_memory_pool(pyarrow.system_memory_pool())
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,8 @@ class StageWriter:
     def table(self) -> pd.DataFrame:
         """Return the rows so far, sorted by file name, typed and checked."""
         self._pack()
-        self._tables = [pd.concat(self._tables, ignore_index=True)]
-        rows = self._tables[0].sort_values("file_name", ignore_index=True)
+        rows = pd.concat(self._tables).sort_values("file_name", ignore_index=True)
+        self._tables = [rows]  # the unsorted ones go
         return _schema().validate(rows)
 
     def _pack(self) -> None:
@@ -135,7 +138,7 @@ def write_stage(folder: Path, *, name: str, fingerprint: str, aside: Path) -> It
         writer = StageWriter(partial)
         yield writer
         rows = writer.table()
-        rows.to_parquet(partial / MANIFEST, index=False)
+        rows.to_parquet(partial / MANIFEST, index=False, row_group_size=8 * CHUNK_ROWS)
         content = {
             "stage": name,
             "fingerprint": fingerprint,
