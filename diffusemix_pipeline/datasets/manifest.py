@@ -138,7 +138,7 @@ def write_stage(folder: Path, *, name: str, fingerprint: str, aside: Path) -> It
         writer = StageWriter(partial)
         yield writer
         rows = writer.table()
-        rows.to_parquet(partial / MANIFEST, index=False, row_group_size=8 * CHUNK_ROWS)
+        rows.to_parquet(partial / MANIFEST, index=False, row_group_size=CHUNK_ROWS)
         content = {
             "stage": name,
             "fingerprint": fingerprint,
