@@ -73,8 +73,8 @@ def arrays(*, quick: bool = False) -> dict[str, Any]:
     mask = half_mask("left", 256, 256)
 
     def with_conversions() -> Image.Image:
-        own = [np.array(picture) for picture in pictures[:2]]
-        return Image.fromarray(mix(*own, mask, fractal, 0.2))
+        first, second = (np.array(picture) for picture in pictures[:2])
+        return Image.fromarray(mix(first, second, mask, fractal, 0.2))
 
     published, ours, converted = _paired_seconds(
         [
