@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from test_masks import weights_of
 
 from diffusemix_pipeline.mixing.blending import hybrid, mix
 from diffusemix_pipeline.mixing.masks import Mask, half_mask
@@ -20,7 +21,10 @@ def rgb(red, green, blue):
 
 
 def mask_of(weights, unit=1):
-    return Mask(np.stack([np.array(weights, np.uint16)] * 3, axis=-1), unit)
+    """Return any mask: one whose ramp is everywhere."""
+    ramp = np.array(weights, np.uint16)[..., None]
+    everywhere, nowhere = (slice(None), slice(None)), (slice(0), slice(0))
+    return Mask(ramp.shape[:2], nowhere, everywhere, ramp, unit)
 
 
 ORIGINAL = rgb(
@@ -98,7 +102,7 @@ def scenes(draw):
 @given(scenes(), LAMS)
 def test_mix_agrees_with_the_equation_in_float64(scene, lam):
     original, edit, fractal, mask = scene
-    weight = mask.weight / mask.unit
+    weight = mask.ramp / mask.unit
     exact = (1 - lam) * (weight * original + (1 - weight) * edit) + lam * fractal
     mixed = mix(original, edit, mask, fractal, lam)
     assert mixed.dtype == np.uint8
@@ -108,7 +112,7 @@ def test_mix_agrees_with_the_equation_in_float64(scene, lam):
 @given(scenes(), st.integers(0, 1000).map(lambda lam: Fraction(lam, 1000)))
 def test_mix_is_exactly_the_equation_rounded_half_up(scene, lam):
     original, edit, fractal, mask = scene
-    weight, unit = mask.weight.astype(object), mask.unit
+    weight, unit = mask.ramp.astype(object), mask.unit
     hybrids = (weight * original + (unit - weight) * edit) * Fraction(1, unit)
     exact = (1 - lam) * hybrids + lam * fractal
     mixed = mix(original, edit, mask, fractal, float(lam))
@@ -157,11 +161,24 @@ def test_ends_of_lambda_and_of_the_mask(scene, lam):
 @given(scenes())
 def test_inputs_are_left_as_they_were(scene):
     original, edit, fractal, mask = scene
-    arrays_in = [original, edit, fractal, mask.weight]
+    arrays_in = [original, edit, fractal, mask.ramp]
     before = [array.copy() for array in arrays_in]
     mix(original, edit, mask, fractal, 0.2)
     for array, copy in zip(arrays_in, before, strict=True):
         np.testing.assert_array_equal(array, copy)
+
+
+@given(scenes(), st.sampled_from(["left", "right", "top", "bottom"]), st.integers(0, 6), LAMS)
+def test_a_half_mask_counts_by_its_weights(scene, name, half_seam, lam):
+    original, edit, fractal, _ = scene
+    height, width = original.shape[:2]
+    seam = 2 * min(half_seam, (width if name in ("left", "right") else height) // 2)
+    half = half_mask(name, height, width, seam)
+    same = mask_of(weights_of(half)[..., 0], half.unit)
+    np.testing.assert_array_equal(hybrid(original, edit, half), hybrid(original, edit, same))
+    np.testing.assert_array_equal(
+        mix(original, edit, half, fractal, lam), mix(original, edit, same, fractal, lam)
+    )
 
 
 def test_large_images_are_joined_and_blended_in_every_row():
@@ -179,9 +196,7 @@ def test_mismatched_inputs_are_refused():
         mix(ORIGINAL, EDIT[:, :3], LEFT, FRACTAL, 0.2)
     with pytest.raises(ValueError, match="fractal is float32"):
         mix(ORIGINAL, EDIT, LEFT, FRACTAL.astype(np.float32), 0.2)
-    with pytest.raises(ValueError, match="mask is float64"):
-        hybrid(ORIGINAL, EDIT, Mask(LEFT.weight.astype(np.float64), 1))
-    with pytest.raises(ValueError, match=r"mask is uint16 \(4, 4, 1\)"):
-        hybrid(ORIGINAL, EDIT, Mask(LEFT.weight[..., :1], 1))
+    with pytest.raises(ValueError, match=r"original is .* it must be uint8 \(4, 5, 3\)"):
+        hybrid(ORIGINAL, EDIT, half_mask("left", 4, 5))
     with pytest.raises(ValueError, match=r"lam is 1.5"):
         mix(ORIGINAL, EDIT, LEFT, FRACTAL, 1.5)

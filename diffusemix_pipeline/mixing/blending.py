@@ -28,25 +28,21 @@ Sum = NDArray[np.unsignedinteger]
 def hybrid(original: Image, edit: Image, mask: Mask) -> Image:
     """Return H = M I + (1 - M) G, rounded to nearest (half up): uint8 (H, W, 3).
 
-    `original` I and `edit` G: uint8 (H, W, 3). `mask` M: the weight of the original, of the same
-    shape. Paper, figure 2 and the equation of the hybrid image.
+    `original` I and `edit` G: uint8 (H, W, 3). `mask` M: the weight of the original.
+    Paper, figure 2 and the equation of the hybrid image.
 
     Raises ValueError where shapes or dtypes do not match.
     """
     _check(mask, original=original, edit=edit)
-    result = np.empty_like(original)
-    for rows in _bands(result):
-        total = _joined(original[rows], edit[rows], mask.weight[rows], mask.unit, mask.unit)
-        result[rows] = _rounded(total, mask.unit)
-    return result
+    return _rounded(_joined(original, edit, mask), mask.unit).astype(np.uint8, copy=False)
 
 
 def mix(original: Image, edit: Image, mask: Mask, fractal: Image, lam: float) -> Image:
     """Return A = (1 - lam) (M I + (1 - M) G) + lam F, rounded to nearest (half up).
 
     The result is uint8 (H, W, 3), joined and blended in one pass: nothing is rounded on the way.
-    `original` I, `edit` G and `fractal` F: uint8 (H, W, 3). `mask` M: the weight of the original,
-    of the same shape. `lam` in [0, 1], the weight of the fractal, counts as the nearest fraction
+    `original` I, `edit` G and `fractal` F: uint8 (H, W, 3). `mask` M: the weight of the original.
+    `lam` in [0, 1], the weight of the fractal, counts as the nearest fraction
     p / q with q <= 2**24 / mask.unit: 0.2 is 1 / 5. Paper, the equation of the augmented image.
 
     Raises ValueError where shapes or dtypes do not match or `lam` is out of range.
@@ -56,11 +52,12 @@ def mix(original: Image, edit: Image, mask: Mask, fractal: Image, lam: float) ->
         raise ValueError(f"lam is {lam}; it must lie in [0, 1]")
     p, q = _fraction(lam, _LARGEST_UNIT // mask.unit)
     unit = mask.unit * q
-    result = np.empty_like(original)
+    dtype = _holding(unit)
+    joined = _joined(original, edit, mask)
+    result = joined if joined.dtype == np.uint8 else np.empty_like(original)
     for rows in _bands(result):
-        total = _joined(original[rows], edit[rows], mask.weight[rows], mask.unit, unit)
-        total *= total.dtype.type(q - p)
-        total += np.multiply(fractal[rows], total.dtype.type(mask.unit * p), dtype=total.dtype)
+        total = np.multiply(joined[rows], dtype.type(q - p), dtype=dtype)
+        total += np.multiply(fractal[rows], dtype.type(mask.unit * p), dtype=dtype)
         result[rows] = _rounded(total, unit)
     return result
 
@@ -76,28 +73,32 @@ def _bands(image: Image) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, height, step))
 
 
-def _joined(
-    original: Image, edit: Image, weight: NDArray[np.uint16], mask_unit: int, unit: int
-) -> Sum:
-    """Return mask_unit H, in a type that holds `unit` H."""
-    dtype = np.uint16 if unit <= 256 else np.uint32
-    joined = np.subtract(original, edit, dtype=dtype)  # may wrap around; adding the edit mends it
-    joined *= weight
-    joined += np.multiply(edit, dtype(mask_unit), dtype=dtype)
+def _joined(original: Image, edit: Image, mask: Mask) -> Sum:
+    """Return mask.unit H."""
+    dtype = _holding(mask.unit)
+    unit = dtype.type(mask.unit)
+    joined = np.multiply(edit, unit, dtype=dtype)
+    joined[mask.kept] = np.multiply(original[mask.kept], unit, dtype=dtype)
+    # The difference may wrap around; adding it to the edit mends that.
+    joined[mask.seam] += np.subtract(original[mask.seam], edit[mask.seam], dtype=dtype) * mask.ramp
     return joined
+
+
+def _holding(unit: int) -> np.dtype[np.unsignedinteger]:
+    """Return the smallest type for sums of levels of 1 / unit, half a level added to round."""
+    return np.min_scalar_type(255 * unit + unit // 2)
 
 
 def _rounded(total: Sum, unit: int) -> Sum:
     """Return total / unit, half up, in the place of `total`."""
-    total += total.dtype.type(unit // 2)
-    total //= total.dtype.type(unit)
+    if unit > 1:
+        total += total.dtype.type(unit // 2)
+        total //= total.dtype.type(unit)
     return total
 
 
 def _check(mask: Mask, **images: Image) -> None:
-    shape = mask.weight.shape
-    if len(shape) != 3 or shape[2] != 3 or mask.weight.dtype != np.uint16:
-        raise ValueError(f"mask is {mask.weight.dtype} {shape}; it must be uint16 (H, W, 3)")
+    shape = (*mask.shape, 3)
     for name, image in images.items():
         if image.dtype != np.uint8 or image.shape != shape:
             raise ValueError(f"{name} is {image.dtype} {image.shape}; it must be uint8 {shape}")

@@ -11,14 +11,21 @@ from numpy.typing import NDArray
 
 from diffusemix_pipeline.errors import UserError
 
+_ALL = slice(None)
+
 
 class Mask(NamedTuple):
-    """The weight of the original in H = M I + (1 - M) G, in whole numbers: M = weight / unit."""
+    """The weight M of the original in H = M I + (1 - M) G: one, a ramp, and zero elsewhere."""
 
-    weight: NDArray[np.uint16]
-    """(H, W, 3) in [0, unit], the three channels alike."""
+    shape: tuple[int, int]
+    """Height and width in px."""
+    kept: tuple[slice, slice]
+    """The rows and columns where the weight is one."""
+    seam: tuple[slice, slice]
+    """The rows and columns of the ramp; none where the mask is binary."""
+    ramp: NDArray[np.uint16]
+    """(rows, 1, 1) or (1, columns, 1): the weights there, in whole numbers of 1 / unit."""
     unit: int
-    """1 for a binary mask."""
 
 
 def half_mask(name: str, height: int, width: int, seam: int = 0) -> Mask:
@@ -43,12 +50,13 @@ def half_mask(name: str, height: int, width: int, seam: int = 0) -> Mask:
             f"mixing.seam = {seam} is wider than the image's side of {side} px: "
             f"set it to {side - side % 2} or less."
         )
-    unit = max(seam - 1, 1)
+    first = name in ("left", "top")
     start = side // 2 - seam // 2
-    profile = np.zeros(side, np.uint16)
-    profile[:start] = unit
-    profile[start : start + seam] = np.arange(seam)[::-1]
-    if name in ("right", "bottom"):
-        profile = unit - profile
-    across = np.stack([profile] * 3, axis=-1)[None] if upright else profile[:, None, None]
-    return Mask(np.broadcast_to(across, (height, width, 3)), unit)
+    unit = max(seam - 1, 1)
+    ramp = np.arange(seam, dtype=np.uint16)
+    kept = slice(0, start) if first else slice(start + seam, side)
+    crossed = slice(start, start + seam)
+    weights = ramp[::-1] if first else ramp
+    if upright:
+        return Mask((height, width), (_ALL, kept), (_ALL, crossed), weights[None, :, None], unit)
+    return Mask((height, width), (kept, _ALL), (crossed, _ALL), weights[:, None, None], unit)
