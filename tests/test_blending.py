@@ -1,13 +1,16 @@
 """The two equations: goldens worked out by hand on 4 x 4 pixels, and what always holds."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from test_masks import weights_of
 
 from diffusemix_pipeline.mixing.blending import hybrid, mix
-from diffusemix_pipeline.mixing.masks import half_mask
+from diffusemix_pipeline.mixing.masks import Mask, half_mask
 
 SIDES = st.integers(1, 12)
 LAMS = st.floats(0, 1, width=32)
@@ -15,6 +18,13 @@ LAMS = st.floats(0, 1, width=32)
 
 def rgb(red, green, blue):
     return np.stack([np.array(channel, np.uint8) for channel in (red, green, blue)], axis=-1)
+
+
+def mask_of(weights, unit=1):
+    """Return any mask: one whose ramp is everywhere."""
+    ramp = np.array(weights, np.uint16)[..., None]
+    everywhere, nowhere = (slice(None), slice(None)), (slice(0), slice(0))
+    return Mask(ramp.shape[:2], nowhere, everywhere, ramp, unit)
 
 
 ORIGINAL = rgb(
@@ -28,9 +38,9 @@ EDIT = rgb(
     [[100] * 4] * 4,
 )
 FRACTAL = rgb([[5] * 4, [10] * 4, [100] * 4, [255] * 4], [[128] * 4] * 4, [[255] * 4] * 4)
-LEFT = np.array([[1, 1, 0, 0]] * 4, np.float32)
-TOP = np.array([[1] * 4, [1] * 4, [0] * 4, [0] * 4], np.float32)
-SOFT_LEFT = np.array([[1, 2 / 3, 1 / 3, 0]] * 4, np.float32)
+LEFT = mask_of([[1, 1, 0, 0]] * 4)
+TOP = mask_of([[1] * 4, [1] * 4, [0] * 4, [0] * 4])
+SOFT_LEFT = mask_of([[3, 2, 1, 0]] * 4, 3)
 
 GOLDEN_MIXES = {
     "left, lam 0.2": (
@@ -75,7 +85,7 @@ def test_hybrid_is_the_one_worked_out_by_hand():
 def test_exact_halves_go_up(value, lam, expected):
     """4.5, 13.5, 32.5 and 7.5: float32 puts some of them just below the half."""
     black = np.zeros((4, 4, 3), np.uint8)
-    mixed = mix(np.full_like(black, value), black, np.ones((4, 4), np.float32), black, lam)
+    mixed = mix(np.full_like(black, value), black, mask_of([[1] * 4] * 4), black, lam)
     assert (mixed == expected).all()
 
 
@@ -84,50 +94,101 @@ def scenes(draw):
     """Return original, edit, fractal and a mask of one random size."""
     height, width = draw(SIDES), draw(SIDES)
     image = arrays.arrays(np.uint8, (height, width, 3))
-    weight = st.floats(0, 1, width=32)
-    mask = draw(arrays.arrays(np.float32, (height, width), elements=weight))
-    return draw(image), draw(image), draw(image), mask
+    unit = draw(st.integers(1, 99))
+    weights = draw(arrays.arrays(np.uint16, (height, width), elements=st.integers(0, unit)))
+    return draw(image), draw(image), draw(image), mask_of(weights, unit)
 
 
 @given(scenes(), LAMS)
 def test_mix_agrees_with_the_equation_in_float64(scene, lam):
     original, edit, fractal, mask = scene
-    weight = mask.astype(np.float64)[..., None]
+    weight = mask.ramp / mask.unit
     exact = (1 - lam) * (weight * original + (1 - weight) * edit) + lam * fractal
     mixed = mix(original, edit, mask, fractal, lam)
     assert mixed.dtype == np.uint8
     assert np.abs(mixed - exact).max() <= 0.501
 
 
+@given(scenes(), st.integers(0, 1000).map(lambda lam: Fraction(lam, 1000)))
+def test_mix_is_exactly_the_equation_rounded_half_up(scene, lam):
+    original, edit, fractal, mask = scene
+    weight, unit = mask.ramp.astype(object), mask.unit
+    hybrids = (weight * original + (unit - weight) * edit) * Fraction(1, unit)
+    exact = (1 - lam) * hybrids + lam * fractal
+    mixed = mix(original, edit, mask, fractal, float(lam))
+    np.testing.assert_array_equal(mixed, (exact + Fraction(1, 2)) // 1)
+
+
+@pytest.mark.parametrize("hundredths", range(101))
+def test_every_pair_of_levels_is_blended_exactly(hundredths):
+    """All of 256 x 256, in whole numbers: (100 - h) I + h F hundredths, half up."""
+    levels = np.arange(256, dtype=np.uint8)
+    original, fractal = (np.stack([level] * 3, axis=-1) for level in np.meshgrid(levels, levels))
+    whole = (100 - hundredths) * original.astype(int) + hundredths * fractal.astype(int)
+    mixed = mix(original, fractal, mask_of(np.ones((256, 256))), fractal, hundredths / 100)
+    np.testing.assert_array_equal(mixed, (whole + 50) // 100)
+
+
+@pytest.mark.parametrize("seam", [0, 2, 20])
+def test_every_pair_of_levels_is_joined_exactly(seam):
+    """All of 256 x 256 at every step of the ramp, blended with the lightest fractal."""
+    unit = max(seam - 1, 1)
+    original, edit = (np.stack([level] * 3, -1) for level in np.meshgrid(*[np.arange(256)] * 2))
+    images = original.astype(np.uint8), edit.astype(np.uint8)
+    for weight in range(unit + 1):
+        mask = mask_of(np.full((256, 256), weight), unit)
+        whole = weight * original + (unit - weight) * edit
+        np.testing.assert_array_equal(hybrid(*images, mask), (2 * whole + unit) // (2 * unit))
+        mixed = mix(*images, mask, np.full_like(images[0], 255), 0.2)
+        whole = 4 * whole + 255 * unit
+        np.testing.assert_array_equal(mixed, (2 * whole + 5 * unit) // (10 * unit))
+
+
 @given(scenes(), LAMS)
 def test_ends_of_lambda_and_of_the_mask(scene, lam):
     original, edit, fractal, mask = scene
-    ones = np.ones_like(mask)
+    ones, none = (mask_of(np.full(original.shape[:2], weight)) for weight in (1, 0))
     np.testing.assert_array_equal(
         mix(original, edit, mask, fractal, 0), hybrid(original, edit, mask)
     )
     np.testing.assert_array_equal(mix(original, edit, mask, fractal, 1), fractal)
     np.testing.assert_array_equal(mix(original, edit, ones, fractal, 0), original)
     np.testing.assert_array_equal(hybrid(original, edit, ones), original)
-    np.testing.assert_array_equal(hybrid(original, edit, 1 - ones), edit)
+    np.testing.assert_array_equal(hybrid(original, edit, none), edit)
     np.testing.assert_array_equal(mix(original, original, mask, original, lam), original)
 
 
 @given(scenes())
 def test_inputs_are_left_as_they_were(scene):
     original, edit, fractal, mask = scene
-    before = [array.copy() for array in scene]
+    arrays_in = [original, edit, fractal, mask.ramp]
+    before = [array.copy() for array in arrays_in]
     mix(original, edit, mask, fractal, 0.2)
-    for array, copy in zip(scene, before, strict=True):
+    for array, copy in zip(arrays_in, before, strict=True):
         np.testing.assert_array_equal(array, copy)
 
 
-def test_tall_images_are_joined_in_every_row():
+@given(scenes(), st.sampled_from(["left", "right", "top", "bottom"]), st.integers(0, 6), LAMS)
+def test_a_half_mask_counts_by_its_weights(scene, name, half_seam, lam):
+    original, edit, fractal, _ = scene
+    height, width = original.shape[:2]
+    seam = 2 * min(half_seam, (width if name in ("left", "right") else height) // 2)
+    half = half_mask(name, height, width, seam)
+    same = mask_of(weights_of(half)[..., 0], half.unit)
+    np.testing.assert_array_equal(hybrid(original, edit, half), hybrid(original, edit, same))
+    np.testing.assert_array_equal(
+        mix(original, edit, half, fractal, lam), mix(original, edit, same, fractal, lam)
+    )
+
+
+def test_large_images_are_joined_and_blended_in_every_row():
     """Larger than the bands that the arithmetic walks, and no multiple of them."""
     rng = np.random.default_rng(0)
-    original, edit = rng.integers(0, 256, (2, 75, 9, 3), dtype=np.uint8)
-    joined = hybrid(original, edit, half_mask("top", 75, 9))
-    np.testing.assert_array_equal(joined, np.concatenate([original[:37], edit[37:]]))
+    original, edit, fractal = rng.integers(0, 256, (3, 275, 109, 3), dtype=np.uint8)
+    joined = hybrid(original, edit, half_mask("top", 275, 109))
+    np.testing.assert_array_equal(joined, np.concatenate([original[:137], edit[137:]]))
+    mixed = mix(original, edit, half_mask("top", 275, 109), fractal, 0.2)
+    np.testing.assert_array_equal(mixed, (4 * joined.astype(int) + fractal + 2) // 5)
 
 
 def test_mismatched_inputs_are_refused():
@@ -135,9 +196,7 @@ def test_mismatched_inputs_are_refused():
         mix(ORIGINAL, EDIT[:, :3], LEFT, FRACTAL, 0.2)
     with pytest.raises(ValueError, match="fractal is float32"):
         mix(ORIGINAL, EDIT, LEFT, FRACTAL.astype(np.float32), 0.2)
-    with pytest.raises(ValueError, match="mask is float64"):
-        hybrid(ORIGINAL, EDIT, LEFT.astype(np.float64))
-    with pytest.raises(ValueError, match=r"mask is float32 \(4, 4, 1\)"):
-        hybrid(ORIGINAL, EDIT, LEFT[..., None])
+    with pytest.raises(ValueError, match=r"original is .* it must be uint8 \(4, 5, 3\)"):
+        hybrid(ORIGINAL, EDIT, half_mask("left", 4, 5))
     with pytest.raises(ValueError, match=r"lam is 1.5"):
         mix(ORIGINAL, EDIT, LEFT, FRACTAL, 1.5)

@@ -4,10 +4,12 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import picture, quick_settings, write_classes
 from PIL import Image
 
+from diffusemix_pipeline.datasets import manifest
 from diffusemix_pipeline.datasets.images import (
     UnreadableImageError,
     read_rgb,
@@ -15,8 +17,14 @@ from diffusemix_pipeline.datasets.images import (
     to_square,
 )
 from diffusemix_pipeline.datasets.ingest import ingest
-from diffusemix_pipeline.datasets.manifest import read_manifest, read_stage, table
+from diffusemix_pipeline.datasets.manifest import (
+    StageWriter,
+    read_manifest,
+    read_stage,
+    write_stage,
+)
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.identity import digest
 
 PIXELS = 10_000_000
 
@@ -293,6 +301,13 @@ def test_train_only_holds_nothing_out_and_refuses_split_folders(tmp_path):
 # The manifest
 
 
+def table(rows: list[dict[str, object]]) -> pd.DataFrame:
+    writer = StageWriter(Path())
+    for row in rows:
+        writer.add(row)
+    return writer.table()
+
+
 def test_a_manifest_refuses_rows_that_make_no_sense():
     row = {
         "image_id": "a",
@@ -309,6 +324,29 @@ def test_a_manifest_refuses_rows_that_make_no_sense():
             table([{**row, **wrong}])
     with pytest.raises(Exception, match="image_id"):
         table([row, row])
+
+
+def test_rows_written_in_chunks_are_the_table_of_all(tmp_path, monkeypatch):
+    rows = [
+        {
+            "image_id": f"{number}",
+            "file_name": f"{number} ü, 🙂\n.png",
+            "label": "cat",
+            "split": "train",
+            "source_id": 'a "quoted" name',
+            "source_sha256": "0",
+            "sha256": "0",
+            **({"lam": 0.2, "seed": 2**62, "prompt": "sunset"} if number % 2 else {}),
+        }
+        for number in range(17)
+    ]
+    whole = table(rows)
+    monkeypatch.setattr(manifest, "CHUNK_ROWS", 5)
+    with write_stage(tmp_path / "out", name="x", fingerprint="y", aside=tmp_path / "a") as stage:
+        for row in rows:
+            stage.add(row)
+    pd.testing.assert_frame_equal(read_manifest(tmp_path / "out"), whole)
+    assert read_stage(tmp_path / "out").version == digest(whole.to_csv(index=False))
 
 
 def test_a_folder_without_a_stage_is_named(tmp_path):

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusemix_pipeline.identity import digest, draw, seed_from
+from diffusemix_pipeline.identity import digest, digest_of_text, draw, seed_from
 
 words = st.text(min_size=1, max_size=12)
 
@@ -16,6 +16,16 @@ def test_digest_is_known_and_stable():
 @given(st.lists(words, min_size=2, max_size=5))
 def test_digest_tells_parts_from_their_concatenation(parts):
     assert digest(*parts) != digest("".join(parts))
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8"))))
+def test_text_in_pieces_has_the_digest_of_the_whole(pieces):
+    assert digest_of_text(pieces) == digest("".join(pieces))
+
+
+@given(st.lists(words, min_size=1, max_size=9, unique=True), words, st.integers())
+def test_the_draw_is_the_option_of_the_largest_digest(options, image, copy):
+    assert draw(options, image, copy) == max(options, key=lambda o: digest(image, copy, o))
 
 
 @given(words, words, st.integers(0, 100))

@@ -37,11 +37,20 @@ GOLDEN = {
 }
 
 
+def weights_of(mask):
+    """Return the original's weights in whole numbers of 1 / unit: (H, W, 1)."""
+    weights = np.zeros((*mask.shape, 1), np.uint16)
+    weights[mask.kept] = mask.unit
+    weights[mask.seam] = mask.ramp
+    return weights
+
+
 @pytest.mark.parametrize("arguments", GOLDEN, ids=str)
 def test_mask_is_the_one_written_by_hand(arguments):
     mask = half_mask(*arguments)
-    assert mask.dtype == np.float32
-    np.testing.assert_allclose(mask, GOLDEN[arguments], rtol=0, atol=1e-7)
+    np.testing.assert_allclose(
+        weights_of(mask)[..., 0] / mask.unit, GOLDEN[arguments], rtol=0, atol=1e-15
+    )
 
 
 @pytest.mark.parametrize(("first", "second"), [("left", "right"), ("top", "bottom")])
@@ -50,16 +59,19 @@ def test_opposite_masks_are_complementary(first, second, height, width, half_sea
     side = width if first == "left" else height
     seam = 2 * min(half_seam, side // 2)
     one, other = half_mask(first, height, width, seam), half_mask(second, height, width, seam)
-    np.testing.assert_array_equal(one + other, np.ones((height, width), np.float32))
-    assert one.min() >= 0
-    assert one.max() <= 1
+    assert one.unit == other.unit
+    assert one.shape == other.shape == (height, width)
+    assert (weights_of(one) + weights_of(other) == one.unit).all()
+    assert weights_of(one).max() <= one.unit
 
 
 @given(height=SIDES, width=SIDES)
 def test_hard_masks_are_binary_and_hold_half_of_the_side(height, width):
-    assert set(np.unique(half_mask("left", height, width))) <= {0.0, 1.0}
-    assert half_mask("left", height, width).sum() == height * (width // 2)
-    assert half_mask("bottom", height, width).sum() == (height - height // 2) * width
+    left, bottom = half_mask("left", height, width), half_mask("bottom", height, width)
+    assert left.unit == bottom.unit == 1
+    assert set(np.unique(weights_of(left))) <= {0, 1}
+    assert weights_of(left).sum() == height * (width // 2)
+    assert weights_of(bottom).sum() == (height - height // 2) * width
 
 
 def test_seam_wider_than_the_side_is_a_users_error():

@@ -12,6 +12,7 @@ MAX_PIXELS = 64_000_000  # of one image: a small file may decode to gigabytes
 Image.init()
 # EPS is a program, which PIL hands to Ghostscript.
 _FORMATS = sorted(set(Image.OPEN) - {"EPS"})
+_RUN_LENGTHS = 3  # zlib's Z_RLE
 
 
 class UnreadableImageError(ValueError):
@@ -67,9 +68,13 @@ def read_square(path: Path, size: int) -> np.ndarray:
 
 
 def png_bytes(pixels: np.ndarray) -> bytes:
-    """Encode uint8 (H, W, 3) without loss; the same pixels give the same bytes."""
+    """Encode uint8 (H, W, 3) without loss; the same pixels give the same bytes.
+
+    Run lengths alone take a fifth of the default's time and no more bytes: after PNG's filters,
+    photographs hold hardly any longer repetition (docs/benchmarks.md, "Codec").
+    """
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
+    Image.fromarray(pixels).save(buffer, "PNG", compress_type=_RUN_LENGTHS)
     return buffer.getvalue()
 
 

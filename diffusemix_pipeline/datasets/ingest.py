@@ -16,7 +16,7 @@ from diffusemix_pipeline.identity import digest
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings
 
-CODE_VERSION = "3"
+CODE_VERSION = "4"
 
 
 def ingest(
@@ -47,6 +47,7 @@ def ingest(
     if finished:
         return finished
     readable, set_aside = _readable(items, settings.source.max_pixels, progress)
+    del items  # of a large source, tens of megabytes
     if train_only:
         train = [replace(item, split="train") for item in readable]
         used = thin_train(train, settings.source.train_per_class, settings.seed)
@@ -54,7 +55,7 @@ def ingest(
         used = assign_splits(readable, settings.source, settings.seed)
     with write_stage(out, name="raw", fingerprint=fingerprint, aside=aside) as stage:
         for done, item in enumerate(used, start=1):
-            stage.rows.append(_copied(item, stage.folder, settings.source.max_pixels))
+            stage.add(_copied(item, stage.folder, settings.source.max_pixels))
             progress("Copying images", done, len(used))
         stage.notes["set_aside"] = set_aside
         stage.notes["left_out_by_train_per_class"] = len(readable) - len(used)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow
 
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import replaced_folder, write_json
-from diffusemix_pipeline.identity import digest
+from diffusemix_pipeline.identity import digest_of_text
 
 MANIFEST = "manifest.parquet"
 STAGE = "stage.json"
@@ -23,6 +24,7 @@ REJECTED = "rejected.parquet"
 TABLES = {MANIFEST, STAGE, REJECTED}
 """The files of a stage folder that are no images."""
 SPLITS = ("train", "val", "test")
+CHUNK_ROWS = 1024  # held as Python objects at a time
 
 # What each column holds, for a person: docs/data.md.
 _DTYPES = {
@@ -46,6 +48,8 @@ _DTYPES = {
     "verdict": "str",
 }
 _REQUIRED = ("image_id", "file_name", "label", "split", "source_id", "source_sha256", "sha256")
+# Arrow's own allocator keeps what pandas frees; the system's gives it back.
+pyarrow.set_memory_pool(pyarrow.system_memory_pool())
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,6 @@ class Stage:
     def manifest(self) -> pd.DataFrame:
         """Read the stage's rows."""
         return read_manifest(self.folder)
-
-
-def table(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Return manifest rows, sorted by file name, every column present, typed and checked."""
-    frame = pd.DataFrame(rows, columns=list(_DTYPES)).astype(_DTYPES)
-    return _schema().validate(frame.sort_values("file_name", ignore_index=True))
 
 
 def read_manifest(folder: Path) -> pd.DataFrame:
@@ -111,8 +109,27 @@ class StageWriter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.rows: list[dict[str, Any]] = []
         self.notes: dict[str, Any] = {}
+        self._rows: list[dict[str, Any]] = []
+        self._tables: list[pd.DataFrame] = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add the row of one image; what it does not say is missing."""
+        self._rows.append(row)
+        if len(self._rows) == CHUNK_ROWS:
+            self._pack()
+
+    def table(self) -> pd.DataFrame:
+        """Return the rows so far, sorted by file name, typed and checked."""
+        self._pack()
+        rows = pd.concat(self._tables).sort_values("file_name", ignore_index=True)
+        self._tables = [rows]  # the unsorted ones go
+        return _schema().validate(rows)
+
+    def _pack(self) -> None:
+        """Turn rows into columns, which take a third of the memory."""
+        self._tables.append(_typed(self._rows))
+        self._rows = []
 
 
 @contextmanager
@@ -124,8 +141,8 @@ def write_stage(folder: Path, *, name: str, fingerprint: str, aside: Path) -> It
     with replaced_folder(folder, mark=STAGE, aside=aside) as partial:
         writer = StageWriter(partial)
         yield writer
-        rows = table(writer.rows)
-        rows.to_parquet(partial / MANIFEST, index=False)
+        rows = writer.table()
+        rows.to_parquet(partial / MANIFEST, index=False, row_group_size=CHUNK_ROWS)
         content = {
             "stage": name,
             "fingerprint": fingerprint,
@@ -136,9 +153,15 @@ def write_stage(folder: Path, *, name: str, fingerprint: str, aside: Path) -> It
         write_json(partial / STAGE, content)
 
 
+def _typed(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=list(_DTYPES)).astype(_DTYPES)
+
+
 def version_of(rows: pd.DataFrame) -> str:
     """Return a digest of every value of every row, whatever library wrote the file."""
-    return digest(rows.to_csv(index=False))
+    starts = range(0, max(len(rows), 1), CHUNK_ROWS)
+    pieces = (rows[at : at + CHUNK_ROWS].to_csv(index=False, header=at == 0) for at in starts)
+    return digest_of_text(pieces)
 
 
 def counts_of(rows: pd.DataFrame) -> dict[str, Any]:

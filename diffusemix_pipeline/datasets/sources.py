@@ -2,22 +2,20 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from diffusemix_pipeline.datasets.images import plain_rgb_suffix, png_bytes, read_rgb
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.identity import digest, file_sha256
+from diffusemix_pipeline.identity import digest, digest_of_text, file_sha256
 
 DIGITS = "digits"
 _DIGIT_SIDE = 32
-T = TypeVar("T")
 _SPLIT_FOLDERS = {
     "train": "train",
     "training": "train",
@@ -28,7 +26,7 @@ _SPLIT_FOLDERS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there is one for every image of a source at once
 class Item:
     """One labelled image before it is read. `split` is None where the source does not say."""
 
@@ -37,14 +35,19 @@ class Item:
     split: str | None
     sha256: str
     """Of the file's bytes."""
-    read: Callable[[int], Image.Image]
-    """From the pixel limit to the upright RGB picture, or UnreadableImageError."""
-    stored: Callable[[int], tuple[bytes, str]]
-    """From the pixel limit to the bytes and suffix in `data/raw`."""
+    file: "_File | _Digit"
     pixels: str = ""
     """SHA-256 of the picture, once it was read."""
     size: tuple[int, int] = (0, 0)
     """Its width and height in px, once it was read."""
+
+    def read(self, max_pixels: int) -> Image.Image:
+        """Return the upright RGB picture, or raise UnreadableImageError."""
+        return self.file.read(max_pixels)
+
+    def stored(self, max_pixels: int) -> tuple[bytes, str]:
+        """Return the bytes and the suffix in `data/raw`."""
+        return self.file.stored(max_pixels)
 
 
 def list_items(source: str) -> list[Item]:
@@ -54,7 +57,8 @@ def list_items(source: str) -> list[Item]:
 
 def source_digest(items: Iterable[Item]) -> str:
     """Identify the content of a source: names, labels, splits and bytes, not times."""
-    return digest(sorted([i.source_id, i.label, i.split or "", i.sha256] for i in items))
+    by_name = sorted(items, key=lambda item: item.source_id)
+    return digest_of_text(digest(i.source_id, i.label, i.split or "", i.sha256) for i in by_name)
 
 
 def _digits() -> Iterable[Item]:
@@ -63,19 +67,25 @@ def _digits() -> Iterable[Item]:
     bunch = load_digits()
     for index, (pixels, label) in enumerate(zip(bunch.images, bunch.target, strict=True)):
         digit = _enlarged_digit(pixels)
-        content = png_bytes(digit)
         yield Item(
             source_id=f"{DIGITS}/{index:04d}",
             label=str(label),
             split=None,
-            sha256=hashlib.sha256(content).hexdigest(),
-            read=partial(_whatever_the_limit, Image.fromarray(digit)),
-            stored=partial(_whatever_the_limit, (content, ".png")),
+            sha256=hashlib.sha256(png_bytes(digit)).hexdigest(),
+            file=_Digit(digit),
         )
 
 
-def _whatever_the_limit(value: T, max_pixels: int) -> T:
-    return value
+class _Digit(NamedTuple):
+    """A picture that is in memory; no limit of pixels concerns it."""
+
+    pixels: np.ndarray
+
+    def read(self, max_pixels: int) -> Image.Image:
+        return Image.fromarray(self.pixels)
+
+    def stored(self, max_pixels: int) -> tuple[bytes, str]:
+        return png_bytes(self.pixels), ".png"
 
 
 def _enlarged_digit(pixels: np.ndarray) -> np.ndarray:
@@ -94,12 +104,12 @@ def _folder(root: Path) -> Iterable[Item]:
     # A class may be called train: a split holds folders.
     if any(split == "train" and _subfolders(root / name) for name, split in splits.items()):
         classes = [
-            (split, f"{folder}/{label}", label)
+            (split, f"{folder}/{label}", _written(label))
             for folder, split in sorted(splits.items())
             for label in _subfolders(root / folder)
         ]
     else:
-        classes = [(None, label, label) for label in top]
+        classes = [(None, label, _written(label)) for label in top]
     found = [
         _file_item(root, path, label, split)
         for split, folder, label in classes
@@ -114,18 +124,27 @@ def _folder(root: Path) -> Iterable[Item]:
 
 
 def _file_item(root: Path, path: Path, label: str, split: str | None) -> Item:
-    def stored(max_pixels: int) -> tuple[bytes, str]:
-        plain = plain_rgb_suffix(path)
-        if plain:
-            return path.read_bytes(), plain
-        return png_bytes(np.asarray(read_rgb(path, max_pixels))), ".png"
-
     try:
         sha256 = file_sha256(path)
     except OSError:  # reading it will fail as well, and say why
         sha256 = ""
-    name = path.relative_to(root).as_posix()
-    return Item(_written(name), _written(label), split, sha256, partial(read_rgb, path), stored)
+    source_id = _written(path.relative_to(root).as_posix())
+    return Item(source_id, label, split, sha256, _File(str(path)))
+
+
+class _File(NamedTuple):
+    """An image file; text takes a third of a Path's memory."""
+
+    path: str
+
+    def read(self, max_pixels: int) -> Image.Image:
+        return read_rgb(Path(self.path), max_pixels)
+
+    def stored(self, max_pixels: int) -> tuple[bytes, str]:
+        plain = plain_rgb_suffix(Path(self.path))
+        if plain:
+            return Path(self.path).read_bytes(), plain
+        return png_bytes(np.asarray(self.read(max_pixels))), ".png"
 
 
 def _written(name: str) -> str:

@@ -129,11 +129,11 @@ def collect_edits(
         )
     said = store.said({edit.key for edit, _ in accepted})
     with write_stage(out, name="generated", fingerprint=plan.fingerprint, aside=aside) as stage:
-        for edit, verdict in accepted:
+        for done, (edit, verdict) in enumerate(accepted, start=1):
             row = _row(edit, verdict, plan.settings.size)
             link_or_copy(store.path(edit.key), stage.folder / row["file_name"])
-            stage.rows.append({**row, "sha256": said[edit.key].sha256})
-            progress("Linking edits", len(stage.rows), len(accepted))
+            stage.add({**row, "sha256": said[edit.key].sha256})
+            progress("Linking edits", done, len(accepted))
         stage.notes["editor"] = plan.weights
         if verdicts:
             rows = [_row(edit, verdict, plan.settings.size) for edit, verdict in rejected]

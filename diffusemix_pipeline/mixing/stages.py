@@ -7,24 +7,33 @@ encodings do not pile up.
 
 import hashlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from diffusemix_pipeline.datasets.images import png_bytes, read_square
-from diffusemix_pipeline.datasets.manifest import Stage, finished_stage, read_stage, write_stage
+from diffusemix_pipeline.datasets.manifest import (
+    CHUNK_ROWS,
+    Stage,
+    finished_stage,
+    read_stage,
+    write_stage,
+)
+from diffusemix_pipeline.devices import usable_cores
 from diffusemix_pipeline.identity import digest, draw
 from diffusemix_pipeline.mixing.blending import hybrid, mix
 from diffusemix_pipeline.mixing.fractals import fractals_version, load_fractals
-from diffusemix_pipeline.mixing.masks import half_mask
+from diffusemix_pipeline.mixing.masks import Mask, half_mask
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 
-Join = Callable[[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]], np.ndarray]
-"""Joins an original, an edit and the original's mask, and may add to the manifest row."""
+Join = Callable[[np.ndarray, np.ndarray, Mask, str], tuple[np.ndarray, dict[str, Any]]]
+"""Joins an original, an edit and the mask by the edit's key; says what else it drew."""
 
 
 def make_hybrids(
@@ -43,9 +52,9 @@ def make_hybrids(
     )
 
     def join(
-        original: np.ndarray, edit: np.ndarray, mask: np.ndarray, row: dict[str, Any]
-    ) -> np.ndarray:
-        return hybrid(original, edit, mask)
+        original: np.ndarray, edit: np.ndarray, mask: Mask, edit_key: str
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        return hybrid(original, edit, mask), {}
 
     return _mixed("hybrid", fingerprint, join, raw, generated, settings, out, aside, progress)
 
@@ -74,11 +83,11 @@ def make_augmented(
     names = sorted(fractals)
 
     def join(
-        original: np.ndarray, edit: np.ndarray, mask: np.ndarray, row: dict[str, Any]
-    ) -> np.ndarray:
-        name = draw(names, seed, "fractal", row["edit_key"])
-        row.update(fractal_id=name, lam=mixing.lam)
-        return mix(original, edit, mask, fractals[name], mixing.lam)
+        original: np.ndarray, edit: np.ndarray, mask: Mask, edit_key: str
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        name = draw(names, seed, "fractal", edit_key)
+        mixed = mix(original, edit, mask, fractals[name], mixing.lam)
+        return mixed, {"fractal_id": name, "lam": mixing.lam}
 
     return _mixed("augmented", fingerprint, join, raw, generated, settings, out, aside, progress)
 
@@ -99,18 +108,33 @@ def _mixed(
     if finished:
         return finished
     size, mixing = settings.size, settings.mixing
-    masks = {mask: half_mask(mask, size, size, mixing.seam) for mask in mixing.masks}
-    sources = dict(raw.manifest()[["image_id", "file_name"]].itertuples(index=False))
-    edits = generated.manifest().to_dict("records")
-    with write_stage(out, name=name, fingerprint=fingerprint, aside=aside) as stage:
-        for done, row in enumerate(edits, start=1):
-            row["mask"] = draw(sorted(masks), settings.seed, "mask", row["edit_key"])
-            original = read_square(raw.folder / sources[row["source_id"]], size)
-            edit = read_square(generated.folder / row["file_name"], size)
-            content = png_bytes(join(original, edit, masks[row["mask"]], row))
-            target = stage.folder / row["file_name"]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
-            stage.rows.append({**row, "sha256": hashlib.sha256(content).hexdigest()})
-            progress(f"Mixing {name} images", done, len(edits))
+    names = sorted(mixing.masks)
+    masks: dict[str, Mask] = {m: half_mask(m, size, size, mixing.seam) for m in names}
+    sources = raw.manifest().set_index("image_id")["file_name"]
+    edits = generated.manifest()
+
+    def mixed(row: dict[str, Any], original_name: str, folder: Path) -> dict[str, Any]:
+        """Write the image of an edit's row, and return its own row."""
+        mask = draw(names, settings.seed, "mask", row["edit_key"])
+        original = read_square(raw.folder / original_name, size)
+        edit = read_square(generated.folder / row["file_name"], size)
+        pixels, drawn = join(original, edit, masks[mask], row["edit_key"])
+        content = png_bytes(pixels)
+        target = folder / row["file_name"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+        return {**row, "mask": mask, **drawn, "sha256": hashlib.sha256(content).hexdigest()}
+
+    with (
+        write_stage(out, name=name, fingerprint=fingerprint, aside=aside) as stage,
+        ThreadPoolExecutor(usable_cores()) as threads,  # PIL and numpy let others run
+    ):
+        done = 0
+        for start in range(0, len(edits), CHUNK_ROWS):
+            rows = edits[start : start + CHUNK_ROWS].to_dict("records")
+            originals = sources.loc[[row["source_id"] for row in rows]]
+            for row in threads.map(mixed, rows, originals, repeat(stage.folder)):
+                stage.add(row)
+                done += 1
+                progress(f"Mixing {name} images", done, len(edits))
     return read_stage(out)

@@ -1,0 +1,435 @@
+"""How fast mixing is, what its files cost, and how little memory it holds.
+
+What belongs here: measurements of `mixing/`, of the codec and of the stages that walk a dataset.
+What does not: edits, and assertions about time; a test that fails on a busy machine says nothing.
+
+    python -m benchmarks.mixing [--quick] [--json] [--images DIR]
+
+Times are compared only with times taken a moment before or after, in pairs: a busy machine slows
+both.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from diffusemix_pipeline.bundled_editor.sources import make_pictures, read_image_folder
+from diffusemix_pipeline.datasets.images import png_bytes, read_square
+from diffusemix_pipeline.datasets.ingest import ingest
+from diffusemix_pipeline.datasets.manifest import Stage, read_manifest, read_stage, write_stage
+from diffusemix_pipeline.devices import usable_cores
+from diffusemix_pipeline.identity import digest
+from diffusemix_pipeline.mixing.blending import mix
+from diffusemix_pipeline.mixing.fractals import make_fractal
+from diffusemix_pipeline.mixing.masks import half_mask
+from diffusemix_pipeline.mixing.stages import make_augmented
+from diffusemix_pipeline.settings import Settings
+
+ROWS = (1_000, 50_000)
+QUICK_ROWS = (1_000, 5_000)
+CODECS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{f"PNG, level {level}": ("PNG", {"compress_level": level}) for level in range(10)},
+    "PNG, Huffman only": ("PNG", {"compress_type": 2}),
+    "PNG, run lengths": ("PNG", {"compress_type": 3}),
+    **{
+        f"WebP lossless, method {method}": (
+            "WEBP",
+            {"lossless": True, "method": method, "quality": 0},
+        )
+        for method in (0, 1, 2, 4)
+    },
+    "JPEG, quality 95, 4:4:4": ("JPEG", {"quality": 95, "subsampling": 0}),
+}
+
+
+# Mixing, arrays alone ---------------------------------------------------------------------------
+
+
+def arrays(*, quick: bool = False) -> dict[str, Any]:
+    """Time one half mask and one fractal at 256 px, against the published code's way.
+
+    `ratio_mixing_arrays` compares what each does between decoding and encoding: the published code
+    turns PIL images into float arrays and back, twice; this package starts from the arrays that its
+    decoder gives. `ratio_with_conversions` adds to this package's time PIL image to array, twice,
+    and array to PIL image.
+    """
+    pixels = make_pictures(3, 256, np.random.default_rng(0))
+    pictures = [Image.fromarray(one) for one in pixels]
+    original, edit, fractal = pixels
+    mask = half_mask("left", 256, 256)
+
+    def with_conversions() -> Image.Image:
+        first, second = (np.array(picture) for picture in pictures[:2])
+        return Image.fromarray(mix(first, second, mask, fractal, 0.2))
+
+    published, ours, converted = _paired_seconds(
+        [
+            lambda: _published_mix(*pictures),
+            lambda: mix(original, edit, mask, fractal, 0.2),
+            with_conversions,
+        ],
+        repetitions=10 if quick else 50,
+        loops=10,
+    )
+    return {
+        "ratio_mixing_arrays": _median_ratio(published, ours),
+        "ratio_with_conversions": _median_ratio(published, converted),
+        "published_ms": 1e3 * min(published),
+        "ours_ms": 1e3 * min(ours),
+        "repetitions": 10 * len(ours),
+    }
+
+
+def _published_mix(original: Image.Image, edit: Image.Image, fractal: Image.Image) -> Image.Image:
+    """Do what the published code does after the edit (research code of the paper's authors).
+
+    It builds the mask anew for each image, a seam of 20 px in it, in float64 and three channels;
+    joins in [0, 1]; goes through a PIL image; blends in float32, and truncates both times.
+    """
+    width, height = original.size
+    flat = (width - 20) // 2
+    ramp = np.concatenate([np.zeros(flat), np.linspace(0, 1, 20), np.ones(flat)])
+    of_edit = np.tile(np.tile(ramp, (height, 1))[..., None], (1, 1, 3))
+    first, second = (np.array(image, dtype=np.float32) / 255 for image in (original, edit))
+    joined = (1 - of_edit) * first + of_edit * second
+    hybrid = Image.fromarray(np.clip(joined * 255, 0, 255).astype(np.uint8))
+    below = np.array(hybrid, dtype=np.float32)
+    above = np.array(fractal.resize(hybrid.size), dtype=np.float32)
+    blend = 0.8 * below + 0.2 * above
+    return Image.fromarray(np.clip(blend, 0, 255).astype(np.uint8))
+
+
+# The codec --------------------------------------------------------------------------------------
+
+
+def codec(images: Path | None = None, *, quick: bool = False) -> dict[str, Any]:
+    """Time what might hold the pictures: ms to encode, ms to decode and bytes, by size and codec.
+
+    Half of the pictures are as they are, half with a fractal blended in. They come from the folder
+    `images`, else they are made.
+    """
+    rows = []
+    for size in (32, 256) if quick else (32, 64, 256, 512):
+        pictures = _pictures_to_encode(images, size, count=4 if quick else 24)
+        for name, (kind, options) in CODECS.items():
+            seconds = [_codec_seconds(one, kind, options, 1 if quick else 3) for one in pictures]
+            encode, decode, size_bytes = np.mean(seconds, axis=0)
+            rows.append(
+                {
+                    "size": size,
+                    "codec": name,
+                    "encode_ms": 1e3 * encode,
+                    "decode_ms": 1e3 * decode,
+                    "bytes": int(size_bytes),
+                }
+            )
+    return {"codec_table": rows, "codec_pictures": "a folder's" if images else "made"}
+
+
+def _pictures_to_encode(images: Path | None, size: int, count: int) -> Sequence[np.ndarray]:
+    if images:
+        found = read_image_folder(images, size)[0]
+        plain = found[:: max(len(found) // count, 1)][:count]
+    else:
+        plain = make_pictures(count, size, np.random.default_rng(0))
+    keep_all = half_mask("left", size, size)
+    return [
+        mix(one, one, keep_all, make_fractal(number, size), 0.2) if number % 2 else one
+        for number, one in enumerate(plain)
+    ]
+
+
+def _codec_seconds(
+    pixels: np.ndarray, kind: str, options: dict[str, Any], repetitions: int
+) -> tuple[float, float, int]:
+    encode, decode = [], []
+    for _ in range(repetitions):
+        began = time.perf_counter()
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, kind, **options)
+        encode.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        with Image.open(buffer) as image:
+            np.array(image.convert("RGB"))
+        decode.append(time.perf_counter() - began)
+    return min(encode), min(decode), len(buffer.getvalue())
+
+
+# A stage against its codec ----------------------------------------------------------------------
+
+
+def throughput(size: int = 256, *, quick: bool = False) -> dict[str, Any]:
+    """Compare `make_augmented` with nothing but its decoding and encoding, on as many threads.
+
+    `codec_fraction` is the stage's throughput over the codec's: two files read an image, one
+    encoded in memory. Reading the fractals is left out, everything else of the stage counts.
+    """
+    count = min((256 if quick else 2048) * (256 // size), 4096)
+    with tempfile.TemporaryDirectory() as folder:
+        here = Path(folder)
+        settings = _settings(size)
+        raw, generated = _stages(here, count, settings)
+        stage, codec_alone = [], []
+        _stage_seconds(here, "augmented", raw, generated, settings)  # imports, makes the fractals
+        for number in range(3):
+            stage.append(_stage_seconds(here, f"augmented-{number}", raw, generated, settings))
+            codec_alone.append(_codec_alone_seconds(here / "augmented", raw, generated, size))
+    return {
+        "codec_fraction": _median_ratio(codec_alone, stage),
+        "size": size,
+        "images": count,
+        "images_per_second": count / min(stage),
+        "threads": usable_cores(),
+    }
+
+
+def _stage_seconds(
+    here: Path, name: str, raw: Stage, generated: Stage, settings: Settings
+) -> float:
+    began = time.perf_counter()
+
+    def progress(description: str, done: int, total: int) -> None:
+        nonlocal began
+        if description == "Making fractals":
+            began = time.perf_counter()
+
+    make_augmented(
+        raw,
+        generated,
+        settings,
+        here / name,
+        fractal_cache=here / "fractals",
+        aside=here / "aside",
+        progress=progress,
+    )
+    return time.perf_counter() - began
+
+
+def _codec_alone_seconds(augmented: Path, raw: Stage, generated: Stage, size: int) -> float:
+    names = dict(raw.manifest()[["image_id", "file_name"]].itertuples(index=False))
+    edits = generated.manifest()
+    originals = [raw.folder / names[source] for source in edits["source_id"]]
+    edited = [generated.folder / name for name in edits["file_name"]]
+    some = [read_square(augmented / name, size) for name in edits["file_name"][:256]]
+    results = islice(cycle(some), len(edits))
+
+    def coded(original: Path, edit: Path, result: np.ndarray) -> None:
+        read_square(original, size)
+        read_square(edit, size)
+        png_bytes(result)
+
+    with ThreadPoolExecutor(usable_cores()) as threads:
+        began = time.perf_counter()
+        list(threads.map(coded, originals, edited, results))
+        return time.perf_counter() - began
+
+
+# Memory -----------------------------------------------------------------------------------------
+
+
+def memory(*, quick: bool = False) -> dict[str, Any]:
+    """Measure how much more memory ingesting and mixing hold for 50,000 images than for 1,000.
+
+    Each stage runs in a process of its own, whose peak of resident memory the kernel tells (Linux).
+    `rss_growth_mb` is the larger growth of the two, less the manifests that a stage works with: one
+    for ingesting, three for mixing (originals, edits, results). `manifest_bytes_per_row` is the
+    largest of those in memory. Images are PNG files of 16 px, all different.
+
+    Quick: 5,000 images instead, the growth stretched in proportion to 50,000.
+    """
+    few, many = QUICK_ROWS if quick else ROWS
+    stretch = (ROWS[1] - ROWS[0]) / (many - few)
+    peaks, per_row = {}, {}
+    for count in (few, many):
+        with tempfile.TemporaryDirectory() as folder:
+            here = Path(folder)
+            _write_source(here / "source", count, 16)
+            for stage in ("raw", "augmented"):
+                if stage == "augmented":
+                    _write_edits(here, read_stage(here / "raw"), _settings(16))
+                peaks[stage, count] = _peak_bytes(stage, here)
+            for stage in ("raw", "generated", "augmented"):
+                rows = read_manifest(here / stage)
+                per_row[stage] = int(rows.memory_usage(deep=True).sum()) / len(rows)
+    grown = {
+        stage: stretch * (peaks[stage, many] - peaks[stage, few]) for stage in ("raw", "augmented")
+    }
+    rows_more = ROWS[1] - ROWS[0]
+    aside = {
+        "raw": grown["raw"] - rows_more * per_row["raw"],
+        "augmented": grown["augmented"] - rows_more * sum(per_row.values()),
+    }
+    return {
+        "rss_growth_mb": max(aside.values()) / 1e6,
+        "manifest_bytes_per_row": max(per_row.values()),
+        "rss_growth_mb_by_stage": {stage: grown[stage] / 1e6 for stage in grown},
+        "rss_growth_mb_less_manifests_by_stage": {stage: aside[stage] / 1e6 for stage in aside},
+        "rss_rows_measured": [few, many],
+        "rss_stretched_to_rows": list(ROWS),
+    }
+
+
+def _peak_bytes(stage: str, here: Path) -> int:
+    """Run one stage in a process of its own and return the peak of its resident memory."""
+    command = [sys.executable, "-m", "benchmarks.mixing", "--peak", stage, str(here)]
+    told = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(told.stdout)
+
+
+def _run_for_peak(stage: str, here: Path) -> int:
+    settings = _settings(16)
+    if stage == "raw":
+        _ingested(here, settings)
+    else:
+        raw, generated = read_stage(here / "raw"), read_stage(here / "generated")
+        _stage_seconds(here, "augmented", raw, generated, settings)
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+# Datasets to measure on -------------------------------------------------------------------------
+
+
+def _settings(size: int) -> Settings:
+    return Settings.model_validate({"size": size, "source": {"train_per_class": None}})
+
+
+def _stages(here: Path, count: int, settings: Settings) -> tuple[Stage, Stage]:
+    _write_source(here / "source", count, settings.size)
+    raw = _ingested(here, settings)
+    return raw, _write_edits(here, raw, settings)
+
+
+def _ingested(here: Path, settings: Settings) -> Stage:
+    """Ingest the source, all of it for training."""
+    source = str(here / "source")
+    return ingest(source, settings, here / "raw", aside=here / "aside", train_only=True)
+
+
+def _write_source(folder: Path, count: int, size: int) -> None:
+    for number, content in enumerate(_different_pngs(count, size, seed=0)):
+        path = folder / f"class-{number % 10}" / f"image-{number:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def _write_edits(here: Path, raw: Stage, settings: Settings) -> Stage:
+    """Write a stage like that of `editing.generate`, one made picture for each original."""
+    rows = raw.manifest()
+    contents = _different_pngs(len(rows), settings.size, seed=1)
+    out = here / "generated"
+    with write_stage(out, name="generated", fingerprint="made", aside=here / "aside") as stage:
+        for original, content in zip(rows.itertuples(), contents, strict=True):
+            key = digest(original.source_sha256)
+            image_id = f"{original.label}/{Path(original.file_name).stem}.sunset.0.{key[:8]}"
+            target = stage.folder / f"{image_id}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+            stage.add(
+                {
+                    "image_id": image_id,
+                    "file_name": f"{image_id}.png",
+                    "label": original.label,
+                    "split": "train",
+                    "source_id": original.image_id,
+                    "source_sha256": original.source_sha256,
+                    "prompt": "sunset",
+                    "copy": 0,
+                    "attempt": 0,
+                    "edit_key": key,
+                    "seed": 2**62,
+                    "sha256": hashlib.sha256(content).hexdigest(),
+                    "width": settings.size,
+                    "height": settings.size,
+                }
+            )
+    return read_stage(out)
+
+
+def _different_pngs(count: int, size: int, seed: int) -> Iterable[bytes]:
+    """Encode `count` pictures, made from some thirty by moving them about and numbering them."""
+    pictures = make_pictures(30, size, np.random.default_rng(seed))
+    for number in range(count):
+        moved = np.roll(pictures[number % 30], number // 30, axis=(0, 1))
+        moved[0, 0] = number % 256, number // 256 % 256, number // 65536
+        yield png_bytes(moved)
+
+
+# Timing -----------------------------------------------------------------------------------------
+
+
+def _paired_seconds(
+    functions: Sequence[Callable[[], object]], repetitions: int, loops: int
+) -> list[list[float]]:
+    """Time a few calls of each function in turn, so that a busy machine slows all of them.
+
+    Between single calls one function's memory would cost the other's time: what it gives back to
+    the kernel, the next has to ask for.
+    """
+    seconds: list[list[float]] = [[] for _ in functions]
+    for _ in range(repetitions):
+        for function, its in zip(functions, seconds, strict=True):
+            began = time.perf_counter()
+            for _ in range(loops):
+                function()
+            its.append((time.perf_counter() - began) / loops)
+    return seconds
+
+
+def _median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+# By hand ----------------------------------------------------------------------------------------
+
+
+def measure(images: Path | None = None, *, quick: bool = False) -> dict[str, Any]:
+    """Take all the measurements of this module."""
+    return {
+        "quick": quick,
+        **arrays(quick=quick),
+        **codec(images, quick=quick),
+        **throughput(256, quick=quick),
+        "throughput_32_px": throughput(32, quick=quick),
+        **memory(quick=quick),
+    }
+
+
+def main() -> None:
+    """Print the measurements, the codec's as a table; with --json, one JSON object last."""
+    parser = argparse.ArgumentParser(description=measure.__doc__)
+    parser.add_argument("--quick", action="store_true", help="about a minute in all")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as last line")
+    parser.add_argument("--images", type=Path, help="class folders of photographs for the codec")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.peak:
+        print(_run_for_peak(asked.peak[0], Path(asked.peak[1])))
+        return
+    result = measure(asked.images, quick=asked.quick)
+    for name, value in result.items():
+        if name != "codec_table":
+            print(f"{name}: {value}")
+    print("| px | codec | encode, ms | decode, ms | bytes |\n|---|---|---|---|---|")
+    for row in result["codec_table"]:
+        print("| {size} | {codec} | {encode_ms:.2f} | {decode_ms:.2f} | {bytes} |".format(**row))
+    if asked.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
