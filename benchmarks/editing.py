@@ -169,7 +169,7 @@ def _edits(scratch: Path, options: argparse.Namespace, count: int) -> Sequence[P
         Image.fromarray(image).save(path)
         prompt = PAPER_PROMPTS[number % len(PAPER_PROMPTS)]
         instruction = Editing().template.format(prompt=prompt)
-        source = Source(str(number), "all", path, "", "")
+        source = Source(str(number), "all", scratch, path.name, "", "")
         edits.append(PlannedEdit(f"{number:032x}", source, prompt, instruction, 0, 0, number))
     return edits
 

@@ -256,11 +256,8 @@ def test_too_little_memory_for_one_edit_names_what_to_do(weights, tmp_path):
 
 def planned(folder: Path, count: int) -> list[PlannedEdit]:
     """Return edits of as many pictures, written into the folder."""
-    write_classes(folder / "pictures", ["all"], count)
-    sources = [
-        Source(f"{n}", "all", folder / "pictures" / "all" / f"{n}.png", "", "")
-        for n in range(count)
-    ]
+    pictures = write_classes(folder / "pictures", ["all"], count) / "all"
+    sources = [Source(f"{n}", "all", pictures, f"{n}.png", "", "") for n in range(count)]
     return [
         PlannedEdit(f"{n:02}", source, "mosaic", "into mosaic", 0, 0, seed=n)
         for n, source in enumerate(sources)

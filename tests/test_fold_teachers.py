@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import Stage
-from diffusemix_pipeline.editing.editor import BUNDLED_WEIGHTS, InstructPix2PixEditor
+from diffusemix_pipeline.editing.editor import BUNDLED_WEIGHTS, load_editor
 from diffusemix_pipeline.editing.gate import class_thresholds
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import seed_from
@@ -200,7 +200,7 @@ def test_edits_of_digits_keep_their_label_and_lose_a_wrong_one(tmp_path):
     own = teachers.held_out[np.arange(200), teachers.labels]
     assert (own >= thresholds[teachers.labels]).mean() >= 0.95
 
-    editor = InstructPix2PixEditor(BUNDLED_WEIGHTS, settings.editing, "cpu")
+    editor = load_editor(BUNDLED_WEIGHTS, settings.editing, "cpu")
     chosen = np.arange(0, 200, 5)
     batches = np.split(chosen, 2)
     edits = [

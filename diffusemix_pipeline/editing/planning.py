@@ -27,9 +27,15 @@ class Source(NamedTuple):
 
     image_id: str
     label: str
-    path: Path
+    folder: Path
+    file_name: str
     sha256: str
     source_sha256: str
+
+    @property
+    def path(self) -> Path:
+        """Where it lies; made when asked for, as a Path takes more memory than all the rest."""
+        return self.folder / self.file_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +90,7 @@ def plan_edits(raw: Stage, settings: Settings) -> Plan:
     columns = ["image_id", "label", "file_name", "sha256", "source_sha256"]
     train = rows.loc[rows["split"] == "train", columns].itertuples(index=False, name=None)
     sources = [
-        Source(image_id, label, raw.folder / name, sha256, source_sha256)
+        Source(image_id, label, raw.folder, name, sha256, source_sha256)
         for image_id, label, name, sha256, source_sha256 in train
     ]
     edits = [

@@ -7,6 +7,7 @@ those bytes; `quarantine/`, files that are not what was stored.
 
 import hashlib
 import json
+import sys
 import uuid
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -24,7 +25,7 @@ from diffusemix_pipeline.progress import Progress, silent
 _RECORDS, _PROFILES, _ASIDE = "records", "profiles", "aside"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there is one for every edit at once
 class Record:
     """What was said of an edit before it was stored."""
 
@@ -93,7 +94,9 @@ class EditStore:
         """Read what was said of each edit; two processes that made the same one said two things."""
         found: dict[str, list[Record]] = {}
         for said in self._records:
-            found.setdefault(said["key"], []).append(Record(said["sha256"], said["profile"]))
+            found.setdefault(said["key"], []).append(
+                Record(said["sha256"], sys.intern(said["profile"]))
+            )
         return found
 
     def said(self, keys: Collection[str]) -> dict[str, Record]:
