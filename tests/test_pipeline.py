@@ -77,27 +77,6 @@ def test_every_asset_shows_what_a_person_looks_at(done):
     assert "significant" in outcome.metadata["robustness_report"]["headline"].value
 
 
-def test_the_gate_trains_its_teachers_once_and_shows_its_yield(done, weights, monkeypatch):
-    project, _ = done
-    # Teachers of four steps know nothing, but some edits lie above the thresholds that they give.
-    gate = ["editing.gate.enabled=true", "editing.gate.folds=2", "editing.gate.max_change=1"]
-    gate.append("editing.gate.false_reject_rate=0.25")
-    trained = []
-    real = fold_teachers.fit
-    monkeypatch.setattr(fold_teachers, "fit", lambda *a, **h: (trained.append(1), real(*a, **h))[1])
-    outcome = run(project, weights, *gate, "editing.shards=2")
-    assert outcome.success, outcome.problems
-    assert len(trained) == 2
-    shown = outcome.metadata["generated_images"]
-    assert 0 < shown["gate_yield"].value <= 1
-    assert "data:image/png" in shown["gate_yield_map"].value
-    edits = pd.read_parquet(project.generated / "manifest.parquet")
-    rejected = pd.read_parquet(project.generated / "rejected.parquet")
-    share = len(edits) / (len(edits) + len(rejected))
-    assert shown["gate_yield"].value == pytest.approx(share)
-    assert run(project, weights).success  # as the other tests expect it
-
-
 def test_every_augmented_image_is_traceable(done):
     project, _ = done
     raw = pd.read_parquet(project.raw / "manifest.parquet").set_index("image_id")
@@ -258,6 +237,25 @@ def test_a_killed_run_is_told_and_gives_back_what_it_held(weights, project):
         assert run(project, weights).success
         assert instance.get_run_by_id(killed.run_id).status == dg.DagsterRunStatus.FAILURE
         assert slots.get_concurrency_info("gpu").active_slot_count == 0
+
+
+def test_the_gate_trains_its_teachers_once_and_shows_its_yield(weights, project, monkeypatch):
+    # Teachers of four steps know nothing, but some edits lie above the thresholds that they give.
+    gate = ["editing.gate.enabled=true", "editing.gate.folds=2", "editing.gate.max_change=1"]
+    gate.append("editing.gate.false_reject_rate=0.25")
+    trained = []
+    real = fold_teachers.fit
+    monkeypatch.setattr(fold_teachers, "fit", lambda *a, **h: (trained.append(1), real(*a, **h))[1])
+    outcome = run(project, weights, *gate, "editing.shards=2")
+    assert outcome.success, outcome.problems
+    assert len(trained) == 2
+    shown = outcome.metadata["generated_images"]
+    assert 0 < shown["gate_yield"].value <= 1
+    assert "data:image/png" in shown["gate_yield_map"].value
+    edits = pd.read_parquet(project.generated / "manifest.parquet")
+    rejected = pd.read_parquet(project.generated / "rejected.parquet")
+    share = len(edits) / (len(edits) + len(rejected))
+    assert shown["gate_yield"].value == pytest.approx(share)
 
 
 def test_a_clone_with_a_remote_pulls_what_is_pinned(weights, tmp_path):
