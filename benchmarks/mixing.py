@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffusemix_pipeline.bundled_editor.sources import make_pictures, read_image_folder
 from diffusemix_pipeline.datasets.images import png_bytes, read_square
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import Stage, read_manifest, read_stage, write_stage
@@ -67,7 +66,7 @@ def arrays(*, quick: bool = False) -> dict[str, Any]:
     decoder gives. `ratio_with_conversions` adds to this package's time PIL image to array, twice,
     and array to PIL image.
     """
-    pixels = make_pictures(3, 256, np.random.default_rng(0))
+    pixels = _made_pictures(3, 256, seed=0)
     pictures = [Image.fromarray(one) for one in pixels]
     original, edit, fractal = pixels
     mask = half_mask("left", 256, 256)
@@ -142,10 +141,12 @@ def codec(images: Path | None = None, *, quick: bool = False) -> dict[str, Any]:
 
 def _pictures_to_encode(images: Path | None, size: int, count: int) -> Sequence[np.ndarray]:
     if images:
+        from diffusemix_pipeline.bundled_editor.sources import read_image_folder
+
         found = read_image_folder(images, size)[0]
         plain = found[:: max(len(found) // count, 1)][:count]
     else:
-        plain = make_pictures(count, size, np.random.default_rng(0))
+        plain = _made_pictures(count, size, seed=0)
     keep_all = half_mask("left", size, size)
     return [
         mix(one, one, keep_all, make_fractal(number, size), 0.2) if number % 2 else one
@@ -360,9 +361,17 @@ def _write_edits(here: Path, raw: Stage, settings: Settings) -> Stage:
     return read_stage(out)
 
 
+def _made_pictures(count: int, size: int, seed: int) -> np.ndarray:
+    """Return uint8 (count, size, size, 3)."""
+    # Imported here: it brings torch, which the processes whose memory is measured do without.
+    from diffusemix_pipeline.bundled_editor.sources import make_pictures
+
+    return make_pictures(count, size, np.random.default_rng(seed))
+
+
 def _different_pngs(count: int, size: int, seed: int) -> Iterable[bytes]:
     """Encode `count` pictures, made from some thirty by moving them about and numbering them."""
-    pictures = make_pictures(30, size, np.random.default_rng(seed))
+    pictures = _made_pictures(30, size, seed)
     for number in range(count):
         moved = np.roll(pictures[number % 30], number // 30, axis=(0, 1))
         moved[0, 0] = number % 256, number // 256 % 256, number // 65536
