@@ -230,14 +230,19 @@ def _chosen(
 
 
 def numeric_profiles(stage: Stage, store: EditStore) -> dict[str, int]:
-    """Count a stage's edits by the numeric profile that made them, written as `name=value, ...`."""
-    said = store.said(set(stage.manifest()["edit_key"]))
-    known = store.profiles()
-    counted = Counter(record.profile for record in said.values())
-    return {
+    """Count a stage's edits by the numeric profile that made them, written as `name=value, ...`.
+
+    Edits that came with the data, from another machine's store, are "not known here".
+    """
+    records, known = store.records(), store.profiles()
+    keys = [key for key in stage.manifest()["edit_key"] if key in records]
+    made_by = Counter(records[key][0].profile for key in keys)
+    counted = {
         ", ".join(f"{name}={value}" for name, value in known[profile].items()): count
-        for profile, count in counted.most_common()
+        for profile, count in made_by.most_common()
     }
+    elsewhere = stage.counts["images"] - sum(counted.values())
+    return counted | ({"not known here": elsewhere} if elsewhere else {})
 
 
 def _row(edit: PlannedEdit, verdict: str | None, size: int) -> dict[str, Any]:
