@@ -10,7 +10,6 @@ both.
 """
 
 import argparse
-import hashlib
 import io
 import json
 import statistics
@@ -29,9 +28,11 @@ from PIL import Image
 
 from diffusemix_pipeline.datasets.images import png_bytes, read_square
 from diffusemix_pipeline.datasets.ingest import ingest
-from diffusemix_pipeline.datasets.manifest import Stage, read_manifest, read_stage, write_stage
+from diffusemix_pipeline.datasets.manifest import Stage, read_manifest, read_stage
 from diffusemix_pipeline.devices import usable_cores
-from diffusemix_pipeline.identity import digest
+from diffusemix_pipeline.editing.generate import collect_edits
+from diffusemix_pipeline.editing.planning import plan_edits
+from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.mixing.blending import mix
 from diffusemix_pipeline.mixing.fractals import make_fractal
 from diffusemix_pipeline.mixing.masks import half_mask
@@ -40,6 +41,11 @@ from diffusemix_pipeline.settings import Settings
 
 ROWS = (1_000, 50_000)
 QUICK_ROWS = (1_000, 5_000)
+_MANIFESTS = {
+    "raw": ["raw"],
+    "generated": ["raw", "generated"],
+    "augmented": ["raw", "generated", "augmented"],
+}
 CODECS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"PNG, level {level}": ("PNG", {"compress_level": level}) for level in range(10)},
     "PNG, Huffman only": ("PNG", {"compress_type": 2}),
@@ -243,12 +249,12 @@ def _codec_alone_seconds(augmented: Path, raw: Stage, generated: Stage, size: in
 
 
 def memory(*, quick: bool = False) -> dict[str, Any]:
-    """Measure how much more memory ingesting and mixing hold for 50,000 images than for 1,000.
+    """Measure how much more memory the stages hold for 50,000 images than for 1,000.
 
     Each stage runs in a process of its own, whose peak of resident memory the kernel tells (Linux).
-    `rss_growth_mb` is the larger growth of the two, less the manifests that a stage works with: one
-    for ingesting, three for mixing (originals, edits, results). `manifest_bytes_per_row` is the
-    largest of those in memory. Images are PNG files of 16 px, all different.
+    `rss_growth_mb` is the largest growth, less the manifests that a stage works with: its own and
+    those of the stages before it. `manifest_bytes_per_row` is the largest of those in memory.
+    Images are PNG files of 16 px, all different; the edits lie in the store.
 
     Quick: 5,000 images instead, the growth stretched in proportion to 50,000.
     """
@@ -259,20 +265,16 @@ def memory(*, quick: bool = False) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             here = Path(folder)
             _write_source(here / "source", count, 16)
-            for stage in ("raw", "augmented"):
-                if stage == "augmented":
-                    _write_edits(here, read_stage(here / "raw"), _settings(16))
+            for stage in _MANIFESTS:
                 peaks[stage, count] = _peak_bytes(stage, here)
-            for stage in ("raw", "generated", "augmented"):
                 rows = read_manifest(here / stage)
                 per_row[stage] = int(rows.memory_usage(deep=True).sum()) / len(rows)
-    grown = {
-        stage: stretch * (peaks[stage, many] - peaks[stage, few]) for stage in ("raw", "augmented")
-    }
-    rows_more = ROWS[1] - ROWS[0]
+                if stage == "raw":
+                    _store_edits(here, read_stage(here / "raw"), _settings(16))
+    grown = {stage: stretch * (peaks[stage, many] - peaks[stage, few]) for stage in _MANIFESTS}
     aside = {
-        "raw": grown["raw"] - rows_more * per_row["raw"],
-        "augmented": grown["augmented"] - rows_more * sum(per_row.values()),
+        stage: grown[stage] - (ROWS[1] - ROWS[0]) * sum(per_row[name] for name in names)
+        for stage, names in _MANIFESTS.items()
     }
     return {
         "rss_growth_mb": max(aside.values()) / 1e6,
@@ -295,6 +297,8 @@ def _run_for_peak(stage: str, here: Path) -> int:
     settings = _settings(16)
     if stage == "raw":
         _ingested(here, settings)
+    elif stage == "generated":
+        _collected(here, settings)
     else:
         raw, generated = read_stage(here / "raw"), read_stage(here / "generated")
         _stage_seconds(here, "augmented", raw, generated, settings)
@@ -312,7 +316,8 @@ def _settings(size: int) -> Settings:
 def _stages(here: Path, count: int, settings: Settings) -> tuple[Stage, Stage]:
     _write_source(here / "source", count, settings.size)
     raw = _ingested(here, settings)
-    return raw, _write_edits(here, raw, settings)
+    _store_edits(here, raw, settings)
+    return raw, _collected(here, settings)
 
 
 def _ingested(here: Path, settings: Settings) -> Stage:
@@ -322,43 +327,26 @@ def _ingested(here: Path, settings: Settings) -> Stage:
 
 
 def _write_source(folder: Path, count: int, size: int) -> None:
-    for number, content in enumerate(_different_pngs(count, size, seed=0)):
+    for number, pixels in enumerate(_different_pictures(count, size, seed=0)):
         path = folder / f"class-{number % 10}" / f"image-{number:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        path.write_bytes(png_bytes(pixels))
 
 
-def _write_edits(here: Path, raw: Stage, settings: Settings) -> Stage:
-    """Write a stage like that of `editing.generate`, one made picture for each original."""
-    rows = raw.manifest()
-    contents = _different_pngs(len(rows), settings.size, seed=1)
-    out = here / "generated"
-    with write_stage(out, name="generated", fingerprint="made", aside=here / "aside") as stage:
-        for original, content in zip(rows.itertuples(), contents, strict=True):
-            key = digest(original.source_sha256)
-            image_id = f"{original.label}/{Path(original.file_name).stem}.sunset.0.{key[:8]}"
-            target = stage.folder / f"{image_id}.png"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
-            stage.add(
-                {
-                    "image_id": image_id,
-                    "file_name": f"{image_id}.png",
-                    "label": original.label,
-                    "split": "train",
-                    "source_id": original.image_id,
-                    "source_sha256": original.source_sha256,
-                    "prompt": "sunset",
-                    "copy": 0,
-                    "attempt": 0,
-                    "edit_key": key,
-                    "seed": 2**62,
-                    "sha256": hashlib.sha256(content).hexdigest(),
-                    "width": settings.size,
-                    "height": settings.size,
-                }
-            )
-    return read_stage(out)
+def _store_edits(here: Path, raw: Stage, settings: Settings) -> None:
+    """Fill a store with one made picture for each edit that `raw` wants."""
+    store, plan = EditStore(here / "edits"), plan_edits(raw, settings)
+    profile = store.add_profile({"made": "not edited"})
+    pictures = _different_pictures(len(plan), settings.size, seed=1)
+    for edit, pixels in zip(plan, pictures, strict=True):
+        store.put(edit.key, pixels, profile)
+
+
+def _collected(here: Path, settings: Settings) -> Stage:
+    """Plan the edits and collect them from the store: the whole of a stage that makes none."""
+    plan = plan_edits(read_stage(here / "raw"), settings)
+    store = EditStore(here / "edits")
+    return collect_edits(plan, here / "generated", store, None, here / "aside")
 
 
 def _made_pictures(count: int, size: int, seed: int) -> np.ndarray:
@@ -369,13 +357,13 @@ def _made_pictures(count: int, size: int, seed: int) -> np.ndarray:
     return make_pictures(count, size, np.random.default_rng(seed))
 
 
-def _different_pngs(count: int, size: int, seed: int) -> Iterable[bytes]:
-    """Encode `count` pictures, made from some thirty by moving them about and numbering them."""
+def _different_pictures(count: int, size: int, seed: int) -> Iterable[np.ndarray]:
+    """Make `count` pictures from some thirty, moved about and numbered."""
     pictures = _made_pictures(30, size, seed)
     for number in range(count):
         moved = np.roll(pictures[number % 30], number // 30, axis=(0, 1))
         moved[0, 0] = number % 256, number // 256 % 256, number // 65536
-        yield png_bytes(moved)
+        yield moved
 
 
 # Timing -----------------------------------------------------------------------------------------

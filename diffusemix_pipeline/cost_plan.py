@@ -6,7 +6,7 @@ from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import STAGE, Stage, read_stage
 from diffusemix_pipeline.datasets.sources import DIGITS
 from diffusemix_pipeline.devices import choose_device
-from diffusemix_pipeline.editing.cost import Cost, run_pilot, share_within
+from diffusemix_pipeline.editing.cost import Cost, run_pilot, share_within, stored_edits
 from diffusemix_pipeline.editing.planning import plan_edits
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.preflight import check_augmentation
@@ -44,10 +44,10 @@ def plan_cost(
         gate = fit_label_gate(
             plan, raw, folder=project.gate, aside=project.aside, device=device, progress=progress
         )
-    stored = sum(edit.key in store for edit in plan.edits)
+    stored = stored_edits(plan, store)
     cost = run_pilot(plan, store, device=device, gate=gate, progress=progress)
     share = share_within(budget, cost, raw, settings, store) if cost and budget else None
-    return CostPlan(len(plan.edits), stored, cost, share)
+    return CostPlan(len(plan), stored, cost, share)
 
 
 def _raw(settings: Settings, project: Project, progress: Progress) -> Stage:

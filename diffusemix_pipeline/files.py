@@ -85,8 +85,9 @@ class Ledger:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Read all facts, a process's in the order in which it added them."""
         for path in sorted(self._folder.glob("*.jsonl")):
-            for line in path.read_bytes().split(b"\n")[:-1]:  # the last is empty or torn
-                yield json.loads(line)
+            with path.open("rb") as file:
+                # Only the last line can be torn.
+                yield from (json.loads(line) for line in file if line.endswith(b"\n"))
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import quick_settings, tiny_editor, write_classes
 from hypothesis import given
+from hypothesis import settings as runs
 from hypothesis import strategies as st
 
 from diffusemix_pipeline.cli import main
@@ -71,9 +72,9 @@ def test_the_pilot_is_of_the_wanted_edits_and_paid_for_once(raw, weights, tmp_pa
     pilot = pilot_size(plan, "cpu")
     cost = run_pilot(plan, store, device="cpu")
     assert cost is not None
-    assert cost.edits == len(plan.edits) == 30
+    assert cost.edits == len(plan) == 30
     assert cost.stored == cost.pilot == pilot == len(list(store))
-    assert {edit.key for edit in plan.edits} >= set(store)
+    assert {edit.key for edit in plan} >= set(store)
     assert cost.edit_bytes == sum(store.path(key).stat().st_size for key in store) / pilot
     assert cost.round_seconds > 0
     made = generate(
@@ -94,10 +95,11 @@ def test_the_pilot_of_a_gate_tells_its_yield(raw, weights, tmp_path):
     store = EditStore(tmp_path / "edits")
     cost = run_pilot(plan, store, device="cpu", gate=gate)
     assert cost is not None
-    cats = sum(edit.source.label == "cat" for edit in plan.edits if edit.key in store)
+    cats = sum(edit.source.label == "cat" for edit in plan if edit.key in store)
     assert cost.accepted == cats / cost.pilot
 
 
+@runs(max_examples=30, deadline=None)
 @given(seconds=st.floats(0, 60))
 def test_a_share_keeps_to_its_budget_and_is_the_largest_that_does(shared, seconds):
     raw, settings, store, cost = shared
@@ -105,7 +107,7 @@ def test_a_share_keeps_to_its_budget_and_is_the_largest_that_does(shared, second
     def predicted(share: float) -> float:
         editing = settings.editing.model_copy(update={"share": share})
         plan = plan_edits(raw, settings.model_copy(update={"editing": editing}))
-        return cost.seconds(sum(edit.key not in store for edit in plan.edits))
+        return cost.seconds(sum(edit.key not in store for edit in plan))
 
     share = share_within(seconds, cost, raw, settings, store)
     if share:

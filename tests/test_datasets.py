@@ -301,14 +301,14 @@ def test_train_only_holds_nothing_out_and_refuses_split_folders(tmp_path):
 # The manifest
 
 
-def table(rows: list[dict[str, object]]) -> pd.DataFrame:
-    writer = StageWriter(Path())
+def table(rows: list[dict[str, object]], folder: Path) -> pd.DataFrame:
+    writer = StageWriter(folder)
     for row in rows:
         writer.add(row)
     return writer.table()
 
 
-def test_a_manifest_refuses_rows_that_make_no_sense():
+def test_a_manifest_refuses_rows_that_make_no_sense(tmp_path):
     row = {
         "image_id": "a",
         "file_name": "a.png",
@@ -318,12 +318,12 @@ def test_a_manifest_refuses_rows_that_make_no_sense():
         "source_sha256": "0",
         "sha256": "0",
     }
-    assert len(table([row])) == 1
+    assert len(table([row], tmp_path)) == 1
     for wrong in ({"split": "holdout"}, {"label": None}):
         with pytest.raises(Exception, match=next(iter(wrong))):
-            table([{**row, **wrong}])
+            table([{**row, **wrong}], tmp_path)
     with pytest.raises(Exception, match="image_id"):
-        table([row, row])
+        table([row, row], tmp_path)
 
 
 def test_rows_written_in_chunks_are_the_table_of_all(tmp_path, monkeypatch):
@@ -340,7 +340,7 @@ def test_rows_written_in_chunks_are_the_table_of_all(tmp_path, monkeypatch):
         }
         for number in range(17)
     ]
-    whole = table(rows)
+    whole = table(rows, tmp_path)
     monkeypatch.setattr(manifest, "CHUNK_ROWS", 5)
     with write_stage(tmp_path / "out", name="x", fingerprint="y", aside=tmp_path / "a") as stage:
         for row in rows:

@@ -230,7 +230,7 @@ def test_where_memory_does_not_suffice_the_batch_is_halved_and_the_run_says_so(w
     store = EditStore(tmp_path / "store")
     with pytest.warns(UserWarning, match="for 8 edits at once: going on with 4, which is another"):
         Sampler(edits, "cpu", quick_settings(), 8).make(planned(tmp_path, 5), store, silent)
-    profiles, said = store.profiles(), store.said(list(store))
+    profiles, said = store.profiles(), store.records()
     sizes = {key: profiles[record.profile]["batch_size"] for key, record in said.items()}
     assert sizes == {f"{n:02}": 2 for n in range(5)}
     halved = {key: read_square(store.path(key), 32) for key in store}
@@ -419,7 +419,7 @@ def test_the_gate_changes_no_edit_and_while_off_no_stage(weights, tmp_path):
     _, plain = ingested(tmp_path, weights)
     assert plan_edits(raw, off).fingerprint == plan_edits(raw, plain).fingerprint
     assert plan_edits(raw, on).fingerprint != plan_edits(raw, plain).fingerprint
-    assert plan_edits(raw, on).edits == plan_edits(raw, plain).edits
+    assert list(plan_edits(raw, on)) == list(plan_edits(raw, plain))
 
 
 FIRST_DOG = "train/dog/0-"
@@ -466,13 +466,13 @@ def test_small_images_are_enlarged_for_editing_and_brought_back(weights, tmp_pat
     raw, settings = ingested(tmp_path, weights, "editing.min_side=64")
     plain = plan_edits(raw, ingested(tmp_path, weights)[1])
     plan = plan_edits(raw, settings)
-    assert not {edit.key for edit in plan.edits} & {edit.key for edit in plain.edits}
+    assert not {edit.key for edit in plan} & {edit.key for edit in plain}
     edits = load_editor(weights, settings.editing, "cpu")
     seen = []
     real = edits.edit
     edits.edit = lambda images, *more: (seen.append(images), real(images, *more))[1]
     store = EditStore(tmp_path / "edits")
-    Sampler(edits, "cpu", settings, 8).make(plan.edits, store, silent)
+    Sampler(edits, "cpu", settings, 8).make(list(plan), store, silent)
     assert {images.shape[1:] for images in seen} == {(64, 64, 3)}
     stage = collect_edits(plan, tmp_path / "out", store, None, tmp_path / "aside")
     rows = stage.manifest()

@@ -49,7 +49,8 @@ def test_the_first_bytes_stay(store):
     first = store.put(key_of(1), PIXELS, "p")
     store.put(key_of(1), PIXELS + 1, "q")
     assert file_sha256(store.path(key_of(1))) == first.sha256
-    assert store.checked([key_of(1)])[key_of(1)] == first
+    assert store.checked([key_of(1)]) == {key_of(1)}
+    assert store.records() == {key_of(1): first}
 
 
 def test_a_changed_and_a_foreign_file_are_set_aside(store):
@@ -62,7 +63,7 @@ def test_a_changed_and_a_foreign_file_are_set_aside(store):
     foreign.parent.mkdir(exist_ok=True)
     foreign.write_bytes(b"not the store's")
     every = [key_of(n) for n in (0, 1, 2, 3, 9, 10)]
-    assert set(store.checked(every)) == {key_of(0), key_of(3)}
+    assert store.checked(every) == {key_of(0), key_of(3)}
     assert {key for key in every if key in store} == {key_of(0), key_of(3)}
     assert store.status().quarantined == 3
     assert store.put(key_of(1), PIXELS + 1, "p")  # made anew, it is sound again
@@ -112,5 +113,5 @@ def test_many_processes_may_write_and_one_may_die(tmp_path):
     assert [writer.exitcode for writer in writers[1:]] == [0, 0, 0]
     store = EditStore(folder)
     every = [key_of(number) for number in range(60)]
-    assert set(store.checked(every)) == set(every)
+    assert store.checked(every) == set(every)
     assert store.status().edits == 60

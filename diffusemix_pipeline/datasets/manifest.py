@@ -4,6 +4,7 @@ Both hold only what the inputs determine. Times, hosts and run ids would change 
 """
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -105,30 +106,36 @@ def finished_stage(folder: Path, fingerprint: str) -> Stage | None:
 
 
 class StageWriter:
-    """Collects the rows of a stage while its files are written into `folder`."""
+    """Collects the rows of a stage while its files are written into `folder`.
+
+    They wait in files: kept in memory, they would lie between the buffers of images that come and
+    go, and the heap would grow by several times their size.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.notes: dict[str, Any] = {}
         self._rows: list[dict[str, Any]] = []
-        self._tables: list[pd.DataFrame] = []
+        self._waiting = folder / "rows.partial"
+        self._files = 0
 
     def add(self, row: dict[str, Any]) -> None:
         """Add the row of one image; what it does not say is missing."""
         self._rows.append(row)
         if len(self._rows) == CHUNK_ROWS:
-            self._pack()
+            self._put_aside()
 
     def table(self) -> pd.DataFrame:
-        """Return the rows so far, sorted by file name, typed and checked."""
-        self._pack()
-        rows = pd.concat(self._tables).sort_values("file_name", ignore_index=True)
-        self._tables = [rows]  # the unsorted ones go
-        return _schema().validate(rows)
+        """Return the rows, sorted by file name, typed and checked; no more can be added."""
+        self._put_aside()
+        rows = pd.read_parquet(self._waiting).astype(_DTYPES)
+        shutil.rmtree(self._waiting)
+        return _schema().validate(rows.sort_values("file_name", ignore_index=True))
 
-    def _pack(self) -> None:
-        """Turn rows into columns, which take a third of the memory."""
-        self._tables.append(_typed(self._rows))
+    def _put_aside(self) -> None:
+        self._waiting.mkdir(exist_ok=True)
+        _typed(self._rows).to_parquet(self._waiting / f"{self._files:06d}.parquet", index=False)
+        self._files += 1
         self._rows = []
 
 

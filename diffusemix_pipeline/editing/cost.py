@@ -3,6 +3,7 @@
 The pilot is of the wanted edits themselves, and they stay in the store: it is paid for anyway.
 """
 
+import heapq
 import math
 import time
 from dataclasses import dataclass, replace
@@ -66,10 +67,9 @@ def run_pilot(
     """
     from diffusemix_pipeline.editing.sampling import Sampler
 
-    missing = sorted(
-        (edit for edit in plan.edits if edit.key not in store), key=lambda edit: edit.key
-    )
-    chosen = missing[: pilot_size(plan, device)]
+    stored = stored_edits(plan, store)
+    missing = (edit for edit in plan if edit.key not in store)
+    chosen = heapq.nsmallest(pilot_size(plan, device), missing, key=lambda edit: edit.key)
     if len(chosen) < pilot_size(plan, device):
         return None
     progress("Editing a pilot", 0, len(chosen))
@@ -88,14 +88,19 @@ def run_pilot(
         verdicts = judge_edits(plan, chosen, store, gate, progress)
         accepted = sum(verdicts[edit.key] == ACCEPTED for edit in chosen) / len(chosen)
     return Cost(
-        edits=len(plan.edits),
-        stored=len(plan.edits) - len(missing) + len(chosen),
+        edits=len(plan),
+        stored=stored + len(chosen),
         pilot=len(chosen),
         round_edits=half,
         round_seconds=seconds,
         edit_bytes=sum(store.path(edit.key).stat().st_size for edit in chosen) / len(chosen),
         accepted=accepted,
     )
+
+
+def stored_edits(plan: Plan, store: EditStore) -> int:
+    """Count the edits of a plan that need not be made."""
+    return sum(edit.key in store for edit in plan)
 
 
 def share_within(
@@ -110,8 +115,7 @@ def share_within(
         tried = (low + high + 1) // 2
         editing = settings.editing.model_copy(update={"share": tried / 100})
         plan = plan_edits(raw, settings.model_copy(update={"editing": editing}))
-        stored = sum(edit.key in store for edit in plan.edits)
-        trimmed = replace(cost, edits=len(plan.edits), stored=stored)
+        trimmed = replace(cost, edits=len(plan), stored=stored_edits(plan, store))
         if trimmed.seconds(trimmed.missing(settings.editing.gate.max_attempts)) <= seconds:
             low = tried
         else:

@@ -7,7 +7,7 @@ lacks, collect all of them into the stage folder.
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,16 +94,15 @@ def make_edits(
     An edit's shard follows from its key, so that shards may run at once, anywhere, in any order.
     What the gate rejects is made anew from another seed, as often as the settings allow.
     """
-    wanted = [edit for edit in plan.edits if int(edit.key, 16) % shards == shard]
+    wanted: Iterable[PlannedEdit] = plan.shard(shard, shards)
     judged = _said(gate.verdicts) if gate else {}
     made = 0
     while wanted:
-        of_use = [edit for edit in wanted if judged.get(edit.key, ACCEPTED) == ACCEPTED]
-        made += _make_missing(plan, of_use, store, device, progress)
+        made += _make_missing(plan, wanted, judged, store, device, progress)
         if gate is None:
             break
-        verdicts = judge_edits(plan, wanted, store, gate, progress)
-        rejected = [edit for edit in wanted if verdicts[edit.key] != ACCEPTED]
+        judged = judge_edits(plan, wanted, store, gate, progress)
+        rejected = (edit for edit in wanted if judged[edit.key] != ACCEPTED)
         wanted = [plan.next_attempt(edit) for edit in rejected if _may_try_again(plan, edit)]
     return made
 
@@ -121,23 +120,28 @@ def collect_edits(
     With a gate, an edit is the first accepted attempt; `rejected.parquet` has a row for each of the
     others. Raises UserError where nothing was accepted.
     """
-    accepted, rejected = _chosen(plan, verdicts)
-    if not accepted:
-        raise UserError(
-            f"The label gate rejected all {len(rejected)} edits: look at them with `diffusemix "
-            "preview`, choose other prompts, or change editing.gate."
-        )
-    said = store.said({edit.key for edit, _ in accepted})
+    said = _said(verdicts) if verdicts else None
+    accepted, rejected = 0, []
+    records = store.records()
     with write_stage(out, name="generated", fingerprint=plan.fingerprint, aside=aside) as stage:
-        for done, (edit, verdict) in enumerate(accepted, start=1):
-            row = _row(edit, verdict, plan.settings.size)
-            link_or_copy(store.path(edit.key), stage.folder / row["file_name"])
-            stage.add({**row, "sha256": said[edit.key].sha256})
-            progress("Linking edits", done, len(accepted))
+        for done, first in enumerate(plan, start=1):
+            for edit, verdict in _attempts(plan, first, said):
+                row = _row(edit, verdict, plan.settings.size)
+                if verdict in (None, ACCEPTED):
+                    link_or_copy(store.path(edit.key), stage.folder / row["file_name"])
+                    accepted += 1
+                    stage.add({**row, "sha256": records[edit.key].sha256})
+                else:
+                    rejected.append({name: row[name] for name in _REJECTED_COLUMNS})
+            progress("Linking edits", done, len(plan))
+        if not accepted:
+            raise UserError(
+                f"The label gate rejected all {len(rejected)} edits: look at them with `diffusemix "
+                "preview`, choose other prompts, or change editing.gate."
+            )
         stage.notes["editor"] = plan.weights
-        if verdicts:
-            rows = [_row(edit, verdict, plan.settings.size) for edit, verdict in rejected]
-            table = pd.DataFrame(rows, columns=_REJECTED_COLUMNS)
+        if said is not None:
+            table = pd.DataFrame(rejected, columns=_REJECTED_COLUMNS)
             table.to_parquet(stage.folder / REJECTED, index=False)
     return read_stage(out)
 
@@ -154,15 +158,19 @@ def judged_edits(stage: Stage) -> pd.DataFrame:
 
 def _make_missing(
     plan: Plan,
-    wanted: Sequence[PlannedEdit],
+    wanted: Iterable[PlannedEdit],
+    judged: Mapping[str, str],
     store: EditStore,
     device: str,
     progress: Progress,
 ) -> int:
+    """Make those of `wanted` that are of use and not stored as they were made; return how many."""
     from diffusemix_pipeline.editing.sampling import Sampler
 
-    by_key = {edit.key: edit for edit in wanted}
-    there = [key for key in by_key if key in store]
+    def of_use(edit: PlannedEdit) -> bool:
+        return judged.get(edit.key, ACCEPTED) == ACCEPTED
+
+    there = [edit.key for edit in wanted if of_use(edit) and edit.key in store]
     sound = store.checked(there, progress)
     if damaged := [key for key in there if key not in sound]:
         warnings.warn(
@@ -170,17 +178,19 @@ def _make_missing(
             f"{store.quarantine} and made anew, the first is {damaged[0]}.",
             stacklevel=2,
         )
-    missing = [edit for key, edit in by_key.items() if key not in sound]
+    missing = {edit.key: edit for edit in wanted if of_use(edit) and edit.key not in sound}
     if missing:
         editor = load_editor(plan.editor, plan.settings.editing, device)
         at_once = edits_at_once(plan.editor, plan.settings.editing)
-        Sampler(editor, device, plan.settings, at_once).make(missing, store, progress)
+        Sampler(editor, device, plan.settings, at_once).make(
+            list(missing.values()), store, progress
+        )
     return len(missing)
 
 
 def judge_edits(
     plan: Plan,
-    wanted: Sequence[PlannedEdit],
+    wanted: Iterable[PlannedEdit],
     store: EditStore,
     gate: LabelGate,
     progress: Progress,
@@ -209,24 +219,17 @@ def _may_try_again(plan: Plan, edit: PlannedEdit) -> bool:
     return edit.attempt + 1 < plan.settings.editing.gate.max_attempts
 
 
-def _chosen(
-    plan: Plan, verdicts: Ledger | None
-) -> tuple[list[tuple[PlannedEdit, str | None]], list[tuple[PlannedEdit, str]]]:
-    """Return the edits that are used and those that were rejected, each with its verdict."""
-    if verdicts is None:
-        return [(edit, None) for edit in plan.edits], []
-    said = _said(verdicts)
-    accepted: list[tuple[PlannedEdit, str | None]] = []
-    rejected: list[tuple[PlannedEdit, str]] = []
-    for edit in plan.edits:
-        while said[edit.key] != ACCEPTED:
-            rejected.append((edit, said[edit.key]))
-            if not _may_try_again(plan, edit):
-                break
-            edit = plan.next_attempt(edit)
-        else:
-            accepted.append((edit, ACCEPTED))
-    return accepted, rejected
+def _attempts(
+    plan: Plan, edit: PlannedEdit, said: Mapping[str, str] | None
+) -> Iterator[tuple[PlannedEdit, str | None]]:
+    """Walk from a first attempt to the accepted one or the last, each with what the gate said."""
+    if said is None:
+        yield edit, None
+        return
+    while said[edit.key] != ACCEPTED and _may_try_again(plan, edit):
+        yield edit, said[edit.key]
+        edit = plan.next_attempt(edit)
+    yield edit, said[edit.key]
 
 
 def numeric_profiles(stage: Stage, store: EditStore) -> dict[str, int]:
@@ -236,7 +239,7 @@ def numeric_profiles(stage: Stage, store: EditStore) -> dict[str, int]:
     """
     records, known = store.records(), store.profiles()
     keys = [key for key in stage.manifest()["edit_key"] if key in records]
-    made_by = Counter(records[key][0].profile for key in keys)
+    made_by = Counter(records[key].profile for key in keys)
     counted = {
         ", ".join(f"{name}={value}" for name, value in known[profile].items()): count
         for profile, count in made_by.most_common()

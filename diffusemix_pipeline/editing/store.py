@@ -90,28 +90,22 @@ class EditStore:
         write_once(self.path(key), content, aside=self._folder / _ASIDE)
         return record
 
-    def records(self) -> dict[str, list[Record]]:
-        """Read what was said of each edit; two processes that made the same one said two things."""
-        found: dict[str, list[Record]] = {}
-        for said in self._records:
-            found.setdefault(said["key"], []).append(
-                Record(said["sha256"], sys.intern(said["profile"]))
-            )
-        return found
+    def records(self) -> dict[str, Record]:
+        """Read what was said of each edit.
 
-    def said(self, keys: Collection[str]) -> dict[str, Record]:
-        """Return the record of each of `keys`, all of which are there.
-
-        A file is read only where two processes said different things of it.
+        Where processes that made the same one said different things, it is what the file's bytes
+        are; only then a file is read.
         """
-        records = self.records()
-        found = {}
-        for key in keys:
-            first, *others = records[key]
-            if any(other.sha256 != first.sha256 for other in others):
+        found: dict[str, Record] = {}
+        disputed: dict[str, list[Record]] = {}
+        for said in self._records:
+            key, record = said["key"], Record(said["sha256"], sys.intern(said["profile"]))
+            if found.setdefault(key, record).sha256 != record.sha256:
+                disputed.setdefault(key, []).append(record)
+        for key, others in disputed.items():
+            if key in self:
                 sha256 = file_sha256(self.path(key))
-                first = next(record for record in records[key] if record.sha256 == sha256)
-            found[key] = first
+                found[key] = next((r for r in others if r.sha256 == sha256), found[key])
         return found
 
     def profiles(self) -> dict[str, dict[str, Any]]:
@@ -121,20 +115,18 @@ class EditStore:
             for path in (self._folder / _PROFILES).glob("*.json")
         }
 
-    def checked(self, keys: Collection[str], progress: Progress = silent) -> dict[str, Record]:
-        """Return the records of those `keys` that are there as they were stored, by reading them.
+    def checked(self, keys: Collection[str], progress: Progress = silent) -> set[str]:
+        """Return those `keys` that are there as they were stored, by reading them.
 
         A file that has changed since, or that has no record, goes to `quarantine/`.
         """
-        records, sound = self.records(), {}
+        records, sound = self.records(), set()
         for done, key in enumerate(keys, start=1):
             progress("Checking stored edits", done, len(keys))
             if key not in self:
                 continue
-            sha256 = file_sha256(self.path(key))
-            record = next((r for r in records.get(key, []) if r.sha256 == sha256), None)
-            if record:
-                sound[key] = record
+            if key in records and file_sha256(self.path(key)) == records[key].sha256:
+                sound.add(key)
             else:
                 self._set_aside(key)
         return sound
@@ -150,7 +142,7 @@ class EditStore:
         made_by, size = Counter[str](), 0
         for key in self:
             size += self.path(key).stat().st_size
-            made_by.update(record.profile for record in records.get(key, [])[:1])
+            made_by.update([records[key].profile] if key in records else [])
         quarantined = len(list(self.quarantine.iterdir())) if self.quarantine.exists() else 0
         return Status(made_by.total(), size, dict(made_by), self.profiles(), quarantined)
 
