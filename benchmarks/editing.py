@@ -52,7 +52,9 @@ def main() -> None:
         figures |= measure_tiers(options)
     figures |= mixing.measure(quick=options.quick)
     if options.curve:
-        figures["curve"] = curve.measure(options.curve, device=choose_device(options.device))
+        table = curve.measure(options.curve, device=choose_device(options.device))
+        named = table.reset_index(names="schedule").astype(object)
+        figures["curve"] = named.where(named.notna(), None).to_dict("records")
     for name, value in figures.items():
         print(f"{name}: {value}", file=sys.stderr if options.json else sys.stdout)
     if options.json:
