@@ -155,9 +155,10 @@ def test_the_multiprocess_executor_gives_the_same_bytes(undisturbed, weights, tm
     prepare_instance(project)
     with dg.DagsterInstance.get() as instance:
         instance.event_log_storage.set_concurrency_slots("gpu", 2)
-    command = ["dagster", "job", "execute", "-m", "diffusemix_pipeline.definitions"]
+    command = [sys.executable, "-m", "dagster", "job", "execute"]
     environment = os.environ | {"DAGSTER_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "-j", "diffusemix"], cwd=tmp_path, check=True, env=environment)
+    target = ["-m", "diffusemix_pipeline.definitions", "-j", "diffusemix"]
+    subprocess.run([*command, *target], cwd=tmp_path, check=True, env=environment)
     assert made(project) == undisturbed
 
 

@@ -49,14 +49,11 @@ def ingest(
     readable, set_aside = _readable(items, settings.source.max_pixels, progress)
     del items  # of a large source, tens of megabytes
     if train_only:
-        train = [replace(item, split="train") for item in readable]
-        used = thin_train(train, settings.source.train_per_class, settings.seed)
+        for_training = (replace(item, split="train") for item in readable)
+        used = thin_train(list(for_training), settings.source.train_per_class, settings.seed)
     else:
         used = assign_splits(readable, settings.source, settings.seed)
     with write_stage(out, name="raw", fingerprint=fingerprint, aside=aside) as stage:
-        for done, item in enumerate(used, start=1):
-            stage.add(_copied(item, stage.folder, settings.source.max_pixels))
-            progress("Copying images", done, len(used))
         stage.notes["set_aside"] = set_aside
         stage.notes["left_out_by_train_per_class"] = len(readable) - len(used)
         stage.notes["copies_across_splits"] = [
@@ -65,6 +62,11 @@ def ingest(
         ]
         # What was asked of the source, for whoever has data/ without it.
         stage.notes["source"] = {"kind": _kind(source), "seed": settings.seed, **shape}
+        del readable  # like the rest of the listing, not to be held beside the manifest
+        for done, item in enumerate(used, start=1):
+            stage.add(_copied(item, stage.folder, settings.source.max_pixels))
+            progress("Copying images", done, len(used))
+        used.clear()
     return read_stage(out)
 
 
