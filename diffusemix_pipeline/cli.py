@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import click
 
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.project import Project
+from diffusemix_pipeline.project import Project, alone
 from diffusemix_pipeline.settings import (
     NO_PRESET,
     describe,
@@ -229,7 +229,7 @@ def plan(
         planned = plan_cost(settings, Project(Path.cwd()), budget, progress)
     rows = [["edits wanted", f"{planned.edits:,}"], ["in the store", f"{planned.stored:,}"]]
     if cost := planned.cost:
-        missing = cost.missing(settings.editing.gate.max_attempts)
+        missing = planned.missing
         rows += [
             ["made for this plan", f"{cost.pilot:,}"],
             ["still to be made", f"{missing:,}"],
@@ -411,8 +411,8 @@ def verify() -> None:
 
     project = Project(Path.cwd())
     edits = EditStore(project.edits)
-    keys = list(edits)
-    with progress_bars() as progress:
+    with alone(project), progress_bars() as progress:
+        keys = list(edits)
         sound = edits.checked(keys, progress)
     damaged = [key for key in keys if key not in sound]
     click.echo(f"{len(sound):,} of {len(keys):,} edits are as they were stored.")
@@ -424,27 +424,33 @@ def verify() -> None:
 @store.command()
 @click.option("--yes", is_flag=True, help="Remove them; without it they are only counted.")
 def prune(yes: bool) -> None:
-    """Remove the edits that no present dataset of this project uses."""
+    """Remove the edits that no present dataset of this project uses.
+
+    Those of a run that was cut off, of a preview or of a plan are not used yet: they go as well.
+    """
     from diffusemix_pipeline.datasets.manifest import MANIFEST, read_manifest
     from diffusemix_pipeline.editing.store import EditStore
 
     project = Project(Path.cwd())
     edits = EditStore(project.edits)
     stages = [project.generated, *(project.state / "augment").glob("*/generated")]
-    used = {
-        key
-        for stage in stages
-        if (stage / MANIFEST).exists()
-        for key in read_manifest(stage)["edit_key"]
-    }
-    unused = [key for key in edits if key not in used]
-    if not yes:
+    present = [stage for stage in stages if (stage / MANIFEST).exists()]
+    if not present:
+        raise UserError(
+            f"No dataset is in {project.data}, so none of the {len(list(edits)):,} edits is used: "
+            "bring it back with `dvc checkout` or a run first."
+        )
+    with alone(project):
+        used = {key for stage in present for key in read_manifest(stage)["edit_key"]}
+        unused = [key for key in edits if key not in used]
+        if yes:
+            edits.remove(unused)
+    if yes:
+        click.echo(f"{len(unused):,} edits removed, {len(used):,} kept.")
+    else:
         click.echo(
             f"{len(unused):,} edits are not used; `diffusemix store prune --yes` removes them."
         )
-        return
-    edits.remove(unused)
-    click.echo(f"{len(unused):,} edits removed, {len(used):,} kept.")
 
 
 def _become(command: list[str]) -> NoReturn:

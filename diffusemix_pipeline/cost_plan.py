@@ -6,7 +6,14 @@ from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import STAGE, Stage, read_stage
 from diffusemix_pipeline.datasets.sources import DIGITS
 from diffusemix_pipeline.devices import choose_device
-from diffusemix_pipeline.editing.cost import Cost, run_pilot, share_within, stored_edits
+from diffusemix_pipeline.editing.cost import (
+    Cost,
+    missing_edits,
+    run_pilot,
+    share_within,
+    stored_edits,
+)
+from diffusemix_pipeline.editing.generate import adopt_edits
 from diffusemix_pipeline.editing.planning import plan_edits
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.preflight import check_augmentation
@@ -22,6 +29,8 @@ class CostPlan:
 
     edits: int
     stored: int
+    missing: int
+    """How many are still to be made after the pilot, those after a rejection among them."""
     cost: Cost | None
     """None where so few are missing that a pilot would have made them."""
     share: float | None
@@ -39,15 +48,18 @@ def plan_cost(
     device, store = choose_device(settings.device), EditStore(project.edits)
     raw = _raw(settings, project, progress)
     plan = plan_edits(raw, settings)
+    adopt_edits(project.generated, store)
     gate = None
-    if plan.gate:
+    if plan.gate:  # what lies in `project.aside` goes when a run begins
+        aside = project.state / "plan" / "aside"
         gate = fit_label_gate(
-            plan, raw, folder=project.gate, aside=project.aside, device=device, progress=progress
+            plan, raw, folder=project.gate, aside=aside, device=device, progress=progress
         )
     stored = stored_edits(plan, store)
     cost = run_pilot(plan, store, device=device, gate=gate, progress=progress)
-    share = share_within(budget, cost, raw, settings, store) if cost and budget else None
-    return CostPlan(len(plan), stored, cost, share)
+    missing = missing_edits(plan, store, gate, cost.accepted if cost else None)
+    share = share_within(budget, cost, raw, settings, store, gate) if cost and budget else None
+    return CostPlan(len(plan), stored, missing, cost, share)
 
 
 def _raw(settings: Settings, project: Project, progress: Progress) -> Stage:

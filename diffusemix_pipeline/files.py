@@ -6,7 +6,7 @@ import shutil
 import socket
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,8 @@ def write_once(path: Path, content: bytes, *, aside: Path) -> None:
         except FileExistsError:
             return
         except OSError:  # a file system without links
-            partial.replace(path)
+            with suppress(FileExistsError), path.open("xb"):
+                partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -79,15 +80,20 @@ class Ledger:
             self._folder.mkdir(parents=True, exist_ok=True)
             name = f"{socket.gethostname()}.{uuid.uuid4().hex}.jsonl"
             self._own = (os.getpid(), self._folder / name)
-        with self._own[1].open("ab") as file:
-            file.write((json.dumps(fact) + "\n").encode())
+        try:
+            with self._own[1].open("ab") as file:
+                file.write((json.dumps(fact) + "\n").encode())
+        except OSError:
+            self._own = None  # half a line may be there: the next fact begins another file
+            raise
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Read all facts, a process's in the order in which it added them."""
         for path in sorted(self._folder.glob("*.jsonl")):
             with path.open("rb") as file:
-                # Only the last line can be torn.
-                yield from (json.loads(line) for line in file if line.endswith(b"\n"))
+                for line in file:
+                    with suppress(ValueError):  # torn by a kill or a full disk
+                        yield json.loads(line)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

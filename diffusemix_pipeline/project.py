@@ -1,7 +1,13 @@
-"""Where things lie: every path of a project follows from its root."""
+"""Where things lie: every path of a project follows from its root. And who is at work there."""
 
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
+
+from diffusemix_pipeline.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,11 @@ class Project:
         return self.root / ".diffusemix"
 
     @property
+    def run_lock(self) -> Path:
+        """Locked by the run that is at work, whose id it holds."""
+        return self.state / "run.lock"
+
+    @property
     def aside(self) -> Path:
         """Half-written folders: on the file system of `data`, and never versioned."""
         return self.state / "aside"
@@ -68,3 +79,22 @@ class Project:
     @property
     def report(self) -> Path:
         return self.root / "outputs" / "report"
+
+
+@contextmanager
+def alone(project: Project) -> Iterator[None]:
+    """Keep runs out of a project meanwhile; UserError where one is at work."""
+    project.state.mkdir(parents=True, exist_ok=True)
+    with project.run_lock.open("a") as lock:
+        if not nobody_at_work(lock):
+            raise UserError(f"A run is at work in {project.root}. Wait for it to end.")
+        yield
+
+
+def nobody_at_work(lock: TextIO) -> bool:
+    """Take the lock for oneself alone, if no run holds it; closing the file gives it back."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,14 +1,17 @@
 """Promise: the command line says what it did, and a mistake gets one message and exit code 2."""
 
+import fcntl
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from conftest import QUICK, tiny_editor, write_classes
 from PIL import Image
 
 from diffusemix_pipeline.cli import main
+from diffusemix_pipeline.editing.store import EditStore
 
 
 @pytest.fixture(scope="module")
@@ -186,10 +189,23 @@ def test_the_store_is_looked_after(here, weights):
     more = augmented(source, weights, "--prompts", "snowy")
     assert more.exit_code == 0
     unused = call("store", "prune").output
-    assert unused.startswith("5 edits are not used")
-    assert "5 edits removed, 6 kept" in call("store", "prune", "--yes").output
+    assert unused.startswith("6 edits are not used")  # the damaged one was in the dataset, too
+    assert "6 edits removed, 6 kept" in call("store", "prune", "--yes").output
     assert "6 edits" in call("store", "status").output
+    with (here / ".diffusemix" / "run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)  # as a run does
+        assert "A run is at work" in call("store", "prune", "--yes").output
+        assert "A run is at work" in call("store", "verify").output
     assert "nothing done" in augmented(source, weights, "--prompts", "snowy").output
+
+
+def test_without_a_dataset_no_edit_is_called_unused(here):
+    store = EditStore(here / ".diffusemix" / "edits")
+    store.put("ab" * 16, np.zeros((8, 8, 3), np.uint8), "p")
+    refused = call("store", "prune", "--yes")
+    assert refused.exit_code == 2
+    assert "none of the 1 edits is used" in refused.output
+    assert len(list(store)) == 1
 
 
 def test_a_preview_shows_every_prompt_and_its_edits_are_the_run_s(here, weights):

@@ -1,6 +1,5 @@
 """Promises: a pilot is paid for once, its prediction follows from it, a budget is kept to."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,16 +12,14 @@ from hypothesis import strategies as st
 from diffusemix_pipeline.cli import main
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import Stage
-from diffusemix_pipeline.editing.cost import Cost, pilot_size, run_pilot, share_within
+from diffusemix_pipeline.editing.cost import Cost, missing_edits, run_pilot, share_within
 from diffusemix_pipeline.editing.gate import ACCEPTED
-from diffusemix_pipeline.editing.generate import LabelGate, generate
+from diffusemix_pipeline.editing.generate import LabelGate, generate, make_edits
 from diffusemix_pipeline.editing.planning import plan_edits
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.settings import Settings
 
 COST = Cost(
-    edits=100,
-    stored=20,
     pilot=8,
     round_edits=4,
     round_seconds=2.0,
@@ -53,50 +50,49 @@ def settings_of(weights: Path, *overrides: str) -> Settings:
     )
 
 
-def test_without_a_gate_what_is_missing_is_what_is_made():
-    assert COST.missing(3) == 80
+def test_a_round_is_paid_for_as_a_whole():
     assert COST.seconds(80) == 40
-    assert COST.seconds(81) == 42  # a round is paid for as a whole
-
-
-def test_with_a_gate_rejected_edits_are_made_again():
-    # 80 first attempts; a quarter of 100 is rejected, then a quarter of those 25.
-    assert replace(COST, accepted=0.75).missing(3) == round(80 * 1.3125 + 20 * 0.3125)
-    assert replace(COST, accepted=0.75).missing(1) == 80
-    assert replace(COST, accepted=1.0).missing(3) == 80
+    assert COST.seconds(81) == 42
 
 
 def test_the_pilot_is_of_the_wanted_edits_and_paid_for_once(raw, weights, tmp_path):
     settings, store = settings_of(weights), EditStore(tmp_path / "edits")
     plan = plan_edits(raw, settings)
-    pilot = pilot_size(plan, "cpu")
+    assert missing_edits(plan, store, None, None) == len(plan) == 30
     cost = run_pilot(plan, store, device="cpu")
     assert cost is not None
-    assert cost.edits == len(plan) == 30
-    assert cost.stored == cost.pilot == pilot == len(list(store))
+    assert cost.pilot == len(list(store)) == 24
     assert {edit.key for edit in plan} >= set(store)
-    assert cost.edit_bytes == sum(store.path(key).stat().st_size for key in store) / pilot
+    assert cost.edit_bytes == sum(store.path(key).stat().st_size for key in store) / 24
     assert cost.round_seconds > 0
+    missing = missing_edits(plan, store, None, None)
     made = generate(
         raw, settings, tmp_path / "out", store=store, aside=tmp_path / "aside", device="cpu"
     ).made
-    assert made == cost.missing(1) == 30 - pilot
+    assert made == missing == 30 - 24
     assert run_pilot(plan, store, device="cpu") is None  # nothing is missing
 
 
-def test_the_pilot_of_a_gate_tells_its_yield(raw, weights, tmp_path):
-    settings = settings_of(weights, "editing.gate.enabled=true")
-    plan = plan_edits(raw, settings)
+def test_with_a_gate_the_edits_after_a_rejection_are_foreseen(raw, weights, tmp_path):
+    settings = settings_of(weights, "editing.gate.enabled=true", "editing.gate.max_attempts=3")
+    plan, store = plan_edits(raw, settings), EditStore(tmp_path / "edits")
 
     def judge(sources, originals, edits):
+        """Accept cats alone, so half of all."""
         return [ACCEPTED if source.label == "cat" else "label" for source in sources]
 
     gate = LabelGate(judge, plan.verdicts(tmp_path / "gate"), 1)
-    store = EditStore(tmp_path / "edits")
+    tries = 1 + 1 / 2 + 1 / 4
+    assert missing_edits(plan, store, gate, 0.5) == round(30 * tries)
     cost = run_pilot(plan, store, device="cpu", gate=gate)
     assert cost is not None
-    cats = sum(edit.source.label == "cat" for edit in plan if edit.key in store)
-    assert cost.accepted == cats / cost.pilot
+    judged = [edit for edit in plan if edit.key in store]
+    dogs = sum(edit.source.label == "dog" for edit in judged)
+    assert cost.accepted == pytest.approx(1 - dogs / 24)
+    # What was judged is not foreseen again: accepted, it is done; rejected, two tries are left.
+    assert missing_edits(plan, store, gate, 0.5) == round(6 * tries + dogs * (1 + 1 / 2))
+    make_edits(plan, store=store, device="cpu", gate=gate)
+    assert missing_edits(plan, store, gate, 0.5) == 0  # the dogs are given up
 
 
 @runs(max_examples=30, deadline=None)
@@ -109,7 +105,7 @@ def test_a_share_keeps_to_its_budget_and_is_the_largest_that_does(shared, second
         plan = plan_edits(raw, settings.model_copy(update={"editing": editing}))
         return cost.seconds(sum(edit.key not in store for edit in plan))
 
-    share = share_within(seconds, cost, raw, settings, store)
+    share = share_within(seconds, cost, raw, settings, store, None)
     if share:
         assert predicted(share) <= seconds
     if share < 1:
@@ -128,7 +124,7 @@ def shared(weights, tmp_path_factory):
 
 def test_the_command_prints_the_cost_and_a_share(weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    source = write_classes(tmp_path / "photos", ["cat", "dog"], 30)
+    source = write_classes(tmp_path / "photos", ["cat", "dog"], 60)
     own = ["size=32", "editing.steps=2", "editing.batch_size=2", f"editing.editor={weights}"]
     sets = [word for each in own for word in ("--set", each)]
     result = CliRunner().invoke(main, ["plan", "--data", str(source), "--budget", "0.001s", *sets])

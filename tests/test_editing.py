@@ -1,6 +1,7 @@
 """Promises: an edit follows from what it is and is paid for once; every checkpoint goes one way."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -11,12 +12,15 @@ import pandas as pd
 import pytest
 import torch
 from conftest import picture, quick_settings, tiny_editor, tiny_editor_xl, write_classes
+from diffusers import UNet2DConditionModel
 from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusemix_pipeline.datasets.images import read_square, to_square
 from diffusemix_pipeline.datasets.ingest import ingest
-from diffusemix_pipeline.datasets.manifest import REJECTED, Stage
+from diffusemix_pipeline.datasets.manifest import REJECTED, Stage, read_stage
+from diffusemix_pipeline.editing import generate as generate_module
+from diffusemix_pipeline.editing import sampling
 from diffusemix_pipeline.editing.editor import (
     Editor,
     editor_fingerprint,
@@ -31,6 +35,7 @@ from diffusemix_pipeline.editing.generate import (
     generate,
     judged_edits,
     make_edits,
+    numeric_profiles,
 )
 from diffusemix_pipeline.editing.instruct_pix2pix import (
     SCHEDULERS,
@@ -42,6 +47,7 @@ from diffusemix_pipeline.editing.sampling import Sampler
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import Ledger
+from diffusemix_pipeline.mixing.stages import make_augmented, make_hybrids
 from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.settings import Settings
 
@@ -294,20 +300,78 @@ def test_nothing_changed_nothing_done(weights, tmp_path):
     assert rows(again) == before
 
 
-def test_only_what_is_new_is_paid_for(weights, tmp_path):
-    first = generated(tmp_path, weights, "editing.prompts_per_image=all")
-    assert first.made == 16
-    before = rows(first)
-    more = generated(
-        tmp_path,
-        weights,
-        "editing.prompts_per_image=all",
-        "editing.prompts=[sunset, mosaic, snowy]",
-    )
-    assert more.made == 8
+@pytest.fixture
+def evaluations(monkeypatch) -> list[int]:
+    """Return a list that grows by the batch of every call of any UNet."""
+    counted: list[int] = []
+    real = UNet2DConditionModel.forward
+
+    def forward(self, sample: torch.Tensor, *arguments, **more):
+        counted.append(len(sample))
+        return real(self, sample, *arguments, **more)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", forward)
+    return counted
+
+
+@pytest.mark.parametrize("policy", ["one", "all"])
+def test_exactly_what_is_new_is_paid_for(policy, weights, tmp_path, evaluations):
+    own = [f"editing.prompts_per_image={policy}", "editing.batch_size=1"]
+    an_edit = unet_evaluations(quick_settings(*own).editing)
+
+    def paid(*overrides: str, images: int = 4) -> int:
+        """Return how many edits a dataset's UNet evaluations amount to."""
+        evaluations.clear()
+        result = generated(tmp_path, weights, *own, *overrides, images=images)
+        settings = quick_settings(*own, *overrides)
+        raw, aside = read_stage(tmp_path / "raw"), tmp_path / "aside"
+        for name, make, more in (
+            ("hybrid", make_hybrids, {}),
+            ("augmented", make_augmented, {"fractal_cache": tmp_path / "fractals"}),
+        ):
+            stage = make(raw, result.stage, settings, tmp_path / name, aside=aside, **more)
+            assert stage.counts["images"] == result.stage.counts["images"]
+        assert sum(evaluations) == result.made * an_edit
+        return result.made
+
+    prompts = 2 if policy == "all" else 1
+    assert paid() == 8 * prompts
+    for redrawn in (
+        "mixing.lam=0.4",
+        "mixing.masks=[top, bottom]",
+        "mixing.seam=4",
+        "mixing.fractal_count=3",
+        "training.steps=9",
+    ):
+        assert paid(redrawn) == 0
+    assert paid(images=5) == 2 * prompts
+    before = rows(generated(tmp_path, weights, *own))
+    new = paid("editing.prompts=[sunset, mosaic, snowy, rainbow]")
+    after = generated(tmp_path, weights, *own, "editing.prompts=[sunset, mosaic, snowy, rainbow]")
+    assert new == after.stage.manifest()["prompt"].isin(["snowy", "rainbow"]).sum()
+    assert 0 < new == len(rows(after) - before)
+
+
+def test_edits_that_came_with_the_data_are_not_paid_for_again(weights, tmp_path):
+    before = rows(generated(tmp_path, weights))
+    shutil.rmtree(tmp_path / "edits")
+    changed = tmp_path / "out" / min(before)[0]
+    changed.unlink()
+    changed.write_bytes(b"not what the manifest says")
+    more = generated(tmp_path, weights, images=5)
+    assert more.made == 2 + 1
     assert before < rows(more)
-    images = generated(tmp_path, weights, "editing.prompts_per_image=all", images=5)
-    assert images.made == 4
+    made_by = numeric_profiles(more.stage, EditStore(tmp_path / "edits"))
+    assert sorted(made_by.values()) == [3, 7]
+    assert any("came with the data" in profile for profile in made_by)
+
+
+def test_the_number_of_workers_changes_no_byte(weights, tmp_path, monkeypatch):
+    whole = []
+    for workers in (1, 3):
+        monkeypatch.setattr(sampling, "workers_on", lambda device, workers=workers: workers)
+        whole.append(rows(generated(tmp_path / str(workers), weights, "editing.batch_size=2")))
+    assert whole[0] == whole[1]
 
 
 def test_a_damaged_edit_is_made_anew_and_no_other(weights, tmp_path):
@@ -390,6 +454,49 @@ def test_what_the_gate_rejects_is_made_anew_and_dropped_in_the_end(weights, tmp_
     assert again.stage.version == result.stage.version
 
 
+@pytest.mark.parametrize("cut_off", [False, True])
+def test_one_picture_under_two_labels_is_judged_under_each(cut_off, weights, tmp_path):
+    source = write_classes(tmp_path / "data", ["cat", "dog"], 4)
+    shutil.copy(source / "cat" / "0.png", source / "dog" / "cat.png")
+    left = [1 if cut_off else 99]
+
+    def judge(sources, originals, edits):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return [
+            "label" if source.image_id.startswith("train/dog/cat") else ACCEPTED
+            for source in sources
+        ]
+
+    if cut_off:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(generate_module, "_JUDGED_AT_ONCE", 1)
+            gated(tmp_path, weights, judge)
+        left[0] = 99
+    manifest = gated(tmp_path, weights, judge).stage.manifest()
+    assert manifest["label"].value_counts().to_dict() == {"cat": 4, "dog": 4}
+    assert not manifest["source_id"].str.startswith("train/dog/cat").any()
+
+
+def test_a_new_test_image_keeps_the_verdicts_and_a_new_training_image_does_not(weights, tmp_path):
+    source, settings = tmp_path / "data", ingested(tmp_path, weights, GATE)[1]
+
+    def gate(of_split: str, images: int) -> str | None:
+        write_classes(source / of_split, ["cat", "dog"], images, seed=len(of_split) * 100)
+        aside = tmp_path / "aside"
+        return plan_edits(
+            ingest(str(source), settings, tmp_path / "raw", aside=aside), settings
+        ).gate
+
+    shutil.rmtree(source)
+    for split in ("val", "test"):
+        write_classes(source / split, ["cat", "dog"], 2, seed=len(split) * 100)
+    before = gate("train", 4)
+    assert gate("test", 3) == before
+    assert gate("train", 5) != before
+
+
 def test_where_nothing_is_accepted_a_person_is_told_what_to_do(weights, tmp_path):
     with pytest.raises(UserError, match="rejected all 24 edits"):
         gated(tmp_path, weights, lambda sources, *pixels: ["label"] * len(sources))
@@ -400,7 +507,7 @@ def test_shards_judge_and_retry_alike(weights, tmp_path):
         return ["label" if edit.sum() % 2 else ACCEPTED for edit in edits]
 
     whole = gated(tmp_path, weights, by_content)
-    raw, settings = ingested(tmp_path, weights, "editing.gate.enabled=true")
+    raw, settings = ingested(tmp_path, weights, GATE)
     plan, store = plan_edits(raw, settings), EditStore(tmp_path / "other")
     gate = LabelGate(by_content, Ledger(tmp_path / "others"), 1)
     made = [
@@ -415,7 +522,7 @@ def test_shards_judge_and_retry_alike(weights, tmp_path):
 
 def test_the_gate_changes_no_edit_and_while_off_no_stage(weights, tmp_path):
     raw, off = ingested(tmp_path, weights, "editing.gate.max_attempts=9")
-    _, on = ingested(tmp_path, weights, "editing.gate.enabled=true")
+    _, on = ingested(tmp_path, weights, GATE)
     _, plain = ingested(tmp_path, weights)
     assert plan_edits(raw, off).fingerprint == plan_edits(raw, plain).fingerprint
     assert plan_edits(raw, on).fingerprint != plan_edits(raw, plain).fingerprint
@@ -423,6 +530,7 @@ def test_the_gate_changes_no_edit_and_while_off_no_stage(weights, tmp_path):
 
 
 FIRST_DOG = "train/dog/0-"
+GATE = "editing.gate.enabled=true"
 
 
 def ingested(tmp_path: Path, weights: Path, *overrides: str) -> tuple[Stage, Settings]:
@@ -436,7 +544,7 @@ def ingested(tmp_path: Path, weights: Path, *overrides: str) -> tuple[Stage, Set
 
 
 def gated(tmp_path: Path, weights: Path, judge: Judge) -> Generated:
-    raw, settings = ingested(tmp_path, weights, "editing.gate.enabled=true")
+    raw, settings = ingested(tmp_path, weights, GATE)
     return generate(
         raw,
         settings,
@@ -455,7 +563,7 @@ def test_a_share_of_each_class_is_edited_and_a_larger_share_holds_it(weights, tm
     kept = []
     for share in (0.25, 0.5, 1):
         raw, settings = ingested(tmp_path, weights, f"editing.share={share}")
-        edits = plan_edits(raw, settings).edits
+        edits = list(plan_edits(raw, settings))
         by_class = Counter(edit.source.label for edit in edits)
         assert by_class == {"cat": 4 * share, "dog": 4 * share}
         kept.append({edit.key for edit in edits})

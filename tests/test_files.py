@@ -1,9 +1,21 @@
 """Promise: nothing torn. A reader sees the old whole or the new whole."""
 
+import os
+import resource
+import signal
+from pathlib import Path
+
 import pytest
 
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.files import link_or_copy, replaced_folder, write_bytes, write_json
+from diffusemix_pipeline.files import (
+    Ledger,
+    link_or_copy,
+    replaced_folder,
+    write_bytes,
+    write_json,
+    write_once,
+)
 
 
 def test_write_bytes_replaces_and_leaves_nothing_aside(tmp_path):
@@ -63,3 +75,33 @@ def test_links_share_bytes_and_survive_a_replaced_source(tmp_path):
     assert source.stat().st_ino == target.stat().st_ino
     write_bytes(source, b"two")
     assert target.read_bytes() == b"one"
+
+
+def test_a_line_that_a_full_disk_tore_costs_that_fact_alone(tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.add({"n": 1})
+    (file,) = tmp_path.iterdir()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    real = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 4, limit[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            ledger.add({"n": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, real)
+    assert not file.read_bytes().endswith(b"\n")
+    ledger.add({"n": 3})
+    assert sorted(fact["n"] for fact in Ledger(tmp_path)) == [1, 3]
+
+
+def test_the_first_bytes_stay_where_there_are_no_links(tmp_path, monkeypatch):
+    def no_links(*paths):
+        raise PermissionError("not on this file system")
+
+    monkeypatch.setattr(os, "link", no_links)
+    for content in (b"first", b"second"):
+        write_once(tmp_path / "a", content, aside=tmp_path / "aside")
+        monkeypatch.setattr(Path, "exists", lambda path: False)  # as if both had looked at once
+    assert (tmp_path / "a").read_bytes() == b"first"
+    assert not list((tmp_path / "aside").iterdir())

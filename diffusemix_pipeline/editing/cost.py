@@ -6,27 +6,32 @@ The pilot is of the wanted edits themselves, and they stay in the store: it is p
 import heapq
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from diffusemix_pipeline.datasets.manifest import Stage
 from diffusemix_pipeline.editing.editor import edits_at_once, load_editor
 from diffusemix_pipeline.editing.gate import ACCEPTED
-from diffusemix_pipeline.editing.generate import LabelGate, judge_edits
+from diffusemix_pipeline.editing.generate import (
+    LabelGate,
+    attempts,
+    judge_edits,
+    verdicts_by_case,
+)
 from diffusemix_pipeline.editing.planning import Plan, plan_edits
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings
 
+_LEAST_TIMED = 12
+"""Edits: fewer tell little of a gate's yield."""
+
 
 @dataclass(frozen=True)
 class Cost:
-    """What is wanted and there, and what a round (a batch for each worker) of the rest costs."""
+    """What a round of edits (a batch for each worker) costs, and how many of them count."""
 
-    edits: int
-    """Wanted, a first attempt each."""
-    stored: int
-    """Of those, how many are in the store, the pilot's among them."""
     pilot: int
+    """Edits made to know this."""
     round_edits: int
     round_seconds: float
     edit_bytes: float
@@ -34,23 +39,41 @@ class Cost:
     accepted: float | None
     """Share of the pilot's edits that the label gate let through, 0 to 1; None without a gate."""
 
-    def missing(self, max_attempts: int) -> int:
-        """Predict how many edits are still to be made, those after a rejection among them."""
-        if self.accepted is None:
-            return self.edits - self.stored
-        tries = sum((1 - self.accepted) ** attempt for attempt in range(max_attempts))
-        return round((self.edits - self.stored) * tries + self.stored * (tries - 1))
-
     def seconds(self, edits: int) -> float:
         """Predict how long so many edits take on this device."""
         return math.ceil(edits / self.round_edits) * self.round_seconds
 
 
-def pilot_size(plan: Plan, device: str) -> int:
-    """Return how many edits a pilot takes: two rounds, of which the second is timed."""
+def missing_edits(
+    plan: Plan, store: EditStore, gate: LabelGate | None, accepted: float | None
+) -> int:
+    """Predict how many edits are still to be made, if a share `accepted` of them gets through.
+
+    Those after a rejection are among them.
+    """
+    judged = verdicts_by_case(gate.verdicts) if gate else {}
+    rejected = 0.0 if accepted is None else 1 - accepted
+    most = plan.settings.editing.gate.max_attempts
+    expected = 0.0
+    for first in plan:
+        *_, edit = attempts(plan, first, judged)
+        if edit.case not in judged:
+            further = range(most - edit.attempt)
+            expected += sum(rejected**time for time in further) - (edit.key in store)
+    return round(expected)
+
+
+def pilot_rounds(plan: Plan, device: str) -> tuple[int, int]:
+    """Return how many edits a round of the pilot has, and how many rounds are timed.
+
+    As many are made before, untimed: the first calls of anything are slower.
+    """
     from diffusemix_pipeline.editing.sampling import workers_on
 
-    return 2 * edits_at_once(plan.editor, plan.settings.editing) * workers_on(device)
+    # Two batches show how an accelerator samples one while the other is written.
+    batches = max(2, workers_on(device))
+    edits = batches * edits_at_once(plan.editor, plan.settings.editing)
+    return edits, math.ceil(_LEAST_TIMED / edits)
 
 
 def run_pilot(
@@ -67,17 +90,17 @@ def run_pilot(
     """
     from diffusemix_pipeline.editing.sampling import Sampler
 
-    stored = stored_edits(plan, store)
-    missing = (edit for edit in plan if edit.key not in store)
-    chosen = heapq.nsmallest(pilot_size(plan, device), missing, key=lambda edit: edit.key)
-    if len(chosen) < pilot_size(plan, device):
+    round_edits, rounds = pilot_rounds(plan, device)
+    half = round_edits * rounds
+    missing = {edit.key: edit for edit in plan if edit.key not in store}
+    if len(missing) < 2 * half:
         return None
+    chosen = [missing[key] for key in heapq.nsmallest(2 * half, missing)]
     progress("Editing a pilot", 0, len(chosen))
     editing = plan.settings.editing
     editor = load_editor(plan.editor, editing, device)
     sampler = Sampler(editor, device, plan.settings, edits_at_once(plan.editor, editing))
-    half = len(chosen) // 2
-    sampler.make(chosen[:half], store, silent)  # the first calls of anything are slower
+    sampler.make(chosen[:half], store, silent)
     progress("Editing a pilot", half, len(chosen))
     started = time.perf_counter()
     sampler.make(chosen[half:], store, silent)
@@ -85,14 +108,12 @@ def run_pilot(
     progress("Editing a pilot", len(chosen), len(chosen))
     accepted = None
     if gate:
-        verdicts = judge_edits(plan, chosen, store, gate, progress)
-        accepted = sum(verdicts[edit.key] == ACCEPTED for edit in chosen) / len(chosen)
+        judged = judge_edits(plan, chosen, store, gate, progress)
+        accepted = sum(judged[edit.case] == ACCEPTED for edit in chosen) / len(chosen)
     return Cost(
-        edits=len(plan),
-        stored=stored + len(chosen),
         pilot=len(chosen),
-        round_edits=half,
-        round_seconds=seconds,
+        round_edits=round_edits,
+        round_seconds=seconds / rounds,
         edit_bytes=sum(store.path(edit.key).stat().st_size for edit in chosen) / len(chosen),
         accepted=accepted,
     )
@@ -104,7 +125,12 @@ def stored_edits(plan: Plan, store: EditStore) -> int:
 
 
 def share_within(
-    seconds: float, cost: Cost, raw: Stage, settings: Settings, store: EditStore
+    seconds: float,
+    cost: Cost,
+    raw: Stage,
+    settings: Settings,
+    store: EditStore,
+    gate: LabelGate | None,
 ) -> float:
     """Return the largest `editing.share`, in hundredths, whose edits take at most so long.
 
@@ -115,8 +141,7 @@ def share_within(
         tried = (low + high + 1) // 2
         editing = settings.editing.model_copy(update={"share": tried / 100})
         plan = plan_edits(raw, settings.model_copy(update={"editing": editing}))
-        trimmed = replace(cost, edits=len(plan), stored=stored_edits(plan, store))
-        if trimmed.seconds(trimmed.missing(settings.editing.gate.max_attempts)) <= seconds:
+        if cost.seconds(missing_edits(plan, store, gate, cost.accepted)) <= seconds:
             low = tried
         else:
             high = tried - 1

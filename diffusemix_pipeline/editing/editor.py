@@ -5,8 +5,10 @@ and settings of an editor. What does not: sampling (a module a family), batches 
 """
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -226,15 +228,27 @@ def locate_lora(lora: str) -> Path | None:
 def editor_fingerprint(folder: Path, lora: Path | None) -> str:
     """Identify an editor's weights, with its LoRA's bytes."""
     weights = _weights_fingerprint(folder)
-    return digest(weights, "lora", file_sha256(lora)) if lora else weights
+    return digest(weights, "lora", _sha256(lora)) if lora else weights
 
 
 def _weights_fingerprint(folder: Path) -> str:
-    """Identify a hub snapshot by its commit, a folder by its files' bytes."""
-    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
-        return digest("hub", folder.parent.parent.name, folder.name)
+    """Identify an editor by its files' bytes, in a folder or in the hub's cache."""
     files = sorted(p for p in folder.rglob("*") if p.suffix in _WEIGHTS_AND_WORDS)
-    return digest([[p.relative_to(folder).as_posix(), file_sha256(p)] for p in files])
+    return digest([[p.relative_to(folder).as_posix(), _sha256(p)] for p in files])
+
+
+def _sha256(path: Path) -> str:
+    """Return the SHA-256 of a file that may hold tens of gigabytes, reading it once a process."""
+    real = path.resolve()
+    if re.fullmatch("[0-9a-f]{64}", real.name):  # the hub's cache names large files by it
+        return real.name
+    found = real.stat()
+    return _sha256_of(real, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache
+def _sha256_of(path: Path, size: int, mtime_ns: int) -> str:
+    return file_sha256(path)
 
 
 def _index(folder: Path) -> dict[str, Any]:

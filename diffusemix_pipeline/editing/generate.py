@@ -5,6 +5,7 @@ lacks, collect all of them into the stage folder.
 """
 
 import re
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,8 +19,10 @@ import pandas as pd
 from diffusemix_pipeline.datasets.images import read_square
 from diffusemix_pipeline.datasets.manifest import (
     REJECTED,
+    STAGE,
     Stage,
     finished_stage,
+    read_manifest,
     read_stage,
     write_stage,
 )
@@ -29,11 +32,14 @@ from diffusemix_pipeline.editing.planning import Plan, PlannedEdit, plan_edits
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import Ledger, link_or_copy
+from diffusemix_pipeline.identity import file_sha256
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings
 
+Case = tuple[str, str]
 _REJECTED_COLUMNS = ["source_id", "label", "prompt", "copy", "attempt", "edit_key", "verdict"]
 _JUDGED_AT_ONCE = 64
+_ELSEWHERE = {"made": "elsewhere, and came with the data"}
 
 
 @dataclass(frozen=True)
@@ -73,10 +79,31 @@ def generate(
     finished = finished_stage(out, plan.fingerprint)
     if finished:
         return Generated(finished, 0)
-    gate = fit_gate(plan) if fit_gate and plan.gate else None
+    adopt_edits(out, store)
+    gate = None
+    if plan.gate:
+        assert fit_gate  # without it, what nobody judged would count as judged
+        gate = fit_gate(plan)
     made = make_edits(plan, store=store, device=device, gate=gate, progress=progress)
     verdicts = gate.verdicts if gate else None
     return Generated(collect_edits(plan, out, store, verdicts, aside, progress), made)
+
+
+def adopt_edits(folder: Path, store: EditStore) -> int:
+    """Take the edits of a stage folder into a store that lacks them; return how many.
+
+    They came with the data, to a clone or to CI, and are not to be paid for again there.
+    """
+    if not (folder / STAGE).exists():
+        return 0
+    adopted = 0
+    rows = read_manifest(folder)[["edit_key", "file_name", "sha256"]]
+    for key, name, sha256 in rows.itertuples(index=False, name=None):
+        path = folder / name
+        if key not in store and path.exists() and file_sha256(path) == sha256:
+            store.put_file(key, path.read_bytes(), store.add_profile(_ELSEWHERE))
+            adopted += 1
+    return adopted
 
 
 def make_edits(
@@ -95,14 +122,14 @@ def make_edits(
     What the gate rejects is made anew from another seed, as often as the settings allow.
     """
     wanted: Iterable[PlannedEdit] = plan.shard(shard, shards)
-    judged = _said(gate.verdicts) if gate else {}
+    judged = verdicts_by_case(gate.verdicts) if gate else {}
     made = 0
     while wanted:
         made += _make_missing(plan, wanted, judged, store, device, progress)
         if gate is None:
             break
         judged = judge_edits(plan, wanted, store, gate, progress)
-        rejected = (edit for edit in wanted if judged[edit.key] != ACCEPTED)
+        rejected = (edit for edit in wanted if judged[edit.case] != ACCEPTED)
         wanted = [plan.next_attempt(edit) for edit in rejected if _may_try_again(plan, edit)]
     return made
 
@@ -120,12 +147,13 @@ def collect_edits(
     With a gate, an edit is the first accepted attempt; `rejected.parquet` has a row for each of the
     others. Raises UserError where nothing was accepted.
     """
-    said = _said(verdicts) if verdicts else None
+    judged = verdicts_by_case(verdicts) if verdicts else {}
     accepted, rejected = 0, []
     records = store.records()
     with write_stage(out, name="generated", fingerprint=plan.fingerprint, aside=aside) as stage:
         for done, first in enumerate(plan, start=1):
-            for edit, verdict in _attempts(plan, first, said):
+            for edit in attempts(plan, first, judged):
+                verdict = judged[edit.case] if verdicts else None
                 row = _row(edit, verdict, plan.settings.size)
                 if verdict in (None, ACCEPTED):
                     link_or_copy(store.path(edit.key), stage.folder / row["file_name"])
@@ -140,7 +168,7 @@ def collect_edits(
                 "preview`, choose other prompts, or change editing.gate."
             )
         stage.notes["editor"] = plan.weights
-        if said is not None:
+        if verdicts:
             table = pd.DataFrame(rejected, columns=_REJECTED_COLUMNS)
             table.to_parquet(stage.folder / REJECTED, index=False)
     return read_stage(out)
@@ -159,7 +187,7 @@ def judged_edits(stage: Stage) -> pd.DataFrame:
 def _make_missing(
     plan: Plan,
     wanted: Iterable[PlannedEdit],
-    judged: Mapping[str, str],
+    judged: Mapping[Case, str],
     store: EditStore,
     device: str,
     progress: Progress,
@@ -167,24 +195,27 @@ def _make_missing(
     """Make those of `wanted` that are of use and not stored as they were made; return how many."""
     from diffusemix_pipeline.editing.sampling import Sampler
 
-    def of_use(edit: PlannedEdit) -> bool:
-        return judged.get(edit.key, ACCEPTED) == ACCEPTED
-
-    there = [edit.key for edit in wanted if of_use(edit) and edit.key in store]
-    sound = store.checked(there, progress)
-    if damaged := [key for key in there if key not in sound]:
+    there: list[str] = []
+    missing: dict[str, PlannedEdit] = {}
+    for edit in wanted:
+        if judged.get(edit.case, ACCEPTED) != ACCEPTED:
+            continue
+        if edit.key in store:
+            there.append(edit.key)
+        else:
+            missing[edit.key] = edit
+    if damaged := set(there) - store.checked(there, progress):
         warnings.warn(
             f"{len(damaged)} stored edits are not as they were stored: they are set aside in "
-            f"{store.quarantine} and made anew, the first is {damaged[0]}.",
+            f"{store.quarantine} and made anew, the first is {min(damaged)}.",
             stacklevel=2,
         )
-    missing = {edit.key: edit for edit in wanted if of_use(edit) and edit.key not in sound}
+        missing |= {edit.key: edit for edit in wanted if edit.key in damaged}
     if missing:
         editor = load_editor(plan.editor, plan.settings.editing, device)
         at_once = edits_at_once(plan.editor, plan.settings.editing)
-        Sampler(editor, device, plan.settings, at_once).make(
-            list(missing.values()), store, progress
-        )
+        sampler = Sampler(editor, device, plan.settings, at_once)
+        sampler.make(list(missing.values()), store, progress)
     return len(missing)
 
 
@@ -194,10 +225,10 @@ def judge_edits(
     store: EditStore,
     gate: LabelGate,
     progress: Progress,
-) -> dict[str, str]:
-    """Return the verdicts by key, asking the gate for those that it did not give before."""
-    verdicts = _said(gate.verdicts)
-    open_ = [edit for edit in wanted if edit.key not in verdicts]
+) -> dict[Case, str]:
+    """Return all verdicts, asking the gate for those on `wanted` that it did not give before."""
+    judged = verdicts_by_case(gate.verdicts)
+    open_ = [edit for edit in wanted if edit.case not in judged]
     for start in range(0, len(open_), _JUDGED_AT_ONCE):
         batch = open_[start : start + _JUDGED_AT_ONCE]
         sources = [edit.source for edit in batch]
@@ -205,31 +236,28 @@ def judge_edits(
         originals = np.stack([read_square(source.path, size) for source in sources])
         edits = np.stack([read_square(store.path(edit.key), size) for edit in batch])
         for edit, verdict in zip(batch, gate.judge(sources, originals, edits), strict=True):
-            verdicts[edit.key] = verdict
-            gate.verdicts.add({"key": edit.key, "verdict": verdict})
+            judged[edit.case] = verdict
+            key, label = edit.case
+            gate.verdicts.add({"key": key, "label": label, "verdict": verdict})
         progress("Judging edits", start + len(batch), len(open_))
-    return verdicts
+    return judged
 
 
-def _said(verdicts: Ledger) -> dict[str, str]:
-    return {said["key"]: said["verdict"] for said in verdicts}
+def verdicts_by_case(verdicts: Ledger) -> dict[Case, str]:
+    """Read what a gate said; see `PlannedEdit.case`."""
+    return {(said["key"], said["label"]): sys.intern(said["verdict"]) for said in verdicts}
 
 
 def _may_try_again(plan: Plan, edit: PlannedEdit) -> bool:
     return edit.attempt + 1 < plan.settings.editing.gate.max_attempts
 
 
-def _attempts(
-    plan: Plan, edit: PlannedEdit, said: Mapping[str, str] | None
-) -> Iterator[tuple[PlannedEdit, str | None]]:
-    """Walk from a first attempt to the accepted one or the last, each with what the gate said."""
-    if said is None:
-        yield edit, None
-        return
-    while said[edit.key] != ACCEPTED and _may_try_again(plan, edit):
-        yield edit, said[edit.key]
-        edit = plan.next_attempt(edit)
-    yield edit, said[edit.key]
+def attempts(plan: Plan, first: PlannedEdit, judged: Mapping[Case, str]) -> Iterator[PlannedEdit]:
+    """Walk from a first attempt to the one that was not rejected, or to the last."""
+    yield first
+    while judged.get(first.case, ACCEPTED) != ACCEPTED and _may_try_again(plan, first):
+        first = plan.next_attempt(first)
+        yield first
 
 
 def numeric_profiles(stage: Stage, store: EditStore) -> dict[str, int]:

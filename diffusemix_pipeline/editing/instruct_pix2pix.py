@@ -261,7 +261,7 @@ def guided_steps(editing: Editing) -> int:
     """Return how many steps, from the first, evaluate all three branches."""
     if editing.guidance == 1:  # as in diffusers: no text guidance, no guidance at all
         return 0
-    return math.ceil(editing.steps * editing.guidance_until)
+    return math.ceil(round(editing.steps * editing.guidance_until, 6))  # 50 * 0.14 is above 7
 
 
 def unet_evaluations(editing: Editing) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import PIL
 import torch
 import transformers
 
@@ -66,14 +67,22 @@ def to_pixels(edited: np.ndarray) -> np.ndarray:
 def numeric_profile(denoiser: torch.nn.Module, editing: Editing) -> dict[str, Any]:
     """Return what the bytes of an edit depend on beside its key and its batch."""
     weights = next(denoiser.parameters())
-    on_gpu = weights.device.type == "cuda"
+    device = weights.device
     return {
-        "device": torch.cuda.get_device_name(weights.device) if on_gpu else platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(device),
         "dtype": str(weights.dtype).removeprefix("torch."),
         "compile": editing.compile,
         "torch": torch.__version__,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
         "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "pillow": PIL.__version__,
     }
+
+
+def _cpu(device: torch.device) -> str:
+    """Name a device that has no name of its own by what its arithmetic depends on."""
+    return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _unfit(pipeline: Any, lora: Path, reason: str) -> UserError:

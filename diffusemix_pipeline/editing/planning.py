@@ -12,13 +12,15 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from diffusemix_pipeline.datasets.manifest import Stage
+from diffusemix_pipeline.datasets.manifest import Stage, class_names
 from diffusemix_pipeline.editing.editor import editor_fingerprint, locate_editor, locate_lora
 from diffusemix_pipeline.files import Ledger
 from diffusemix_pipeline.identity import digest, draw, seed_from
 from diffusemix_pipeline.settings import Settings
 
 CODE_VERSION = "1"
+GATE_VERSION = "1"
+"""Of the label gate: new where its teachers or its rules would judge otherwise."""
 # Speed and place change no edit's identity; the editor is known by the bytes of its weights, its
 # LoRA's among them, and the gate by its version.
 _NOT_IDENTITY = {"editor", "revision", "lora", "batch_size", "shards", "dtype", "compile", "gate"}
@@ -51,6 +53,11 @@ class PlannedEdit:
     copy: int
     attempt: int
     seed: int
+
+    @property
+    def case(self) -> tuple[str, str]:
+        """What a gate judges: the same edit may be wanted under two labels."""
+        return self.key, self.source.label
 
 
 @dataclass(frozen=True)
@@ -118,13 +125,13 @@ def plan_edits(raw: Stage, settings: Settings) -> Plan:
     folder = locate_editor(editing.editor, editing.revision)
     weights = editor_fingerprint(folder, locate_lora(editing.lora))
     shape = editing.model_dump(exclude=_NOT_IDENTITY)
-    gate = _gate_version(raw, settings)
-    fingerprint = digest(
-        "generated", CODE_VERSION, raw.version, settings.seed, settings.size, shape, weights, gate
-    )
     rows = raw.manifest()
     columns = ["image_id", "label", "file_name", "sha256", "source_sha256"]
     train = rows.loc[rows["split"] == "train", columns]
+    gate = _gate_version(train, class_names(raw.counts), settings)
+    fingerprint = digest(
+        "generated", CODE_VERSION, raw.version, settings.seed, settings.size, shape, weights, gate
+    )
     sources = _share(train, editing.share, settings.seed)
     return Plan(fingerprint, folder, weights, settings, gate, raw.folder, sources)
 
@@ -167,14 +174,15 @@ def _planned(
     return PlannedEdit(key, source, prompt, instruction, copy, attempt, seed)
 
 
-def _gate_version(raw: Stage, settings: Settings) -> str | None:
+def _gate_version(train: pd.DataFrame, classes: list[str], settings: Settings) -> str | None:
     """Identify the gate by all that its teachers and its rules follow from."""
     gate = settings.editing.gate
     if not gate.enabled:
         return None
+    seen = sorted(zip(train["label"], train["sha256"], strict=True))
     recipe = settings.training.model_dump(exclude={"arms", "seeds", "validations"})
     rules = gate.model_dump(exclude={"max_attempts"})
-    return digest("gate", CODE_VERSION, raw.version, settings.size, settings.seed, recipe, rules)
+    return digest("gate", GATE_VERSION, classes, seen, settings.size, settings.seed, recipe, rules)
 
 
 def edited_side(settings: Settings) -> int:

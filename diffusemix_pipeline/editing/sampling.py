@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from itertools import islice
 from threading import Semaphore
 
 import numpy as np
@@ -57,11 +58,11 @@ class Sampler:
         images = np.stack([read_square(edit.source.path, self._side) for edit in batch])
         with self._device:
             parts = self._edit(batch, images)
-        edited = (pixels for part, _ in parts for pixels in part)
-        shapes = (shape for part, shape in parts for _ in part)
-        for edit, pixels, shape in zip(batch, edited, shapes, strict=True):
+        left = iter(batch)
+        for part, shape in parts:
             profile = store.add_profile(self._profile | {"batch_size": shape})
-            store.put(edit.key, to_square(Image.fromarray(pixels), self._size), profile)
+            for edit, pixels in zip(islice(left, len(part)), part, strict=True):
+                store.put(edit.key, to_square(Image.fromarray(pixels), self._size), profile)
         return len(batch)
 
     def _edit(

@@ -7,6 +7,7 @@ those bytes; `quarantine/`, files that are not what was stored.
 
 import hashlib
 import json
+import shutil
 import sys
 import uuid
 from collections import Counter
@@ -84,7 +85,10 @@ class EditStore:
 
     def put(self, key: str, pixels: np.ndarray, profile: str) -> Record:
         """Keep uint8 (H, W, 3) pixels, unless the edit is there already; return what was said."""
-        content = png_bytes(pixels)
+        return self.put_file(key, png_bytes(pixels), profile)
+
+    def put_file(self, key: str, content: bytes, profile: str) -> Record:
+        """Keep the bytes of an edit's file, as `put`."""
         record = Record(hashlib.sha256(content).hexdigest(), profile)
         self._records.add({"key": key, **asdict(record)})
         write_once(self.path(key), content, aside=self._folder / _ASIDE)
@@ -147,7 +151,8 @@ class EditStore:
         return Status(made_by.total(), size, dict(made_by), self.profiles(), quarantined)
 
     def remove(self, keys: Iterable[str]) -> None:
-        """Forget edits for good."""
+        """Forget edits for good, and what killed writers left; nobody else may be writing."""
+        shutil.rmtree(self._folder / _ASIDE, ignore_errors=True)
         for key in keys:
             self.path(key).unlink(missing_ok=True)
 

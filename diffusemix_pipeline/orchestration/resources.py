@@ -16,7 +16,7 @@ from dagster._core.storage.dagster_run import IN_PROGRESS_RUN_STATUSES
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import write_json
 from diffusemix_pipeline.progress import Progress
-from diffusemix_pipeline.project import Project
+from diffusemix_pipeline.project import Project, nobody_at_work
 from diffusemix_pipeline.settings import Section, Settings, check
 
 RESOURCE_KEYS = {"settings", "project", "progress"}
@@ -55,8 +55,8 @@ def project_resource(project: Project) -> dg.ResourceDefinition:
 
     def hold(context: dg.InitResourceContext) -> Iterator[Project]:
         project.state.mkdir(parents=True, exist_ok=True)
-        with (project.state / "run.lock").open("a+") as lock:
-            if _nobody_at_work(lock):
+        with project.run_lock.open("a+") as lock:
+            if nobody_at_work(lock):
                 shutil.rmtree(project.aside, ignore_errors=True)  # what killed runs left there
                 _end_killed_runs(context)
                 lock.truncate(0)
@@ -70,14 +70,6 @@ def project_resource(project: Project) -> dg.ResourceDefinition:
             yield project
 
     return dg.ResourceDefinition(hold, description="Where the project's files lie.")
-
-
-def _nobody_at_work(lock: TextIO) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _held(lock: TextIO, run_id: str) -> bool:

@@ -15,7 +15,7 @@ import torch
 from diffusemix_pipeline.datasets.manifest import Stage, class_names
 from diffusemix_pipeline.editing.gate import class_thresholds, verdicts
 from diffusemix_pipeline.editing.generate import LabelGate
-from diffusemix_pipeline.editing.planning import Plan, Source
+from diffusemix_pipeline.editing.planning import GATE_VERSION, Plan, Source
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import replaced_folder
 from diffusemix_pipeline.identity import digest, seed_from
@@ -31,7 +31,6 @@ from diffusemix_pipeline.training.classifier import (
 from diffusemix_pipeline.training.data import LabelledImages, load_images
 from diffusemix_pipeline.training.loop import fit
 
-CODE_VERSION = "1"
 _BATCH = 16  # images a forward pass: a batch of edits falls apart into folds, each padded to this
 
 
@@ -217,7 +216,7 @@ def _fingerprint(train: LabelledImages, classes: Sequence[str], settings: Settin
     """Identify a teacher by the images that it sees and everything that shapes its training."""
     seen = list(zip(train.labels.tolist(), train.ids, strict=True))
     recipe = settings.training.model_dump(exclude={"arms", "seeds", "validations"})
-    return digest("teacher", CODE_VERSION, classes, seen, settings.size, settings.seed, recipe)
+    return digest("teacher", GATE_VERSION, classes, seen, settings.size, settings.seed, recipe)
 
 
 def _judge(

@@ -31,6 +31,8 @@ warnings.filterwarnings("ignore", "Parameter `data_version`", dg.BetaWarning)
 )
 def plan_edits(context: dg.OpExecutionContext) -> Iterator[dg.DynamicOutput[int] | dg.Output[dict]]:
     from diffusemix_pipeline.datasets.manifest import finished_stage
+    from diffusemix_pipeline.editing.generate import adopt_edits
+    from diffusemix_pipeline.editing.store import EditStore
 
     project, settings = context.resources.project, context.resources.settings
     plan = _plan(project, settings)
@@ -38,6 +40,7 @@ def plan_edits(context: dg.OpExecutionContext) -> Iterator[dg.DynamicOutput[int]
         context.log.info(f"{project.generated} is there already")
         yield dg.Output({}, "predicted")
         return
+    adopt_edits(project.generated, EditStore(project.edits))
     gate = _gate(context, plan)
     predicted = _predicted(context, plan, gate)
     observed = {"gate_teachers_accuracy": gate.teacher_accuracy} if gate else {}
@@ -144,19 +147,20 @@ def _predicted(
 ) -> dict[str, Any]:
     """Run the pilot, and return what it predicts; nothing where too few edits are missing."""
     from diffusemix_pipeline.devices import choose_device
-    from diffusemix_pipeline.editing.cost import run_pilot
+    from diffusemix_pipeline.editing.cost import missing_edits, run_pilot
     from diffusemix_pipeline.editing.store import EditStore
 
+    store = EditStore(context.resources.project.edits)
     cost = run_pilot(
         plan,
-        EditStore(context.resources.project.edits),
+        store,
         device=choose_device(plan.settings.device),
         gate=gate,
         progress=context.resources.progress(context.log),
     )
     if cost is None:
         return {}
-    missing = cost.missing(plan.settings.editing.gate.max_attempts)
+    missing = missing_edits(plan, store, gate, cost.accepted)
     return {
         "pilot_edits": cost.pilot,
         "predicted_edits": missing,
