@@ -191,9 +191,8 @@ def _images_per_second(judged: Stage, folder: Path, device: str) -> pd.Series:
             editor = load_editor(weights, settings.editing, device)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 started = time.perf_counter()
-                Sampler(editor, device, settings, batch).make(
-                    edits, EditStore(Path(scratch)), silent
-                )
+                sampler, store = Sampler(editor, device, settings, batch), EditStore(Path(scratch))
+                sampler.make(edits, len(edits), store, silent)
                 speeds[name].append(len(edits) / (time.perf_counter() - started))
     return pd.Series({name: median(each) for name, each in speeds.items()})
 

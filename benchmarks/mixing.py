@@ -37,12 +37,13 @@ from diffusemix_pipeline.mixing.blending import mix
 from diffusemix_pipeline.mixing.fractals import make_fractal
 from diffusemix_pipeline.mixing.masks import half_mask
 from diffusemix_pipeline.mixing.stages import make_augmented
+from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.settings import Settings
 
 ROWS = (1_000, 50_000)
-QUICK_ROWS = (1_000, 5_000)
 _MANIFESTS = {
     "raw": ["raw"],
+    "made": ["raw"],
     "generated": ["raw", "generated"],
     "augmented": ["raw", "generated", "augmented"],
 }
@@ -248,18 +249,16 @@ def _codec_alone_seconds(augmented: Path, raw: Stage, generated: Stage, size: in
 # Memory -----------------------------------------------------------------------------------------
 
 
-def memory(*, quick: bool = False) -> dict[str, Any]:
+def memory() -> dict[str, Any]:
     """Measure how much more memory the stages hold for 50,000 images than for 1,000.
 
     Each stage runs in a process of its own, whose peak of resident memory the kernel tells (Linux).
     `rss_growth_mb` is the largest growth, less the manifests that a stage works with: its own and
     those of the stages before it. `manifest_bytes_per_row` is the largest of those in memory.
-    Images are PNG files of 16 px, all different; the edits lie in the store.
-
-    Quick: 5,000 images instead, the growth stretched in proportion to 50,000.
+    Images are PNG files of 16 px, all different. Edits are "made" by no editor, for its memory is
+    its own.
     """
-    few, many = QUICK_ROWS if quick else ROWS
-    stretch = (ROWS[1] - ROWS[0]) / (many - few)
+    few, many = ROWS
     peaks, per_row = {}, {}
     for count in (few, many):
         with tempfile.TemporaryDirectory() as folder:
@@ -267,13 +266,12 @@ def memory(*, quick: bool = False) -> dict[str, Any]:
             _write_source(here / "source", count, 16)
             for stage in _MANIFESTS:
                 peaks[stage, count] = _peak_bytes(stage, here)
-                rows = read_manifest(here / stage)
-                per_row[stage] = int(rows.memory_usage(deep=True).sum()) / len(rows)
-                if stage == "raw":
-                    _store_edits(here, read_stage(here / "raw"), _settings(16))
-    grown = {stage: stretch * (peaks[stage, many] - peaks[stage, few]) for stage in _MANIFESTS}
+                if (here / stage).exists():  # making edits fills the store alone
+                    rows = read_manifest(here / stage)
+                    per_row[stage] = int(rows.memory_usage(deep=True).sum()) / len(rows)
+    grown = {stage: peaks[stage, many] - peaks[stage, few] for stage in _MANIFESTS}
     aside = {
-        stage: grown[stage] - (ROWS[1] - ROWS[0]) * sum(per_row[name] for name in names)
+        stage: grown[stage] - (many - few) * sum(per_row[name] for name in names)
         for stage, names in _MANIFESTS.items()
     }
     return {
@@ -281,8 +279,6 @@ def memory(*, quick: bool = False) -> dict[str, Any]:
         "manifest_bytes_per_row": max(per_row.values()),
         "rss_growth_mb_by_stage": {stage: grown[stage] / 1e6 for stage in grown},
         "rss_growth_mb_less_manifests_by_stage": {stage: aside[stage] / 1e6 for stage in aside},
-        "rss_rows_measured": [few, many],
-        "rss_stretched_to_rows": list(ROWS),
     }
 
 
@@ -297,6 +293,8 @@ def _run_for_peak(stage: str, here: Path) -> int:
     settings = _settings(16)
     if stage == "raw":
         _ingested(here, settings)
+    elif stage == "made":
+        _make_with_no_editor(here, settings)
     elif stage == "generated":
         _collected(here, settings)
     else:
@@ -316,7 +314,7 @@ def _settings(size: int) -> Settings:
 def _stages(here: Path, count: int, settings: Settings) -> tuple[Stage, Stage]:
     _write_source(here / "source", count, settings.size)
     raw = _ingested(here, settings)
-    _store_edits(here, raw, settings)
+    _make_with_no_editor(here, settings)
     return raw, _collected(here, settings)
 
 
@@ -333,13 +331,28 @@ def _write_source(folder: Path, count: int, size: int) -> None:
         path.write_bytes(png_bytes(pixels))
 
 
-def _store_edits(here: Path, raw: Stage, settings: Settings) -> None:
-    """Fill a store with one made picture for each edit that `raw` wants."""
-    store, plan = EditStore(here / "edits"), plan_edits(raw, settings)
-    profile = store.add_profile({"made": "not edited"})
-    pictures = _different_pictures(len(plan), settings.size, seed=1)
-    for edit, pixels in zip(plan, pictures, strict=True):
-        store.put(edit.key, pixels, profile)
+class _NoEditor:
+    """Stands where an editor does, and costs nothing: an edit is its source's negative."""
+
+    def edit(
+        self, images: np.ndarray, instructions: Sequence[str], seeds: Sequence[int]
+    ) -> np.ndarray:
+        return 255 - images
+
+    def check_instruction(self, instruction: str) -> None:
+        pass
+
+    def profile(self) -> dict[str, Any]:
+        return {"made": "by no editor"}
+
+
+def _make_with_no_editor(here: Path, settings: Settings) -> None:
+    """Plan all edits and fill the store with them, as an editor's are."""
+    # Imported here: it brings torch, which the other processes do without.
+    from diffusemix_pipeline.editing.sampling import Sampler
+
+    plan, store = plan_edits(read_stage(here / "raw"), settings), EditStore(here / "edits")
+    Sampler(_NoEditor(), "cpu", settings, 32).make(plan, len(plan), store, silent)
 
 
 def _collected(here: Path, settings: Settings) -> Stage:
@@ -402,14 +415,14 @@ def measure(images: Path | None = None, *, quick: bool = False) -> dict[str, Any
         **codec(images, quick=quick),
         **throughput(256, quick=quick),
         "throughput_32_px": throughput(32, quick=quick),
-        **memory(quick=quick),
+        **memory(),
     }
 
 
 def main() -> None:
     """Print the measurements, the codec's as a table; with --json, one JSON object last."""
     parser = argparse.ArgumentParser(description=measure.__doc__)
-    parser.add_argument("--quick", action="store_true", help="about a minute in all")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions, smaller stages")
     parser.add_argument("--json", action="store_true", help="print one JSON object as last line")
     parser.add_argument("--images", type=Path, help="class folders of photographs for the codec")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)

@@ -235,13 +235,15 @@ def test_where_memory_does_not_suffice_the_batch_is_halved_and_the_run_says_so(w
     edits._unet.forward = small_device
     store = EditStore(tmp_path / "store")
     with pytest.warns(UserWarning, match="for 8 edits at once: going on with 4, which is another"):
-        Sampler(edits, "cpu", quick_settings(), 8).make(planned(tmp_path, 5), store, silent)
+        Sampler(edits, "cpu", quick_settings(), 8).make(planned(tmp_path, 5), 5, store, silent)
     profiles, said = store.profiles(), store.records()
     sizes = {key: profiles[record.profile]["batch_size"] for key, record in said.items()}
     assert sizes == {f"{n:02}": 2 for n in range(5)}
     halved = {key: read_square(store.path(key), 32) for key in store}
     other = EditStore(tmp_path / "other")
-    Sampler(editor(weights), "cpu", quick_settings(), 2).make(planned(tmp_path, 5), other, silent)
+    Sampler(editor(weights), "cpu", quick_settings(), 2).make(
+        planned(tmp_path, 5), 5, other, silent
+    )
     assert all(np.array_equal(halved[key], read_square(other.path(key), 32)) for key in halved)
 
 
@@ -257,7 +259,7 @@ def test_too_little_memory_for_one_edit_names_what_to_do(weights, tmp_path):
         pytest.raises(UserError, match="too little memory for one edit of 32 px"),
     ):
         store = EditStore(tmp_path / "store")
-        Sampler(edits, "cpu", quick_settings(), 2).make(planned(tmp_path, 2), store, silent)
+        Sampler(edits, "cpu", quick_settings(), 2).make(planned(tmp_path, 2), 2, store, silent)
 
 
 def planned(folder: Path, count: int) -> list[PlannedEdit]:
@@ -580,7 +582,7 @@ def test_small_images_are_enlarged_for_editing_and_brought_back(weights, tmp_pat
     real = edits.edit
     edits.edit = lambda images, *more: (seen.append(images), real(images, *more))[1]
     store = EditStore(tmp_path / "edits")
-    Sampler(edits, "cpu", settings, 8).make(list(plan), store, silent)
+    Sampler(edits, "cpu", settings, 8).make(plan, len(plan), store, silent)
     assert {images.shape[1:] for images in seen} == {(64, 64, 3)}
     stage = collect_edits(plan, tmp_path / "out", store, None, tmp_path / "aside")
     rows = stage.manifest()

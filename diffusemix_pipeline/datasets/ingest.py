@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffusemix_pipeline.datasets.images import UnreadableImageError, pixels_sha256
+from diffusemix_pipeline.datasets.images import UnreadableImageError, pixels_digest
 from diffusemix_pipeline.datasets.manifest import Stage, finished_stage, read_stage, write_stage
 from diffusemix_pipeline.datasets.sources import DIGITS, Item, list_items, source_digest
 from diffusemix_pipeline.datasets.splits import assign_splits, thin_train
@@ -47,7 +47,6 @@ def ingest(
     if finished:
         return finished
     readable, set_aside = _readable(items, settings.source.max_pixels, progress)
-    del items  # of a large source, tens of megabytes
     if train_only:
         for_training = (replace(item, split="train") for item in readable)
         used = thin_train(list(for_training), settings.source.train_per_class, settings.seed)
@@ -71,16 +70,22 @@ def ingest(
 
 
 def _readable(
-    items: Sequence[Item], max_pixels: int, progress: Progress
+    items: list[Item], max_pixels: int, progress: Progress
 ) -> tuple[list[Item], list[dict[str, str]]]:
-    """Part the items: those that can be read and are no repetition, the rest with reasons."""
+    """Part the items: those that can be read and are no repetition, the rest with reasons.
+
+    `items` is empty afterwards: of a large source, it is not to be held twice.
+    """
+    total = len(items)
+    items.reverse()
     kept: list[Item] = []
     set_aside: list[dict[str, str]] = []
-    first: dict[tuple[str | None, str, str], str] = {}
-    for done, item in enumerate(items, start=1):
+    first: dict[tuple[str | None, str, bytes], str] = {}
+    for done in range(1, total + 1):
+        item = items.pop()
         try:
             image = item.read(max_pixels)
-            pixels = pixels_sha256(image)
+            pixels = pixels_digest(image)
             key = (item.split, item.label, pixels)
             if key in first:
                 raise UnreadableImageError(f"the same picture as {first[key]}")
@@ -89,10 +94,10 @@ def _readable(
         else:
             first[key] = item.source_id
             kept.append(replace(item, pixels=pixels, size=image.size))
-        progress("Checking images", done, len(items))
+        progress("Checking images", done, total)
     if not kept:
         raise UserError(
-            f"None of the {len(items)} files can be read as an image; "
+            f"None of the {total} files can be read as an image; "
             f"the first: {set_aside[0]['source_id']}: {set_aside[0]['reason']}."
         )
     return kept, set_aside

@@ -36,8 +36,8 @@ class Item:
     sha256: str
     """Of the file's bytes."""
     file: "_File | _Digit"
-    pixels: str = ""
-    """SHA-256 of the picture, once it was read."""
+    pixels: bytes = b""
+    """Identifies the picture, once it was read."""
     size: tuple[int, int] = (0, 0)
     """Its width and height in px, once it was read."""
 
@@ -128,22 +128,29 @@ def _file_item(root: Path, path: Path, label: str, split: str | None) -> Item:
         sha256 = file_sha256(path)
     except OSError:  # reading it will fail as well, and say why
         sha256 = ""
-    source_id = _written(path.relative_to(root).as_posix())
-    return Item(source_id, label, split, sha256, _File(str(path)))
+    name = path.relative_to(root).as_posix()
+    source_id = _written(name)
+    file = _File(root, source_id if source_id == name else name)
+    return Item(source_id, label, split, sha256, file)
 
 
 class _File(NamedTuple):
-    """An image file; text takes a third of a Path's memory."""
+    """An image file, in little memory: the root is shared by all, the name with `source_id`."""
 
-    path: str
+    root: Path
+    name: str
+
+    @property
+    def path(self) -> Path:
+        return self.root / self.name
 
     def read(self, max_pixels: int) -> Image.Image:
-        return read_rgb(Path(self.path), max_pixels)
+        return read_rgb(self.path, max_pixels)
 
     def stored(self, max_pixels: int) -> tuple[bytes, str]:
-        plain = plain_rgb_suffix(Path(self.path))
+        plain = plain_rgb_suffix(self.path)
         if plain:
-            return Path(self.path).read_bytes(), plain
+            return self.path.read_bytes(), plain
         return png_bytes(np.asarray(self.read(max_pixels))), ".png"
 
 

@@ -9,12 +9,13 @@ import time
 from dataclasses import dataclass
 
 from diffusemix_pipeline.datasets.manifest import Stage
-from diffusemix_pipeline.editing.editor import edits_at_once, load_editor
+from diffusemix_pipeline.editing.editor import edits_at_once
 from diffusemix_pipeline.editing.gate import ACCEPTED
 from diffusemix_pipeline.editing.generate import (
     LabelGate,
     attempts,
     judge_edits,
+    load_sampler,
     verdicts_by_case,
 )
 from diffusemix_pipeline.editing.planning import Plan, plan_edits
@@ -88,8 +89,6 @@ def run_pilot(
 
     Which ones follows from their keys, and so is a fair draw of images and prompts.
     """
-    from diffusemix_pipeline.editing.sampling import Sampler
-
     round_edits, rounds = pilot_rounds(plan, device)
     half = round_edits * rounds
     missing = {edit.key: edit for edit in plan if edit.key not in store}
@@ -97,13 +96,11 @@ def run_pilot(
         return None
     chosen = [missing[key] for key in heapq.nsmallest(2 * half, missing)]
     progress("Editing a pilot", 0, len(chosen))
-    editing = plan.settings.editing
-    editor = load_editor(plan.editor, editing, device)
-    sampler = Sampler(editor, device, plan.settings, edits_at_once(plan.editor, editing))
-    sampler.make(chosen[:half], store, silent)
+    sampler = load_sampler(plan, device)
+    sampler.make(chosen[:half], half, store, silent)
     progress("Editing a pilot", half, len(chosen))
     started = time.perf_counter()
-    sampler.make(chosen[half:], store, silent)
+    sampler.make(chosen[half:], half, store, silent)
     seconds = time.perf_counter() - started
     progress("Editing a pilot", len(chosen), len(chosen))
     accepted = None

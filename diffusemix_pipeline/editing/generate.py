@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -28,13 +28,16 @@ from diffusemix_pipeline.datasets.manifest import (
 )
 from diffusemix_pipeline.editing.editor import edits_at_once, load_editor
 from diffusemix_pipeline.editing.gate import ACCEPTED, Judge
-from diffusemix_pipeline.editing.planning import Plan, PlannedEdit, plan_edits
+from diffusemix_pipeline.editing.planning import Plan, PlannedEdit, instruction, plan_edits
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import Ledger, link_or_copy
 from diffusemix_pipeline.identity import file_sha256
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings
+
+if TYPE_CHECKING:
+    from diffusemix_pipeline.editing.sampling import Sampler
 
 Case = tuple[str, str]
 _REJECTED_COLUMNS = ["source_id", "label", "prompt", "copy", "attempt", "edit_key", "verdict"]
@@ -193,30 +196,45 @@ def _make_missing(
     progress: Progress,
 ) -> int:
     """Make those of `wanted` that are of use and not stored as they were made; return how many."""
-    from diffusemix_pipeline.editing.sampling import Sampler
-
     there: list[str] = []
-    missing: dict[str, PlannedEdit] = {}
+    missing: set[str] = set()
     for edit in wanted:
-        if judged.get(edit.case, ACCEPTED) != ACCEPTED:
-            continue
-        if edit.key in store:
-            there.append(edit.key)
-        else:
-            missing[edit.key] = edit
+        if judged.get(edit.case, ACCEPTED) == ACCEPTED:
+            if edit.key in store:
+                there.append(edit.key)
+            else:
+                missing.add(edit.key)
     if damaged := set(there) - store.checked(there, progress):
         warnings.warn(
             f"{len(damaged)} stored edits are not as they were stored: they are set aside in "
             f"{store.quarantine} and made anew, the first is {min(damaged)}.",
             stacklevel=2,
         )
-        missing |= {edit.key: edit for edit in wanted if edit.key in damaged}
+        missing |= damaged
+    del there  # keys alone are held for long, a third of what edits take
+    total = len(missing)
     if missing:
-        editor = load_editor(plan.editor, plan.settings.editing, device)
-        at_once = edits_at_once(plan.editor, plan.settings.editing)
-        sampler = Sampler(editor, device, plan.settings, at_once)
-        sampler.make(list(missing.values()), store, progress)
-    return len(missing)
+        load_sampler(plan, device).make(_taken(wanted, missing), total, store, progress)
+    return total
+
+
+def _taken(wanted: Iterable[PlannedEdit], keys: set[str]) -> Iterator[PlannedEdit]:
+    """Give the edits of `keys`, each once, and take the keys away."""
+    for edit in wanted:
+        if edit.key in keys:
+            keys.remove(edit.key)
+            yield edit
+
+
+def load_sampler(plan: Plan, device: str) -> "Sampler":
+    """Load a plan's editor; UserError where it cannot read one of the plan's instructions whole."""
+    from diffusemix_pipeline.editing.sampling import Sampler
+
+    editing = plan.settings.editing
+    editor = load_editor(plan.editor, editing, device)
+    for prompt in editing.prompts:
+        editor.check_instruction(instruction(prompt, editing))
+    return Sampler(editor, device, plan.settings, edits_at_once(plan.editor, editing))
 
 
 def judge_edits(

@@ -16,7 +16,7 @@ from diffusemix_pipeline.datasets.manifest import Stage, class_names
 from diffusemix_pipeline.editing.editor import editor_fingerprint, locate_editor, locate_lora
 from diffusemix_pipeline.files import Ledger
 from diffusemix_pipeline.identity import digest, draw, seed_from
-from diffusemix_pipeline.settings import Settings
+from diffusemix_pipeline.settings import Editing, Settings
 
 CODE_VERSION = "1"
 GATE_VERSION = "1"
@@ -156,11 +156,16 @@ def _prompts(source_sha256: str, copy: int, settings: Settings) -> Sequence[str]
     return [draw(prompts, settings.seed, "prompt", source_sha256, copy)]
 
 
+def instruction(prompt: str, editing: Editing) -> str:
+    """Return what the editor is told, one string for all edits."""
+    return sys.intern(editing.template.format(prompt=prompt))
+
+
 def _planned(
     source: Source, prompt: str, copy: int, attempt: int, settings: Settings, weights: str
 ) -> PlannedEdit:
     editing = settings.editing
-    instruction = sys.intern(editing.template.format(prompt=prompt))  # one string for all edits
+    told = instruction(prompt, editing)
     seed = seed_from(settings.seed, "edit", source.sha256, prompt, copy, attempt)
     sampling = [
         editing.sampler,
@@ -170,8 +175,8 @@ def _planned(
         editing.guidance_until,
     ]
     sides = [settings.size, edited_side(settings)]
-    key = digest(source.sha256, instruction, weights, sides, sampling, seed)
-    return PlannedEdit(key, source, prompt, instruction, copy, attempt, seed)
+    key = digest(source.sha256, told, weights, sides, sampling, seed)
+    return PlannedEdit(key, source, prompt, told, copy, attempt, seed)
 
 
 def _gate_version(train: pd.DataFrame, classes: list[str], settings: Settings) -> str | None:

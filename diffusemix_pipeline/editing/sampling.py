@@ -5,8 +5,8 @@ What belongs here: whatever every editor needs around `edit`. What does not: whi
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from itertools import islice
 from threading import Semaphore
@@ -41,17 +41,26 @@ class Sampler:
         self._device = Semaphore(workers_on(device))
         self._profile = editor.profile() | ({"threads": 1} if on_cpu else {})
 
-    def make(self, planned: Sequence[PlannedEdit], store: EditStore, progress: Progress) -> None:
-        """Keep each edit in the store as soon as its batch is sampled."""
-        for instruction in sorted({edit.instruction for edit in planned}):
-            self._editor.check_instruction(instruction)
-        size, done = self._batch_size, 0
-        progress("Editing images", done, len(planned))
+    def make(
+        self, planned: Iterable[PlannedEdit], total: int, store: EditStore, progress: Progress
+    ) -> None:
+        """Keep each edit in the store as soon as its batch is sampled.
+
+        `planned` gives `total` edits, and is asked for them when they are to be sampled.
+        """
+        done, edits = 0, iter(planned)
+        waiting: set[Future[int]] = set()
+        progress("Editing images", done, total)
         with _one_thread_each(self._workers) as pool:
-            batches = [planned[start : start + size] for start in range(0, len(planned), size)]
-            for made in as_completed(pool.submit(self._make, batch, store) for batch in batches):
-                done += made.result()
-                progress("Editing images", done, len(planned))
+            while batch := list(islice(edits, self._batch_size)):
+                waiting.add(pool.submit(self._make, batch, store))
+                if len(waiting) > self._workers:  # one waits for whoever is ready first
+                    made, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                    done += sum(each.result() for each in made)
+                    progress("Editing images", done, total)
+            for each in as_completed(waiting):
+                done += each.result()
+                progress("Editing images", done, total)
 
     def _make(self, batch: Sequence[PlannedEdit], store: EditStore) -> int:
         """Read, edit and keep one batch; return its length."""

@@ -137,4 +137,5 @@ def _mixed(
                 stage.add(row)
                 done += 1
                 progress(f"Mixing {name} images", done, len(edits))
+        del sources, edits  # the stage's own manifest takes their place
     return read_stage(out)
