@@ -39,9 +39,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--editor", default="bundled", help="a folder or hub id (default: bundled)")
     parser.add_argument("--images", type=Path, help="class folders (default: made pictures)")
-    parser.add_argument("--size", type=int, default=64, help="px (default: 64)")
+    parser.add_argument("--size", type=int, default=32, help="px (default: 32, the demo's)")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument(
         "--reference",
         action=argparse.BooleanOptionalAction,
