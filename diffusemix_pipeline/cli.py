@@ -213,7 +213,7 @@ def plan(
     data: Path | None,
     budget: float | None,
 ) -> None:
-    """Say what the edits of a run will cost, from some tens of them, which the run then has.
+    """Say what the edits of a run will cost, from a pilot of them, which the run then has.
 
     \b
     diffusemix plan --data photos --preset balanced --budget 2h

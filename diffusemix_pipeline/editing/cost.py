@@ -1,4 +1,4 @@
-"""The cost plan: what edits will cost, from a pilot of some tens of them on the device at hand.
+"""The cost plan: what edits will cost, from a pilot of some of them on the device at hand.
 
 The pilot is of the wanted edits themselves, and they stay in the store: it is paid for anyway.
 """
