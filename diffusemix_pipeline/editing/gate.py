@@ -7,7 +7,8 @@ and what becomes of a rejected edit (generate).
 An edit is rejected for what would teach a classifier something wrong, or nothing:
 
 - It is black, white or flat, as editors return where half precision overflows or a safety checker
-  paints over: its pixels have one tone, but for the darkest and the lightest hundredth. Where the original itself is so, that is no fault.
+  paints over: its pixels have one tone, but for the darkest and the lightest hundredth. Where the
+  original itself is so, that is no fault.
 - It lies outside of a band of similarity. Below, it is the original again, but for what a lossy
   autoencoder changes: their mean absolute difference is small. Above, it is another picture: too
   little of the original's structure is left, by SSIM (Wang et al. 2004), which another subject
