@@ -27,15 +27,21 @@ BATCH = 2
 # A stage, what it says while it is at work, and what it makes.
 PHASES = {
     "raw": ["Checking images", "Copying images"],
-    "generated": ["Editing a pilot", "Editing images", "Linking edits"],
+    "generated": [
+        "Training fold teacher",
+        "Editing a pilot",
+        "Editing images",
+        "Judging edits",
+        "Linking edits",
+    ],
     "hybrid": ["Mixing hybrid images"],
     "augmented": ["Making fractals", "Mixing augmented images", "Pinning data/ with DVC"],
-    "training": ["Training"],
+    "training": ["Training vanilla", "Training diffusemix"],
     "report": ["Judging"],
 }
 MADE = {
     "raw": ["data/raw"],
-    "generated": ["data/generated"],
+    "generated": [".diffusemix/gate", "data/generated"],
     "hybrid": ["data/hybrid"],
     "augmented": ["data/augmented", "data.dvc"],
     "training": [".diffusemix/checkpoints"],
@@ -64,6 +70,11 @@ def wanted(weights: Path, *overrides: str) -> Settings:
         f"editing.batch_size={BATCH}",
         "editing.copies=2",
         "training.steps=8",
+        # Teachers of eight steps know nothing, but let some edits through.
+        "editing.gate.enabled=true",
+        "editing.gate.folds=2",
+        "editing.gate.max_change=1",
+        "editing.gate.false_reject_rate=0.25",
         *overrides,
     )
 
