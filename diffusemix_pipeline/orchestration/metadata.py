@@ -18,15 +18,17 @@ def picture(png: bytes, alt: str) -> dg.MarkdownMetadataValue:
     return dg.MetadataValue.md(f"![{alt}](data:image/png;base64,{encoded})")
 
 
-def stage_metadata(stage: Stage, seconds: float) -> dict[str, Any]:
+def stage_metadata(stage: Stage, seconds: float | None) -> dict[str, Any]:
     """Return what every stage shows: how many images, whether made anew, and where they lie.
 
-    `seconds` is what its making took; a stage that was there has no speed.
+    `seconds` is what its making took; a stage that was there has no speed, nor one of which parts
+    were there (None).
     """
+    made = seconds and not stage.reused
     return {
         "images": stage.counts["images"],
         "reused": stage.reused,
-        **({} if stage.reused else {"images_per_second": stage.counts["images"] / seconds}),
+        **({"images_per_second": stage.counts["images"] / seconds} if made else {}),
         "folder": dg.MetadataValue.path(str(stage.folder)),
     }
 

@@ -105,7 +105,7 @@ def collect_edits(
         None,
         data_version=dg.DataVersion(stage.version),
         metadata={
-            **stage_metadata(stage, seconds),
+            **stage_metadata(stage, None),
             "edits_made": made + predicted.get("pilot_edits", 0),
             **predicted,
             **({"actual_seconds": seconds} if predicted else {}),
