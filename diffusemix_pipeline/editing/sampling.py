@@ -134,8 +134,6 @@ def _one_thread_each(workers: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    """Tell what torch raises on CUDA by type, and on MPS and CPUs by text alone."""
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or (
-        "out of memory" in text or "can't allocate memory" in text
-    )
+    """Tell what torch raises on CUDA by type, and its libraries, MPS and CPUs by text alone."""
+    said = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in said)
