@@ -8,9 +8,9 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -228,19 +228,22 @@ def plan(
     with progress_bars() as progress:
         planned = plan_cost(settings, Project(Path.cwd()), budget, progress)
     rows = [["edits wanted", f"{planned.edits:,}"], ["in the store", f"{planned.stored:,}"]]
-    if cost := planned.cost:
-        missing = planned.missing
+    if left := planned.forecast:
+        cost = left.cost
         rows += [
             ["made for this plan", f"{cost.pilot:,}"],
-            ["still to be made", f"{missing:,}"],
+            ["still to be made", f"{left.edits:,}"],
             ["edits a second", f"{cost.round_edits / cost.round_seconds:.2f}"],
-            ["time", _duration(cost.seconds(missing))],
-            ["disk, edits", f"{missing * cost.edit_bytes / 1e6:,.1f} MB"],
+            ["time", _duration(left.seconds)],
         ]
         if cost.accepted is not None:
             rows.append(["accepted by the gate", f"{cost.accepted:.0%}"])
+        rows += [
+            ["edited images in the end", f"{left.images:,}"],
+            ["disk, with what is mixed of them", f"{left.disk_megabytes:,.1f} MB"],
+        ]
     print_table(["what", "how much"], rows, "Cost of the edits, on this device alone")
-    if not planned.cost:
+    if not planned.forecast:
         click.echo("So few edits are missing that a pilot would make them all: just run.")
     elif budget and planned.share == 1:
         click.echo(f"All of it fits into {_duration(budget)}.")
@@ -489,13 +492,21 @@ def _what_to_know(outcome: "Outcome") -> Iterator[str]:
     if thinned := raw["left_out_by_train_per_class"].value:
         yield _THINNED.format(thinned)
     edits = outcome.metadata["generated_images"]
-    if predicted := edits.get("predicted_seconds"):
-        took, foretold = (cast(float, each.value) for each in (edits["actual_seconds"], predicted))
-        yield f"Editing took {_duration(took)}; a pilot predicted {_duration(foretold)}"
+    if "predicted_seconds" in edits:
+        predicted = _editing_took(
+            edits, "predicted_seconds", "predicted_images", "predicted_megabytes"
+        )
+        actual = _editing_took(edits, "actual_seconds", "images", "megabytes")
+        yield f"Editing: {actual}; a pilot predicted {predicted}"
     if set_aside := raw["set_aside"].value:
         first = raw["first_set_aside"].value
         yield f"{set_aside} files are set aside, named in data/raw/stage.json; first: {first}"
     yield f"DVC: {outcome.metadata['fractal_augmented_dataset']['dvc_push'].value}"
+
+
+def _editing_took(edits: Mapping[str, Any], seconds: str, images: str, megabytes: str) -> str:
+    time, count, size = (edits[name].value for name in (seconds, images, megabytes))
+    return f"{_duration(time)}, {count:,} images, {size:,.1f} MB"
 
 
 def _with_interval(estimate: dict[str, float]) -> str:

@@ -7,8 +7,8 @@ from diffusemix_pipeline.datasets.manifest import STAGE, Stage, read_stage
 from diffusemix_pipeline.datasets.sources import DIGITS
 from diffusemix_pipeline.devices import choose_device
 from diffusemix_pipeline.editing.cost import (
-    Cost,
-    missing_edits,
+    Forecast,
+    forecast,
     run_pilot,
     share_within,
     stored_edits,
@@ -29,10 +29,8 @@ class CostPlan:
 
     edits: int
     stored: int
-    missing: int
-    """How many are still to be made after the pilot, those after a rejection among them."""
-    cost: Cost | None
-    """None where so few are missing that a pilot would have made them."""
+    forecast: Forecast | None
+    """What is left after the pilot; None where so few are missing that it would have made them."""
     share: float | None
     """The largest `editing.share` within the budget; None without a budget or a pilot."""
 
@@ -57,9 +55,9 @@ def plan_cost(
         )
     stored = stored_edits(plan, store)
     cost = run_pilot(plan, store, device=device, gate=gate, progress=progress)
-    missing = missing_edits(plan, store, gate, cost.accepted if cost else None)
+    left = forecast(plan, store, gate, cost) if cost else None
     share = share_within(budget, cost, raw, settings, store, gate) if cost and budget else None
-    return CostPlan(len(plan), stored, missing, cost, share)
+    return CostPlan(len(plan), stored, left, share)
 
 
 def _raw(settings: Settings, project: Project, progress: Progress) -> Stage:

@@ -1,5 +1,6 @@
 """Promises: a pilot is paid for once, its prediction follows from it, a budget is kept to."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from diffusemix_pipeline.cli import main
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import Stage
-from diffusemix_pipeline.editing.cost import Cost, missing_edits, run_pilot, share_within
+from diffusemix_pipeline.editing.cost import Cost, forecast, run_pilot, share_within
 from diffusemix_pipeline.editing.gate import ACCEPTED
 from diffusemix_pipeline.editing.generate import LabelGate, generate, make_edits
 from diffusemix_pipeline.editing.planning import plan_edits
@@ -58,18 +59,20 @@ def test_a_round_is_paid_for_as_a_whole():
 def test_the_pilot_is_of_the_wanted_edits_and_paid_for_once(raw, weights, tmp_path):
     settings, store = settings_of(weights), EditStore(tmp_path / "edits")
     plan = plan_edits(raw, settings)
-    assert missing_edits(plan, store, None, None) == len(plan) == 30
     cost = run_pilot(plan, store, device="cpu")
     assert cost is not None
     assert cost.pilot == len(list(store)) == 24
     assert {edit.key for edit in plan} >= set(store)
     assert cost.edit_bytes == sum(store.path(key).stat().st_size for key in store) / 24
     assert cost.round_seconds > 0
-    missing = missing_edits(plan, store, None, None)
-    made = generate(
-        raw, settings, tmp_path / "out", store=store, aside=tmp_path / "aside", device="cpu"
-    ).made
-    assert made == missing == 30 - 24
+    left = forecast(plan, store, None, cost)
+    out, aside = tmp_path / "out", tmp_path / "aside"
+    result = generate(raw, settings, out, store=store, aside=aside, device="cpu")
+    assert result.made == left.edits == 30 - 24
+    assert result.stage.counts["images"] == left.images == 30
+    size = sum(path.stat().st_size for path in out.rglob("*.png"))
+    assert left.megabytes == pytest.approx(size / 1e6, rel=0.1)
+    assert left.disk_megabytes == pytest.approx((6 + 2 * 30) * cost.edit_bytes / 1e6)
     assert run_pilot(plan, store, device="cpu") is None  # nothing is missing
 
 
@@ -83,16 +86,21 @@ def test_with_a_gate_the_edits_after_a_rejection_are_foreseen(raw, weights, tmp_
 
     gate = LabelGate(judge, plan.verdicts(tmp_path / "gate"), 1)
     tries = 1 + 1 / 2 + 1 / 4
-    assert missing_edits(plan, store, gate, 0.5) == round(30 * tries)
+    half = replace(COST, accepted=0.5)
+    left = forecast(plan, store, gate, half)
+    assert (left.edits, left.images) == (round(30 * tries), round(30 * (1 - 1 / 2**3)))
     cost = run_pilot(plan, store, device="cpu", gate=gate)
     assert cost is not None
     judged = [edit for edit in plan if edit.key in store]
     dogs = sum(edit.source.label == "dog" for edit in judged)
     assert cost.accepted == pytest.approx(1 - dogs / 24)
     # What was judged is not foreseen again: accepted, it is done; rejected, two tries are left.
-    assert missing_edits(plan, store, gate, 0.5) == round(6 * tries + dogs * (1 + 1 / 2))
+    left = forecast(plan, store, gate, half)
+    assert left.edits == round(6 * tries + dogs * (1 + 1 / 2))
+    assert left.images == round(6 * 7 / 8 + dogs * 3 / 4 + 24 - dogs)
     make_edits(plan, store=store, device="cpu", gate=gate)
-    assert missing_edits(plan, store, gate, 0.5) == 0  # the dogs are given up
+    left = forecast(plan, store, gate, half)
+    assert (left.edits, left.images) == (0, 15)  # the dogs are given up
 
 
 @runs(max_examples=30, deadline=None)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -260,6 +261,34 @@ def test_too_little_memory_for_one_edit_names_what_to_do(weights, tmp_path):
     ):
         store = EditStore(tmp_path / "store")
         Sampler(edits, "cpu", quick_settings(), 2).make(planned(tmp_path, 2), 2, store, silent)
+
+
+def test_a_device_samples_while_files_are_written(tmp_path):
+    sampling_again = threading.Event()
+
+    class Accelerator:
+        """Tells when it is busy with a second batch."""
+
+        batches = 0
+
+        def edit(self, images, instructions, seeds):
+            self.batches += 1
+            if self.batches == 2:
+                sampling_again.set()
+            return images
+
+        def profile(self):
+            return {}
+
+    class SlowDisk(EditStore):
+        def put_file(self, key, content, profile):
+            """Keep the first batch waiting until the device has the second."""
+            assert sampling_again.wait(60)
+            return super().put_file(key, content, profile)
+
+    store = SlowDisk(tmp_path / "store")
+    Sampler(Accelerator(), "cuda", quick_settings(), 2).make(planned(tmp_path, 4), 4, store, silent)
+    assert len(list(store)) == 4
 
 
 def planned(folder: Path, count: int) -> list[PlannedEdit]:

@@ -16,6 +16,7 @@ from diffusemix_pipeline.editing.generate import (
     attempts,
     judge_edits,
     load_sampler,
+    taken,
     verdicts_by_case,
 )
 from diffusemix_pipeline.editing.planning import Plan, plan_edits
@@ -45,23 +46,51 @@ class Cost:
         return math.ceil(edits / self.round_edits) * self.round_seconds
 
 
-def missing_edits(
-    plan: Plan, store: EditStore, gate: LabelGate | None, accepted: float | None
-) -> int:
-    """Predict how many edits are still to be made, if a share `accepted` of them gets through.
+@dataclass(frozen=True)
+class Forecast:
+    """What is still to be done for a plan, if the rest is as the pilot was."""
 
-    Those after a rejection are among them.
-    """
+    cost: Cost
+    edits: int
+    """Still to be made, those after a rejection among them."""
+    images: int
+    """Edits that the stage will hold, those that are stored already among them."""
+
+    @property
+    def seconds(self) -> float:
+        """How long the edits that are still to be made take on this device."""
+        return self.cost.seconds(self.edits)
+
+    @property
+    def megabytes(self) -> float:
+        """Size of the stage."""
+        return self.images * self.cost.edit_bytes / 1e6
+
+    @property
+    def disk_megabytes(self) -> float:
+        """What the disk will hold more after the run.
+
+        That is the new edits, to which the stage links, and for each that the stage holds a hybrid
+        and an augmented image of about its size.
+        """
+        return (self.edits + 2 * self.images) * self.cost.edit_bytes / 1e6
+
+
+def forecast(plan: Plan, store: EditStore, gate: LabelGate | None, cost: Cost) -> Forecast:
+    """Predict what is left of a plan, if as large a share gets through the gate as of the pilot."""
     judged = verdicts_by_case(gate.verdicts) if gate else {}
-    rejected = 0.0 if accepted is None else 1 - accepted
+    rejected = 0.0 if cost.accepted is None else 1 - cost.accepted
     most = plan.settings.editing.gate.max_attempts
-    expected = 0.0
+    edits = images = 0.0
     for first in plan:
         *_, edit = attempts(plan, first, judged)
-        if edit.case not in judged:
-            further = range(most - edit.attempt)
-            expected += sum(rejected**time for time in further) - (edit.key in store)
-    return round(expected)
+        if edit.case in judged:
+            images += judged[edit.case] == ACCEPTED
+        else:
+            tries = most - edit.attempt
+            edits += sum(rejected**time for time in range(tries)) - (edit.key in store)
+            images += 1 - rejected**tries
+    return Forecast(cost, round(edits), round(images))
 
 
 def pilot_rounds(plan: Plan, device: str) -> tuple[int, int]:
@@ -91,10 +120,10 @@ def run_pilot(
     """
     round_edits, rounds = pilot_rounds(plan, device)
     half = round_edits * rounds
-    missing = {edit.key: edit for edit in plan if edit.key not in store}
+    missing = {edit.key for edit in plan if edit.key not in store}
     if len(missing) < 2 * half:
         return None
-    chosen = [missing[key] for key in heapq.nsmallest(2 * half, missing)]
+    chosen = list(taken(plan, set(heapq.nsmallest(2 * half, missing))))
     progress("Editing a pilot", 0, len(chosen))
     sampler = load_sampler(plan, device)
     sampler.make(chosen[:half], half, store, silent)
@@ -138,7 +167,7 @@ def share_within(
         tried = (low + high + 1) // 2
         editing = settings.editing.model_copy(update={"share": tried / 100})
         plan = plan_edits(raw, settings.model_copy(update={"editing": editing}))
-        if cost.seconds(missing_edits(plan, store, gate, cost.accepted)) <= seconds:
+        if forecast(plan, store, gate, cost).seconds <= seconds:
             low = tried
         else:
             high = tried - 1

@@ -214,11 +214,11 @@ def _make_missing(
     del there  # keys alone are held for long, a third of what edits take
     total = len(missing)
     if missing:
-        load_sampler(plan, device).make(_taken(wanted, missing), total, store, progress)
+        load_sampler(plan, device).make(taken(wanted, missing), total, store, progress)
     return total
 
 
-def _taken(wanted: Iterable[PlannedEdit], keys: set[str]) -> Iterator[PlannedEdit]:
+def taken(wanted: Iterable[PlannedEdit], keys: set[str]) -> Iterator[PlannedEdit]:
     """Give the edits of `keys`, each once, and take the keys away."""
     for edit in wanted:
         if edit.key in keys:

@@ -19,14 +19,16 @@ def picture(png: bytes, alt: str) -> dg.MarkdownMetadataValue:
 
 
 def stage_metadata(stage: Stage, seconds: float | None) -> dict[str, Any]:
-    """Return what every stage shows: how many images, whether made anew, and where they lie.
+    """Return what every stage shows: images, their size, whether made anew, where they lie.
 
     `seconds` is what its making took; a stage that was there has no speed, nor one of which parts
     were there (None).
     """
     made = seconds and not stage.reused
+    files = stage.manifest()["file_name"]
     return {
         "images": stage.counts["images"],
+        "megabytes": sum((stage.folder / name).stat().st_size for name in files) / 1e6,
         "reused": stage.reused,
         **({"images_per_second": stage.counts["images"] / seconds} if made else {}),
         "folder": dg.MetadataValue.path(str(stage.folder)),

@@ -147,7 +147,7 @@ def _predicted(
 ) -> dict[str, Any]:
     """Run the pilot, and return what it predicts; nothing where too few edits are missing."""
     from diffusemix_pipeline.devices import choose_device
-    from diffusemix_pipeline.editing.cost import missing_edits, run_pilot
+    from diffusemix_pipeline.editing.cost import forecast, run_pilot
     from diffusemix_pipeline.editing.store import EditStore
 
     store = EditStore(context.resources.project.edits)
@@ -160,12 +160,13 @@ def _predicted(
     )
     if cost is None:
         return {}
-    missing = missing_edits(plan, store, gate, cost.accepted)
+    left = forecast(plan, store, gate, cost)
     return {
         "pilot_edits": cost.pilot,
-        "predicted_edits": missing,
-        "predicted_seconds": cost.seconds(missing),
-        "predicted_megabytes": missing * cost.edit_bytes / 1e6,
+        "predicted_edits": left.edits,
+        "predicted_seconds": left.seconds,
+        "predicted_images": left.images,
+        "predicted_megabytes": left.megabytes,
         **({} if cost.accepted is None else {"predicted_yield": cost.accepted}),
     }
 
