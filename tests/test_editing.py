@@ -204,8 +204,6 @@ def test_a_hub_id_that_cannot_be_had_is_named(monkeypatch):
 
 
 def test_pickled_weights_are_never_read(weights, tmp_path):
-    import shutil
-
     shutil.copytree(weights, tmp_path / "editor")
     (safe,) = (tmp_path / "editor" / "unet").glob("*.safetensors")
     safe.unlink()

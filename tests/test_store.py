@@ -1,8 +1,9 @@
 """Promise: an edit that was paid for once stays as it was, and is known for what made it."""
 
+import itertools
 import multiprocessing
-import os
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -92,26 +93,28 @@ def test_what_is_removed_is_gone_and_the_rest_stays(store):
     assert list(store) == [key_of(1), key_of(3)]
 
 
-def write_all(folder: Path, of: int) -> None:
+def write(folder: Path, of: int, numbers: Iterable[int]) -> None:
     store = EditStore(folder)
     profile = store.add_profile({"writer": of})
-    for number in range(60):
+    for number in numbers:
         store.put(key_of(number), np.full((8, 8, 3), of, np.uint8), profile)
 
 
 def test_many_processes_may_write_and_one_may_die(tmp_path):
     context = multiprocessing.get_context("spawn")
-    folder = tmp_path / "edits"
-    writers = [context.Process(target=write_all, args=(folder, of)) for of in range(4)]
-    for writer in writers:
+    folder, shared = tmp_path / "edits", range(60)
+    endless = context.Process(target=write, args=(folder, 0, itertools.count()))
+    others = [context.Process(target=write, args=(folder, of, shared)) for of in (1, 2, 3)]
+    for writer in (endless, *others):
         writer.start()
     while not list(folder.glob("[0-9a-f][0-9a-f]/*.png")):
-        assert writers[0].is_alive() or writers[0].exitcode == 0
-    os.kill(writers[0].pid, signal.SIGKILL)
-    for writer in writers:
+        assert endless.is_alive()
+    endless.kill()
+    for writer in (endless, *others):
         writer.join(60)
-    assert [writer.exitcode for writer in writers[1:]] == [0, 0, 0]
+    assert [writer.exitcode for writer in (endless, *others)] == [-signal.SIGKILL, 0, 0, 0]
     store = EditStore(folder)
-    every = [key_of(number) for number in range(60)]
-    assert store.checked(every) == set(every)
-    assert store.status().edits == 60
+    every = set(store)
+    assert every >= {key_of(number) for number in shared}
+    assert store.checked(every) == every
+    assert store.status().edits == len(every)
