@@ -1,14 +1,16 @@
 """What fewer UNet evaluations cost in quality: accuracy against evaluations.
 
-`python -m benchmarks.curve FOLDER` edits, mixes, trains and judges under every schedule, with the
-bundled editor on its teachers' prompts, and writes `curve.csv` and `curve.png` into the folder. It
-goes on where it was cut off: edits, classifiers and answers stay in the folder.
+`python -m benchmarks.curve FOLDER [--images DATASET]` edits, mixes, trains and judges under every
+schedule, with the bundled editor on its teachers' prompts, and writes `curve.csv` and `curve.png`
+into the folder. It goes on where it was cut off: edits, classifiers and answers stay in the folder.
+The images are digits, or those of a dataset with `train/` and `test/`.
 """
 
 import argparse
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -25,7 +27,7 @@ from diffusemix_pipeline.bundled_editor.evaluation import (
     train_prompt_judge,
     train_subject_judge,
 )
-from diffusemix_pipeline.bundled_editor.sources import read_digits, to_tensor
+from diffusemix_pipeline.bundled_editor.sources import read_digits, read_image_folder, to_tensor
 from diffusemix_pipeline.bundled_editor.teachers import PROMPTS
 from diffusemix_pipeline.datasets.images import read_square
 from diffusemix_pipeline.datasets.ingest import ingest
@@ -49,17 +51,51 @@ from diffusemix_pipeline.training.data import load_images
 
 PAPER = "euler_ancestral, 100 steps, guided 1"
 BEST = "dpmsolver++, 100 steps, guided 1"
+GUIDED_UNTIL = {
+    100: (1, 0.5),
+    50: (1, 0.5),
+    20: (1, 0.5, 0.2),
+    10: (1, 0.5, 0.2),
+    5: (1, 0.4, 0.2),  # two steps and one
+}
+"""By the number of steps."""
 SEEDS = (0, 1, 2)
 TURNS = 3
 JUDGED_IMAGES = 10
 JUDGE_STEPS = 1500
 
 
+@dataclass(frozen=True)
+class Bench:
+    """Where everything is kept, what computes, and which images."""
+
+    folder: Path
+    device: str
+    images: Path | None
+    """A dataset with train/ and test/; None for digits."""
+
+    def settings(self, overrides: Sequence[str]) -> Settings:
+        """Return the demo's settings but for these."""
+        own = ["editing.copies=1", "mixing.fractal_count=32", "evaluation.fgsm_epsilons=[2]"]
+        if self.images:
+            own += [f"source.path={self.images}", "source.val_fraction=0.2"]
+            own += ["source.train_per_class=30", "training.flip=true"]
+        return load_settings(
+            Path("/nonexistent"), preset="demo", overrides=[*own, *overrides], environment={}
+        )
+
+    def pictures(self, split: str) -> tuple[np.ndarray, list[str]]:
+        """Return uint8 (N, 32, 32, 3) images of a split that is no part of it, and their names."""
+        if self.images:
+            return read_image_folder(self.images / split, 32)
+        return read_digits(32, split)
+
+
 def schedules() -> dict[str, list[str]]:
     """Return the settings of each schedule by its name, dearest first; the paper's is the first."""
     named = {PAPER: ["editing.sampler=euler_ancestral", "editing.steps=100"]}
-    for steps in (100, 50, 20, 10, 5):
-        for until in (1, 0.5) if steps > 20 else (1, 0.5, 0.2):
+    for steps in GUIDED_UNTIL:
+        for until in GUIDED_UNTIL[steps]:
             named[f"dpmsolver++, {steps} steps, guided {until:g}"] = [
                 f"editing.steps={steps}",
                 f"editing.guidance_until={until}",
@@ -67,7 +103,7 @@ def schedules() -> dict[str, list[str]]:
     return named
 
 
-def measure(folder: Path, *, device: str) -> pd.DataFrame:
+def measure(bench: Bench) -> pd.DataFrame:
     """Measure every schedule and write table and plot; return the table, a row a schedule.
 
     Columns: UNet evaluations an edit; share of edits whose prompt is named; PSNR in dB to the
@@ -76,15 +112,15 @@ def measure(folder: Path, *, device: str) -> pd.DataFrame:
     augmented images (mean over three seeds, the same steps), with their paired differences to the
     paper's schedule and 95 % intervals.
     """
-    judged = _judged_images(folder)
-    judges = _judges()
+    judged = _judged_images(bench)
+    judges = _judges(bench)
     rows, edits, answers = [], {}, {}
     for name, overrides in {"originals alone": None, **schedules()}.items():
-        settings = _settings(overrides or [])
-        answers[name] = _answers(folder, settings, augmented=overrides is not None, device=device)
+        settings = bench.settings(overrides or [])
+        answers[name] = _answers(bench, settings, augmented=overrides is not None)
         if overrides is None:
             continue
-        edits[name] = _edits_of(judged, folder, settings, device)
+        edits[name] = _edits_of(bench, judged, settings)
         originals, labels = _pixels(judged)
         figures = measure_edits(originals, labels, edits[name], *judges, seed=0)
         rows.append(
@@ -102,11 +138,11 @@ def measure(folder: Path, *, device: str) -> pd.DataFrame:
             255 * (edits[row["schedule"]] - edits[BEST]).abs().mean()
         )
     table = pd.DataFrame(rows).set_index("schedule")
-    table["images_per_second"] = _images_per_second(judged, folder, device)
+    table["images_per_second"] = _images_per_second(bench, judged)
     table = table.join(_downstream(answers), how="outer")
     table = table.loc[["originals alone", *schedules()]]
-    table.to_csv(folder / "curve.csv")
-    plot(table).savefig(folder / "curve.png", dpi=120)
+    table.to_csv(bench.folder / "curve.csv")
+    plot(table).savefig(bench.folder / "curve.png", dpi=120)
     return table
 
 
@@ -121,9 +157,8 @@ def plot(table: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(11, 7), layout="constrained")
     drawn = table.dropna(subset=["unet_evaluations"])
     for axes, (column, title) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
-        for until, marker in (("1", "o"), ("0.5", "s"), ("0.2", "^")):
-            named = drawn[drawn.index.str.endswith(f"guided {until}")]
-            some = named[named.index.str.startswith("dpm")]
+        for until, marker in (("1", "o"), ("0.5", "s"), ("0.4", "D"), ("0.2", "^")):
+            some = drawn[drawn.index.str.fullmatch(f"dpm.*guided {until}")]
             axes.plot(some["unet_evaluations"], some[column], marker, label=f"guided {until}")
         paper = drawn.loc[PAPER]
         axes.plot(paper["unet_evaluations"], paper[column], "*", ms=12, label="the paper's")
@@ -137,24 +172,17 @@ def plot(table: pd.DataFrame) -> Figure:
 # Edits ------------------------------------------------------------------------------------------
 
 
-def _settings(overrides: Sequence[str]) -> Settings:
-    own = ["editing.copies=1", "mixing.fractal_count=32", "evaluation.fgsm_epsilons=[2]"]
-    return load_settings(
-        Path("/nonexistent"), preset="demo", overrides=[*own, *overrides], environment={}
-    )
-
-
-def _judged_images(folder: Path) -> Stage:
-    """Return a stage of some digits that neither editor nor judges were trained on."""
-    pixels, names = read_digits(32, "test")
+def _judged_images(bench: Bench) -> Stage:
+    """Return a stage of some images on which the judges were not trained, nor any classifier."""
+    pixels, names = bench.pictures("test")
     few = np.linspace(0, len(pixels) - 1, JUDGED_IMAGES).astype(int)
     for number in few:
-        path = folder / "judged" / names[number] / f"{number}.png"
+        path = bench.folder / "judged" / names[number] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels[number]).save(path)
-    settings = _settings(["source.train_per_class=null"])
-    source, aside = str(folder / "judged"), folder / "aside"
-    return ingest(source, settings, folder / "judged-raw", aside=aside, train_only=True)
+    settings = bench.settings(["source.train_per_class=null"])
+    source, aside = str(bench.folder / "judged"), bench.folder / "aside"
+    return ingest(source, settings, bench.folder / "judged-raw", aside=aside, train_only=True)
 
 
 def _pixels(stage: Stage) -> tuple[Tensor, Tensor]:
@@ -163,11 +191,11 @@ def _pixels(stage: Stage) -> tuple[Tensor, Tensor]:
     return to_tensor(images), torch.tensor(rows["label"].astype(int).to_numpy())
 
 
-def _edits_of(judged: Stage, folder: Path, settings: Settings, device: str) -> Tensor:
+def _edits_of(bench: Bench, judged: Stage, settings: Settings) -> Tensor:
     """Return float32 [prompts, 2 seeds, N, 3, 32, 32]: every prompt's edits of the judged."""
     every = settings.editing.model_copy(update={"prompts_per_image": "all", "copies": 2})
     settings = settings.model_copy(update={"editing": every})
-    stage = _generated(judged, "judged-generated", folder, settings, device)
+    stage = _generated(bench, judged, "judged-generated", settings)
     files = stage.manifest().set_index(["prompt", "copy", "source_id"])["file_name"]
     sources = judged.manifest()["image_id"]
     pixels = [
@@ -179,33 +207,38 @@ def _edits_of(judged: Stage, folder: Path, settings: Settings, device: str) -> T
     return to_tensor(np.stack(pixels)).unflatten(0, (len(PROMPTS), 2, len(sources)))
 
 
-def _images_per_second(judged: Stage, folder: Path, device: str) -> pd.Series:
+def _images_per_second(bench: Bench, judged: Stage) -> pd.Series:
     """Time one batch for each worker under every schedule, by turns; return the medians."""
     speeds: dict[str, list[float]] = {name: [] for name in schedules()}
     weights = locate_editor("bundled", None)
     for _ in range(TURNS):
         for name, overrides in schedules().items():
-            settings = _settings([*overrides, "editing.prompts_per_image=all"])
+            settings = bench.settings([*overrides, "editing.prompts_per_image=all"])
             batch = settings.editing.batch_size
-            edits = list(islice(plan_edits(judged, settings), batch * workers_on(device)))
-            editor = load_editor(weights, settings.editing, device)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            edits = list(islice(plan_edits(judged, settings), batch * workers_on(bench.device)))
+            editor = load_editor(weights, settings.editing, bench.device)
+            with tempfile.TemporaryDirectory(dir=bench.folder) as scratch:
                 started = time.perf_counter()
-                sampler, store = Sampler(editor, device, settings, batch), EditStore(Path(scratch))
+                sampler, store = (
+                    Sampler(editor, bench.device, settings, batch),
+                    EditStore(Path(scratch)),
+                )
                 sampler.make(edits, len(edits), store, silent)
                 speeds[name].append(len(edits) / (time.perf_counter() - started))
     return pd.Series({name: median(each) for name, each in speeds.items()})
 
 
-def _generated(raw: Stage, name: str, folder: Path, settings: Settings, device: str) -> Stage:
-    store, aside = EditStore(folder / "edits"), folder / "aside"
-    return generate(raw, settings, folder / name, store=store, aside=aside, device=device).stage
+def _generated(bench: Bench, raw: Stage, name: str, settings: Settings) -> Stage:
+    store, aside = EditStore(bench.folder / "edits"), bench.folder / "aside"
+    out = bench.folder / name
+    return generate(raw, settings, out, store=store, aside=aside, device=bench.device).stage
 
 
-def _judges() -> tuple[nn.Module, nn.Module]:
-    """Train judges of prompt and subject on digits."""
-    pixels, names = read_digits(32, "train")
-    images, labels = to_tensor(pixels), torch.tensor([int(name) for name in names])
+def _judges(bench: Bench) -> tuple[nn.Module, nn.Module]:
+    """Train judges of prompt and subject."""
+    pixels, names = bench.pictures("train")
+    images = to_tensor(pixels)
+    labels = torch.tensor(np.unique(names, return_inverse=True)[1])
     prompt = train_prompt_judge([images], JUDGE_STEPS, 0)
     return prompt, train_subject_judge(images, labels, JUDGE_STEPS, 0)
 
@@ -213,13 +246,13 @@ def _judges() -> tuple[nn.Module, nn.Module]:
 # Classifiers ------------------------------------------------------------------------------------
 
 
-def _answers(folder: Path, settings: Settings, *, augmented: bool, device: str) -> list[Evidence]:
+def _answers(bench: Bench, settings: Settings, *, augmented: bool) -> list[Evidence]:
     """Return what classifiers of three seeds answer on the test images, asking what is not kept."""
-    aside = folder / "aside"
+    folder, aside, device = bench.folder, bench.folder / "aside", bench.device
     raw = ingest(settings.source.path, settings, folder / "raw", aside=aside)
     stages = {"raw": raw}
     if augmented:
-        generated = _generated(raw, "generated", folder, settings, device)
+        generated = _generated(bench, raw, "generated", settings)
         stages["augmented"] = make_augmented(
             raw,
             generated,
@@ -284,5 +317,6 @@ def _downstream(answers: Mapping[str, list[Evidence]]) -> pd.DataFrame:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where everything is kept")
+    parser.add_argument("--images", type=Path, help="a dataset with train/ and test/")
     options = parser.parse_args()
-    print(measure(options.folder, device=choose_device("auto")).to_string())
+    print(measure(Bench(options.folder, choose_device("auto"), options.images)).to_string())

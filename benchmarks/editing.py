@@ -58,7 +58,7 @@ def main() -> None:
         figures |= measure_tiers(options)
     figures |= mixing.measure(quick=options.quick)
     if options.curve:
-        table = curve.measure(options.curve, device=choose_device(options.device))
+        table = curve.measure(curve.Bench(options.curve, choose_device(options.device), None))
         named = table.reset_index(names="schedule").astype(object)
         figures["curve"] = named.where(named.notna(), None).to_dict("records")
     for name, value in figures.items():
