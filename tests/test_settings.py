@@ -49,10 +49,18 @@ def test_presets_are_valid_and_each_reason_belongs_to_a_value(preset, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("preset", "evaluations"), [("paper", 300), ("official", 300), ("balanced", 20), ("turbo", 9)]
+    ("preset", "evaluations", "gate"),
+    [
+        ("paper", 300, False),
+        ("official", 300, False),
+        ("balanced", 20, True),
+        ("turbo", 9, True),
+    ],
 )
-def test_the_tiers_cost_the_unet_evaluations_that_the_docs_say(preset, evaluations, tmp_path):
-    assert unet_evaluations(load(tmp_path, preset=preset).editing) == evaluations
+def test_the_tiers_are_what_the_docs_say(preset, evaluations, gate, tmp_path):
+    editing = load(tmp_path, preset=preset).editing
+    assert unet_evaluations(editing) == evaluations
+    assert editing.gate.enabled == gate
 
 
 @pytest.mark.parametrize(
