@@ -76,7 +76,8 @@ class Bench:
 
     def settings(self, overrides: Sequence[str]) -> Settings:
         """Return the demo's settings but for these."""
-        own = ["editing.copies=1", "mixing.fractal_count=32", "evaluation.fgsm_epsilons=[2]"]
+        own = ["editing.copies=1", "editing.gate.enabled=false", "mixing.fractal_count=32"]
+        own += ["evaluation.fgsm_epsilons=[2]"]
         if self.images:
             own += [f"source.path={self.images}", "source.val_fraction=0.2"]
             own += ["source.train_per_class=30", "training.flip=true"]

@@ -122,9 +122,8 @@ class InstructPix2PixEditor:
         2023, equation 3); the steps after them the first alone.
         """
         editing, unet = self._editing, self._unet
-        scheduler = copy.deepcopy(
-            self._pipeline.scheduler
-        )  # it counts steps; threads share the editor
+        # A scheduler counts its steps, and threads share the editor.
+        scheduler = copy.deepcopy(self._pipeline.scheduler)
         scheduler.set_timesteps(editing.steps, device=unet.device)
         noise = randn_tensor(sources.shape, generators, unet.device)
         latents = noise * scheduler.init_noise_sigma
