@@ -60,7 +60,6 @@ GUIDED_UNTIL = {
 }
 """By the number of steps."""
 SEEDS = (0, 1, 2)
-TURNS = 3
 JUDGED_IMAGES = 10
 JUDGE_STEPS = 1500
 
@@ -73,6 +72,8 @@ class Bench:
     device: str
     images: Path | None
     """A dataset with train/ and test/; None for digits."""
+    turns: int = 3
+    """How often each schedule is timed."""
 
     def settings(self, overrides: Sequence[str]) -> Settings:
         """Return the demo's settings but for these."""
@@ -212,7 +213,7 @@ def _images_per_second(bench: Bench, judged: Stage) -> pd.Series:
     """Time one batch for each worker under every schedule, by turns; return the medians."""
     speeds: dict[str, list[float]] = {name: [] for name in schedules()}
     weights = locate_editor("bundled", None)
-    for _ in range(TURNS):
+    for _ in range(bench.turns):
         for name, overrides in schedules().items():
             settings = bench.settings([*overrides, "editing.prompts_per_image=all"])
             batch = settings.editing.batch_size
@@ -226,7 +227,7 @@ def _images_per_second(bench: Bench, judged: Stage) -> pd.Series:
                 )
                 sampler.make(edits, len(edits), store, silent)
                 speeds[name].append(len(edits) / (time.perf_counter() - started))
-    return pd.Series({name: median(each) for name, each in speeds.items()})
+    return pd.Series({name: median(each) if each else None for name, each in speeds.items()})
 
 
 def _generated(bench: Bench, raw: Stage, name: str, settings: Settings) -> Stage:
@@ -319,5 +320,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where everything is kept")
     parser.add_argument("--images", type=Path, help="a dataset with train/ and test/")
+    parser.add_argument("--turns", type=int, default=3, help="how often each schedule is timed")
     options = parser.parse_args()
-    print(measure(Bench(options.folder, choose_device("auto"), options.images)).to_string())
+    bench = Bench(options.folder, choose_device("auto"), options.images, options.turns)
+    print(measure(bench).to_string())

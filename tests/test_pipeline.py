@@ -242,7 +242,7 @@ def test_a_killed_run_is_told_and_gives_back_what_it_held(weights, project):
 def test_the_gate_trains_its_teachers_once_and_shows_its_yield(weights, project, monkeypatch):
     # Teachers of four steps know nothing, but some edits lie above the thresholds that they give.
     gate = ["editing.gate.enabled=true", "editing.gate.folds=2", "editing.gate.max_change=1"]
-    gate.append("editing.gate.false_reject_rate=0.25")
+    gate += ["editing.gate.false_reject_rate=0.25", "editing.copies=2", "editing.batch_size=2"]
     trained = []
     real = fold_teachers.fit
     monkeypatch.setattr(fold_teachers, "fit", lambda *a, **h: (trained.append(1), real(*a, **h))[1])
@@ -256,6 +256,20 @@ def test_the_gate_trains_its_teachers_once_and_shows_its_yield(weights, project,
     rejected = pd.read_parquet(project.generated / "rejected.parquet")
     share = len(edits) / (len(edits) + len(rejected))
     assert shown["gate_yield"].value == pytest.approx(share)
+
+    # What the pilot foretold was seen before the work began, and stands beside what came of it.
+    with chdir(project.root), dg.DagsterInstance.get() as instance:
+        (observed,) = instance.fetch_observations(dg.AssetKey("generated_images"), limit=9).records
+    foretold = observed.asset_observation.metadata
+    assert 0 <= foretold["gate_teachers_accuracy"].value <= 1
+    assert foretold["pilot_edits"].value == 2 * 12
+    for name in ("edits", "seconds", "images", "megabytes", "yield"):
+        assert shown[f"predicted_{name}"] == foretold[f"predicted_{name}"]
+    assert shown["edits_made"].value == len(edits) + len(rejected)
+    assert shown["actual_seconds"].value > 0
+    assert shown["images"].value == len(edits)
+    size = sum((project.generated / name).stat().st_size for name in edits["file_name"])
+    assert shown["megabytes"].value == pytest.approx(size / 1e6)
 
 
 def test_a_clone_with_a_remote_pulls_what_is_pinned(weights, tmp_path):
