@@ -35,7 +35,6 @@ from diffusemix_pipeline.datasets.manifest import Stage
 from diffusemix_pipeline.devices import choose_device
 from diffusemix_pipeline.editing.editor import load_editor, locate_editor
 from diffusemix_pipeline.editing.generate import generate
-from diffusemix_pipeline.editing.instruct_pix2pix import unet_evaluations
 from diffusemix_pipeline.editing.planning import plan_edits
 from diffusemix_pipeline.editing.sampling import Sampler, workers_on
 from diffusemix_pipeline.editing.store import EditStore
@@ -115,7 +114,7 @@ def measure(bench: Bench) -> pd.DataFrame:
     paper's schedule and 95 % intervals.
     """
     judged = _judged_images(bench)
-    judges = _judges(bench)
+    prompt_judge, subject_judge, classes = _judges(bench)
     rows, edits, answers = [], {}, {}
     for name, overrides in {"originals alone": None, **schedules()}.items():
         settings = bench.settings(overrides or [])
@@ -123,12 +122,12 @@ def measure(bench: Bench) -> pd.DataFrame:
         if overrides is None:
             continue
         edits[name] = _edits_of(bench, judged, settings)
-        originals, labels = _pixels(judged)
-        figures = measure_edits(originals, labels, edits[name], *judges, seed=0)
+        originals, labels = _pixels(judged, classes)
+        figures = measure_edits(originals, labels, edits[name], prompt_judge, subject_judge, seed=0)
         rows.append(
             {
                 "schedule": name,
-                "unet_evaluations": unet_evaluations(settings.editing),
+                "unet_evaluations": settings.editing.unet_evaluations,
                 "prompt_named": figures["named"],
                 "psnr_to_teacher": figures["psnr"],
                 "subject": figures["subject"],
@@ -175,7 +174,7 @@ def plot(table: pd.DataFrame) -> Figure:
 
 
 def _judged_images(bench: Bench) -> Stage:
-    """Return a stage of some images on which the judges were not trained, nor any classifier."""
+    """Return a stage of some images on which the judges were not trained."""
     pixels, names = bench.pictures("test")
     few = np.linspace(0, len(pixels) - 1, JUDGED_IMAGES).astype(int)
     for number in few:
@@ -187,10 +186,10 @@ def _judged_images(bench: Bench) -> Stage:
     return ingest(source, settings, bench.folder / "judged-raw", aside=aside, train_only=True)
 
 
-def _pixels(stage: Stage) -> tuple[Tensor, Tensor]:
+def _pixels(stage: Stage, classes: np.ndarray) -> tuple[Tensor, Tensor]:
     rows = stage.manifest()
     images = np.stack([read_square(stage.folder / name, 32) for name in rows["file_name"]])
-    return to_tensor(images), torch.tensor(rows["label"].astype(int).to_numpy())
+    return to_tensor(images), torch.tensor(classes.searchsorted(rows["label"]))
 
 
 def _edits_of(bench: Bench, judged: Stage, settings: Settings) -> Tensor:
@@ -236,13 +235,14 @@ def _generated(bench: Bench, raw: Stage, name: str, settings: Settings) -> Stage
     return generate(raw, settings, out, store=store, aside=aside, device=bench.device).stage
 
 
-def _judges(bench: Bench) -> tuple[nn.Module, nn.Module]:
-    """Train judges of prompt and subject."""
+def _judges(bench: Bench) -> tuple[nn.Module, nn.Module, np.ndarray]:
+    """Train judges of prompt and subject; return the names of the subjects too."""
     pixels, names = bench.pictures("train")
     images = to_tensor(pixels)
-    labels = torch.tensor(np.unique(names, return_inverse=True)[1])
+    classes = np.unique(names)
+    labels = torch.tensor(classes.searchsorted(names))
     prompt = train_prompt_judge([images], JUDGE_STEPS, 0)
-    return prompt, train_subject_judge(images, labels, JUDGE_STEPS, 0)
+    return prompt, train_subject_judge(images, labels, JUDGE_STEPS, 0), classes
 
 
 # Classifiers ------------------------------------------------------------------------------------

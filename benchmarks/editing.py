@@ -24,7 +24,6 @@ from diffusemix_pipeline.bundled_editor.sources import make_pictures, read_image
 from diffusemix_pipeline.datasets.images import read_square
 from diffusemix_pipeline.devices import choose_device
 from diffusemix_pipeline.editing.editor import load_editor, locate_editor
-from diffusemix_pipeline.editing.instruct_pix2pix import unet_evaluations
 from diffusemix_pipeline.editing.planning import PlannedEdit, Source
 from diffusemix_pipeline.editing.sampling import Sampler, workers_on
 from diffusemix_pipeline.editing.store import EditStore
@@ -108,7 +107,7 @@ def measure_tiers(options: argparse.Namespace) -> dict[str, Any]:
         "batch_size": options.batch_size,
         "images_per_second": {name: 1 / median(each) for name, each in seconds.items()},
         "unet_evaluations": {
-            name: unet_evaluations(Editing(**overrides)) for name, overrides in tiers.items()
+            name: Editing(**overrides).unet_evaluations for name, overrides in tiers.items()
         },
         **ratios,
         "difference_to_reference_255": {

@@ -1,8 +1,10 @@
 """How fast an InstructPix2Pix of the real size is, and how near the device's peak: random weights.
 
     python -m benchmarks.real_size [--sizes 256 512] [--batch-size 8] [--steps 20] [--device cuda]
+    python -m benchmarks.real_size --editor bundled --sizes 64
 
-Speed does not depend on what the weights say. The peak is what a product of large square matrices
+Speed does not depend on what the weights say. On a CPU, it is that of all cores at one batch, where
+a run has a batch on each. The peak is what a product of large square matrices
 reaches on the device in the same number format; floating-point operations are counted by torch.
 """
 
@@ -19,7 +21,7 @@ import torch
 
 from diffusemix_pipeline.devices import choose_device
 from diffusemix_pipeline.editing.editor import load_editor, locate_editor
-from diffusemix_pipeline.editing.instruct_pix2pix import InstructPix2PixEditor, unet_evaluations
+from diffusemix_pipeline.editing.instruct_pix2pix import InstructPix2PixEditor
 from diffusemix_pipeline.settings import PAPER_PROMPTS, Editing
 
 MATRIX = {"cuda": 8192, "mps": 4096, "cpu": 2048}
@@ -32,10 +34,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20, help="timed, all of them guided")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--editor", help="a folder or hub id (default: the real size)")
     options = parser.parse_args()
     device = choose_device(options.device)
     with tempfile.TemporaryDirectory() as folder:
-        weights = write_editor(Path(folder))
+        named = options.editor
+        weights = locate_editor(named, None) if named else write_editor(Path(folder))
         for size in options.sizes:
             for compiled in (False, True):
                 editing = Editing(
@@ -100,9 +104,8 @@ def measure(weights: Path, editing: Editing, size: int, device: str) -> dict[str
     def batch() -> None:
         editor.edit(images, instructions, range(count))
 
-    evaluations = count * unet_evaluations(editing)
-    flops = evaluations * _flops_of_an_evaluation(editor, size)
-    batch()
+    evaluations = count * editing.unet_evaluations
+    flops = evaluations * _flops_of_an_evaluation(editor, batch)
     seconds = _seconds(batch)
     reached = flops / seconds
     dtype = next(editor._unet.parameters()).dtype
@@ -120,17 +123,21 @@ def measure(weights: Path, editing: Editing, size: int, device: str) -> dict[str
     }
 
 
-def _flops_of_an_evaluation(editor: InstructPix2PixEditor, size: int) -> float:
+def _flops_of_an_evaluation(editor: InstructPix2PixEditor, batch: Callable[[], None]) -> float:
+    """Count the UNet's operations, an image and branch, in what `batch` gives it."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    given: list[tuple[Any, Any]] = []
     unet = editor._unet
-    weights = next(unet.parameters())
-    like = {"dtype": weights.dtype, "device": weights.device}
-    latents = torch.zeros(1, 8, size // 8, size // 8, **like)
-    text = torch.zeros(1, 77, 768, **like)
+    hook = unet.register_forward_pre_hook(
+        lambda _, arguments, named: given.append((arguments, named)), with_kwargs=True
+    )
+    batch()  # untimed, as the first of anything is slower
+    hook.remove()
+    arguments, named = given[0]
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        unet.forward(latents, torch.tensor(500, device=weights.device), text)
-    return float(counter.get_total_flops())
+        unet.forward(*arguments, **named)
+    return float(counter.get_total_flops()) / len(arguments[0])
 
 
 def _peak(device: str, dtype: torch.dtype) -> float:

@@ -25,7 +25,7 @@ from diffusemix_pipeline.identity import digest
 from diffusemix_pipeline.mixing.stages import make_augmented
 from diffusemix_pipeline.preflight import check_augmentation
 from diffusemix_pipeline.progress import Progress, silent
-from diffusemix_pipeline.project import Project
+from diffusemix_pipeline.project import Project, using_edits
 from diffusemix_pipeline.settings import Settings
 from diffusemix_pipeline.training.fold_teachers import fit_label_gate
 
@@ -66,18 +66,19 @@ def augment_folder(
         progress=progress,
     )
     device = choose_device(settings.device)
-    generated = generate(
-        raw,
-        settings,
-        work / "generated",
-        store=EditStore(project.edits),
-        aside=parts,
-        device=device,
-        fit_gate=lambda plan: fit_label_gate(
-            plan, raw, folder=project.gate, aside=parts, device=device, progress=progress
-        ),
-        progress=progress,
-    ).stage
+    with using_edits(project):
+        generated = generate(
+            raw,
+            settings,
+            work / "generated",
+            store=EditStore(project.edits),
+            aside=parts,
+            device=device,
+            fit_gate=lambda plan: fit_label_gate(
+                plan, raw, folder=project.gate, aside=parts, device=device, progress=progress
+            ),
+            progress=progress,
+        ).stage
     aside = out.parent / f".{out.name}.aside"  # on the file system of `out`
     augmented = make_augmented(
         raw,

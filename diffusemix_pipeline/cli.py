@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.project import Project, alone
+from diffusemix_pipeline.project import Project, alone_with_edits
 from diffusemix_pipeline.settings import (
     NO_PRESET,
     describe,
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 _LOOPBACK = "127.0.0.1"
 _FOLDER = click.Path(path_type=Path)
+_DAY = 24 * 3600
+"""Seconds."""
 _THINNED = "{} training images are left out by source.train_per_class"
 
 
@@ -174,6 +177,7 @@ def preview(
     \b
     diffusemix preview --data photos --prompts "sunset, night, fog"
     """
+    from diffusemix_pipeline.datasets.manifest import STAGE
     from diffusemix_pipeline.datasets.sources import DIGITS
     from diffusemix_pipeline.files import write_bytes
     from diffusemix_pipeline.preview import preview as draw
@@ -183,9 +187,11 @@ def preview(
     settings = load_settings(
         Path.cwd(), preset=preset, own_images=bool(data), config=config, overrides=given
     )
-    source = str(data or settings.source.path or DIGITS)
+    project = Project(Path.cwd())
+    at_hand = project.raw if (project.raw / STAGE).exists() else DIGITS
+    source = str(data or settings.source.path or at_hand)
     with progress_bars() as progress:
-        png = draw(source, settings, Project(Path.cwd()), images, progress)
+        png = draw(source, settings, project, images, progress)
     write_bytes(out, png)
     click.echo(f"Preview: {out}")
 
@@ -227,7 +233,11 @@ def plan(
     )
     with progress_bars() as progress:
         planned = plan_cost(settings, Project(Path.cwd()), budget, progress)
-    rows = [["edits wanted", f"{planned.edits:,}"], ["in the store", f"{planned.stored:,}"]]
+    rows = [
+        ["images", planned.origin],
+        ["edits wanted", f"{planned.edits:,}"],
+        ["in the store", f"{planned.stored:,}"],
+    ]
     if left := planned.forecast:
         cost = left.cost
         rows += [
@@ -244,7 +254,7 @@ def plan(
         ]
     print_table(["what", "how much"], rows, "Cost of the edits, on this device alone")
     if not planned.forecast:
-        click.echo("So few edits are missing that a pilot would make them all: just run.")
+        click.echo("A pilot, two rounds of batches, would make all that are missing: just run.")
     elif budget and planned.share == 1:
         click.echo(f"All of it fits into {_duration(budget)}.")
     elif budget and planned.share:
@@ -414,7 +424,7 @@ def verify() -> None:
 
     project = Project(Path.cwd())
     edits = EditStore(project.edits)
-    with alone(project), progress_bars() as progress:
+    with alone_with_edits(project), progress_bars() as progress:
         keys = list(edits)
         sound = edits.checked(keys, progress)
     damaged = [key for key in keys if key not in sound]
@@ -429,7 +439,8 @@ def verify() -> None:
 def prune(yes: bool) -> None:
     """Remove the edits that no present dataset of this project uses.
 
-    Those of a run that was cut off, of a preview or of a plan are not used yet: they go as well.
+    Those of a preview, a plan or a run that was cut off are not used yet: they go as well, but for
+    edits of the last day, which may be of a run that is still going on.
     """
     from diffusemix_pipeline.datasets.manifest import MANIFEST, read_manifest
     from diffusemix_pipeline.editing.store import EditStore
@@ -443,17 +454,19 @@ def prune(yes: bool) -> None:
             f"No dataset is in {project.data}, so none of the {len(list(edits)):,} edits is used: "
             "bring it back with `dvc checkout` or a run first."
         )
-    with alone(project):
+    with alone_with_edits(project):
         used = {key for stage in present for key in read_manifest(stage)["edit_key"]}
-        unused = [key for key in edits if key not in used]
+        every = list(edits)
+        unused = [key for key in every if key not in used]
+        old = [key for key in unused if time.time() - edits.path(key).stat().st_mtime > _DAY]
         if yes:
-            edits.remove(unused)
+            edits.remove(old)
     if yes:
-        click.echo(f"{len(unused):,} edits removed, {len(used):,} kept.")
+        click.echo(f"{len(old):,} edits removed, {len(every) - len(old):,} kept.")
     else:
-        click.echo(
-            f"{len(unused):,} edits are not used; `diffusemix store prune --yes` removes them."
-        )
+        click.echo(f"{len(old):,} edits are not used; `diffusemix store prune --yes` removes them.")
+    if young := len(unused) - len(old):
+        click.echo(f"{young:,} more are not used, but are of the last day, and stay.")
 
 
 def _become(command: list[str]) -> NoReturn:

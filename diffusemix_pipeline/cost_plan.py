@@ -13,12 +13,12 @@ from diffusemix_pipeline.editing.cost import (
     share_within,
     stored_edits,
 )
-from diffusemix_pipeline.editing.generate import adopt_edits
+from diffusemix_pipeline.editing.generate import adopt_edits, adopt_verdicts
 from diffusemix_pipeline.editing.planning import plan_edits
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.preflight import check_augmentation
 from diffusemix_pipeline.progress import Progress, silent
-from diffusemix_pipeline.project import Project
+from diffusemix_pipeline.project import Project, using_edits
 from diffusemix_pipeline.settings import Settings
 from diffusemix_pipeline.training.fold_teachers import fit_label_gate
 
@@ -27,6 +27,8 @@ from diffusemix_pipeline.training.fold_teachers import fit_label_gate
 class CostPlan:
     """How many edits are wanted and stored, and what a pilot says of the others."""
 
+    origin: str
+    """Which images were planned for."""
     edits: int
     stored: int
     forecast: Forecast | None
@@ -44,7 +46,7 @@ def plan_cost(
     """
     check_augmentation(settings)
     device, store = choose_device(settings.device), EditStore(project.edits)
-    raw = _raw(settings, project, progress)
+    raw, origin = _raw(settings, project, progress)
     plan = plan_edits(raw, settings)
     adopt_edits(project.generated, store)
     gate = None
@@ -53,17 +55,24 @@ def plan_cost(
         gate = fit_label_gate(
             plan, raw, folder=project.gate, aside=aside, device=device, progress=progress
         )
+        adopt_verdicts(project.generated, plan, gate.verdicts)
     stored = stored_edits(plan, store)
-    cost = run_pilot(plan, store, device=device, gate=gate, progress=progress)
+    with using_edits(project):
+        cost = run_pilot(plan, store, device=device, gate=gate, progress=progress)
     left = forecast(plan, store, gate, cost) if cost else None
     share = share_within(budget, cost, raw, settings, store, gate) if cost and budget else None
-    return CostPlan(len(plan), stored, left, share)
+    return CostPlan(origin, len(plan), stored, left, share)
 
 
-def _raw(settings: Settings, project: Project, progress: Progress) -> Stage:
-    """Return the images of a run: those of the source, else those in `data/`, else the digits."""
+def _raw(settings: Settings, project: Project, progress: Progress) -> tuple[Stage, str]:
+    """Return the source's images, else those in `data/`, else digits, and which it is.
+
+    Digits in `data/` are made anew by a run, too. What is pinned and not here is not brought.
+    """
     if not settings.source.path and (project.raw / STAGE).exists():
-        return read_stage(project.raw)
+        there = read_stage(project.raw)
+        if there.notes["source"]["kind"] != DIGITS:
+            return there, "data/raw"
     work = project.state / "plan"
     source = settings.source.path or DIGITS
-    return ingest(source, settings, work / "raw", aside=work / "aside", progress=progress)
+    return ingest(source, settings, work / "raw", aside=work / "aside", progress=progress), source

@@ -45,6 +45,8 @@ def write_once(path: Path, content: bytes, *, aside: Path) -> None:
             os.link(partial, path)  # unlike a rename, this takes no other file's place
         except FileExistsError:
             return
+        except FileNotFoundError:  # somebody removed what was written aside
+            raise
         except OSError:  # a file system without links
             with suppress(FileExistsError), path.open("xb"):
                 partial.replace(path)

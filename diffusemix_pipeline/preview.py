@@ -1,12 +1,13 @@
 """A contact sheet of images x prompts, so that prompts can be chosen by eye before a run.
 
-The edits are the very ones that a run with the same settings makes, and stay in the store for it.
+Its edits stay in the store, where a run finds those that it wants, too: it draws its own images and
+prompts.
 """
 
-import shutil
 from collections import defaultdict
 from itertools import chain, zip_longest
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from diffusemix_pipeline.datasets.images import UnreadableImageError, read_square
 from diffusemix_pipeline.datasets.ingest import ingest
@@ -19,7 +20,7 @@ from diffusemix_pipeline.files import write_bytes
 from diffusemix_pipeline.pictures import contact_sheet
 from diffusemix_pipeline.preflight import check_augmentation
 from diffusemix_pipeline.progress import Progress, silent
-from diffusemix_pipeline.project import Project
+from diffusemix_pipeline.project import Project, using_edits
 from diffusemix_pipeline.settings import Gate, Settings
 
 
@@ -39,12 +40,18 @@ def preview(
             ),
         }
     )
-    work = project.state / "preview"
-    shutil.rmtree(work, ignore_errors=True)  # the edits are in the store
+    project.state.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="preview-", dir=project.state) as folder, using_edits(project):
+        return _sheet(source, every_prompt, project, images, Path(folder), progress)
+
+
+def _sheet(
+    source: str, settings: Settings, project: Project, images: int, work: Path, progress: Progress
+) -> bytes:
     _copy_some(source, work / "chosen", images, settings.source.max_pixels)
     raw = ingest(
         str(work / "chosen"),
-        every_prompt,
+        settings,
         work / "raw",
         aside=work / "aside",
         train_only=True,
@@ -52,7 +59,7 @@ def preview(
     )
     generated = generate(
         raw,
-        every_prompt,
+        settings,
         work / "generated",
         store=EditStore(project.edits),
         aside=work / "aside",

@@ -1,6 +1,7 @@
 """Where things lie: every path of a project follows from its root. And who is at work there."""
 
 import fcntl
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,6 +52,11 @@ class Project:
         return self.state / "run.lock"
 
     @property
+    def edits_lock(self) -> Path:
+        """Shared by whoever makes or uses edits, held alone by whoever removes some."""
+        return self.state / "edits.lock"
+
+    @property
     def aside(self) -> Path:
         """Half-written folders: on the file system of `data`, and never versioned."""
         return self.state / "aside"
@@ -82,17 +88,35 @@ class Project:
 
 
 @contextmanager
-def alone(project: Project) -> Iterator[None]:
-    """Keep runs out of a project meanwhile; UserError where one is at work."""
-    project.state.mkdir(parents=True, exist_ok=True)
-    with project.run_lock.open("a") as lock:
-        if not nobody_at_work(lock):
-            raise UserError(f"A run is at work in {project.root}. Wait for it to end.")
+def using_edits(project: Project) -> Iterator[None]:
+    """Let nobody remove edits meanwhile; waits, and says so, while somebody does."""
+    with _opened(project.edits_lock) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            warnings.warn("The edit store is being verified or pruned: waiting.", stacklevel=3)
+            fcntl.flock(lock, fcntl.LOCK_SH)
         yield
 
 
-def nobody_at_work(lock: TextIO) -> bool:
-    """Take the lock for oneself alone, if no run holds it; closing the file gives it back."""
+@contextmanager
+def alone_with_edits(project: Project) -> Iterator[None]:
+    """Let nobody use the edit store meanwhile; UserError where somebody does."""
+    with _opened(project.edits_lock) as lock:
+        if not taken_alone(lock):
+            raise UserError(
+                f"Edits are being made or used in {project.root}. Wait for that to end."
+            )
+        yield
+
+
+def _opened(lock: Path) -> TextIO:
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    return lock.open("a")
+
+
+def taken_alone(lock: TextIO) -> bool:
+    """Take the lock for oneself alone, if nobody holds it; closing the file gives it back."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -7,6 +7,7 @@ the project (`project.py`), and anything that needs torch.
 """
 
 import difflib
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -183,6 +184,18 @@ class Editing(Section):
     compile: bool = Field(False, description="Compile the denoiser: pays on a GPU for many edits.")
     gate: Gate = Gate()
 
+    @property
+    def guided_steps(self) -> int:
+        """How many steps of InstructPix2Pix, from the first, evaluate all three branches."""
+        if self.guidance == 1:  # as in diffusers: no text guidance, no guidance at all
+            return 0
+        return math.ceil(round(self.steps * self.guidance_until, 6))  # 50 * 0.14 is above 7
+
+    @property
+    def unet_evaluations(self) -> int:
+        """The UNet evaluations that an edit costs, each branch counted."""
+        return self.steps + 2 * self.guided_steps
+
     @field_validator("prompts")
     @classmethod
     def _prompts_differ(cls, prompts: list[str]) -> list[str]:
@@ -291,6 +304,10 @@ class Settings(Section):
     tracking: Tracking = Tracking()
 
 
+PLACE_OR_SPEED = ("editor", "revision", "lora", "batch_size", "shards", "dtype", "compile")
+"""Settings below `editing` that say where an editor is and how fast: an edit is the same edit."""
+
+
 def flatten(settings: Settings) -> dict[str, Any]:
     """Return every setting that shapes a result by its dotted key; where it is tracked does not."""
     values = settings.model_dump(mode="json", exclude={"tracking", "executor"})
@@ -305,16 +322,8 @@ def data_settings(settings: Settings) -> str:
     """
     elsewhere = {"device", "executor", "source", "training", "evaluation", "tracking"}
     values = settings.model_dump(exclude=elsewhere)
-    for place_or_speed in (
-        "editor",
-        "revision",
-        "lora",
-        "batch_size",
-        "shards",
-        "dtype",
-        "compile",
-    ):
-        del values["editing"][place_or_speed]
+    for name in PLACE_OR_SPEED:
+        del values["editing"][name]
     del values["mixing"]["fractal_dir"]
     return yaml.safe_dump(values, sort_keys=True)
 

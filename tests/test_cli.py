@@ -1,6 +1,6 @@
 """Promise: the command line says what it did, and a mistake gets one message and exit code 2."""
 
-import fcntl
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from PIL import Image
 
 from diffusemix_pipeline.cli import main
 from diffusemix_pipeline.editing.store import EditStore
+from diffusemix_pipeline.project import Project, using_edits
 
 
 @pytest.fixture(scope="module")
@@ -188,14 +189,18 @@ def test_the_store_is_looked_after(here, weights):
 
     more = augmented(source, weights, "--prompts", "snowy")
     assert more.exit_code == 0
+    young = call("store", "prune", "--yes").output
+    assert "0 edits removed, 12 kept" in young
+    assert "6 more are not used, but are of the last day" in young
+    for edit in (here / ".diffusemix" / "edits").glob("??/*.png"):
+        os.utime(edit, (0, 0))
     unused = call("store", "prune").output
     assert unused.startswith("6 edits are not used")  # the damaged one was in the dataset, too
     assert "6 edits removed, 6 kept" in call("store", "prune", "--yes").output
     assert "6 edits" in call("store", "status").output
-    with (here / ".diffusemix" / "run.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)  # as a run does
-        assert "A run is at work" in call("store", "prune", "--yes").output
-        assert "A run is at work" in call("store", "verify").output
+    with using_edits(Project(here)):  # as a run does
+        assert "Edits are being made or used" in call("store", "prune", "--yes").output
+        assert "Edits are being made or used" in call("store", "verify").output
     assert "nothing done" in augmented(source, weights, "--prompts", "snowy").output
 
 

@@ -16,12 +16,13 @@ from conftest import picture, quick_settings, tiny_editor, tiny_editor_xl, write
 from diffusers import UNet2DConditionModel
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from diffusemix_pipeline.datasets.images import read_square, to_square
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import REJECTED, Stage, read_stage
 from diffusemix_pipeline.editing import generate as generate_module
-from diffusemix_pipeline.editing import sampling
+from diffusemix_pipeline.editing import planning, sampling
 from diffusemix_pipeline.editing.editor import (
     Editor,
     editor_fingerprint,
@@ -41,13 +42,13 @@ from diffusemix_pipeline.editing.generate import (
 from diffusemix_pipeline.editing.instruct_pix2pix import (
     SCHEDULERS,
     InstructPix2PixEditor,
-    unet_evaluations,
 )
 from diffusemix_pipeline.editing.planning import PlannedEdit, Source, plan_edits
 from diffusemix_pipeline.editing.sampling import Sampler
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import Ledger
+from diffusemix_pipeline.identity import file_sha256
 from diffusemix_pipeline.mixing.stages import make_augmented, make_hybrids
 from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.settings import Settings
@@ -153,7 +154,7 @@ def test_guidance_that_ends_part_way_leaves_one_branch_of_three(steps, until, br
     cut.edit(IMAGES, PROMPTS, [1, 2, 3])
     assert evaluated == [3 * each for each in branches]
     wanted = quick_settings(f"editing.steps={steps}", f"editing.guidance_until={until}").editing
-    assert unet_evaluations(wanted) == sum(branches)
+    assert wanted.unet_evaluations == sum(branches)
 
 
 def count_branches(its_editor: InstructPix2PixEditor) -> list[int]:
@@ -201,6 +202,19 @@ def test_a_hub_id_that_cannot_be_had_is_named(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="nobody/nothing is neither a folder here nor a model"):
         locate_editor("nobody/nothing", None)
+
+
+def test_the_fingerprint_leaves_out_what_other_programs_put_there(weights, tmp_path):
+    before = editor_fingerprint(weights, None)
+    shutil.copytree(weights, tmp_path / "editor")
+    (weight,) = (tmp_path / "editor" / "unet").glob("*.safetensors")
+    shutil.copy(weight, weight.with_suffix(".fp16.safetensors"))
+    (tmp_path / "editor" / "safety_checker").mkdir()
+    shutil.copy(weight, tmp_path / "editor" / "safety_checker" / "model.safetensors")
+    (tmp_path / "editor" / "README.txt").write_text("hello")
+    assert editor_fingerprint(tmp_path / "editor", None) == before
+    weight.write_bytes(weight.read_bytes() + b"x")
+    assert editor_fingerprint(tmp_path / "editor", None) != before
 
 
 def test_pickled_weights_are_never_read(weights, tmp_path):
@@ -292,7 +306,10 @@ def test_a_device_samples_while_files_are_written(tmp_path):
 def planned(folder: Path, count: int) -> list[PlannedEdit]:
     """Return edits of as many pictures, written into the folder."""
     pictures = write_classes(folder / "pictures", ["all"], count) / "all"
-    sources = [Source(f"{n}", "all", pictures, f"{n}.png", "", "") for n in range(count)]
+    sources = [
+        Source(f"{n}", "all", pictures, f"{n}.png", file_sha256(pictures / f"{n}.png"), "")
+        for n in range(count)
+    ]
     return [
         PlannedEdit(f"{n:02}", source, "mosaic", "into mosaic", 0, 0, seed=n)
         for n, source in enumerate(sources)
@@ -346,7 +363,7 @@ def evaluations(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("policy", ["one", "all"])
 def test_exactly_what_is_new_is_paid_for(policy, weights, tmp_path, evaluations):
     own = [f"editing.prompts_per_image={policy}", "editing.batch_size=1"]
-    an_edit = unet_evaluations(quick_settings(*own).editing)
+    an_edit = quick_settings(*own).editing.unet_evaluations
 
     def paid(*overrides: str, images: int = 4) -> int:
         """Return how many edits a dataset's UNet evaluations amount to."""
@@ -415,6 +432,15 @@ def test_a_damaged_edit_is_made_anew_and_no_other(weights, tmp_path):
         again = generated(tmp_path, weights, every)
     assert again.made == 1
     assert rows(again) == before
+
+
+def test_an_image_that_changed_since_it_was_read_is_named(weights, tmp_path):
+    raw, settings = ingested(tmp_path, weights)
+    changed = raw.folder / raw.manifest()["file_name"][0]
+    changed.write_bytes(changed.read_bytes() + b"more")
+    store, aside = EditStore(tmp_path / "edits"), tmp_path / "aside"
+    with pytest.raises(UserError, match=f"{changed} is not as it was when the images were read"):
+        generate(raw, settings, tmp_path / "out", store=store, aside=aside, device="cpu")
 
 
 def test_cut_off_work_goes_on_where_it_was(weights, tmp_path, monkeypatch):
@@ -531,6 +557,40 @@ def test_where_nothing_is_accepted_a_person_is_told_what_to_do(weights, tmp_path
         gated(tmp_path, weights, lambda sources, *pixels: ["label"] * len(sources))
 
 
+def test_another_seed_more_is_tried_where_a_person_asks_for_it(weights, tmp_path):
+    def reject_twice(sources, originals, edits):
+        asked.extend(source.image_id for source in sources)
+        return [ACCEPTED if asked.count(s.image_id) > 2 else "label" for s in sources]
+
+    asked: list[str] = []
+    with pytest.raises(UserError, match="rejected all 16 edits"):
+        gated(tmp_path, weights, reject_twice, "editing.gate.max_attempts=2")
+    more = gated(tmp_path, weights, reject_twice)
+    assert more.made == more.stage.counts["images"] == 8
+    assert gated(tmp_path, weights, reject_twice).stage.reused
+    few = gated(tmp_path, weights, reject_twice, "editing.gate.max_attempts=9")
+    assert not few.stage.reused
+    assert few.made == 0
+
+
+def test_a_clone_takes_verdicts_and_makes_nothing_to_be_rejected_again(weights, tmp_path):
+    def no_first(sources, originals, edits):
+        return ["label" if s.image_id.startswith(FIRST_DOG) else ACCEPTED for s in sources]
+
+    first = gated(tmp_path, weights, no_first)
+    assert first.made == 7 + 3
+    shutil.rmtree(tmp_path / "edits")
+    shutil.rmtree(tmp_path / "gate")
+    every = "editing.prompts=[sunset, mosaic, snowy]"
+    clone = gated(tmp_path, weights, no_first, every)
+    new = clone.stage.manifest()["prompt"] == "snowy"
+    rejected = pd.read_parquet(clone.stage.folder / REJECTED)["prompt"] == "snowy"
+    assert clone.made == new.sum() + rejected.sum()
+    assert rows(first) - rows(clone) == {
+        row for row in rows(first) if row[0] not in set(clone.stage.manifest()["file_name"])
+    }
+
+
 def test_shards_judge_and_retry_alike(weights, tmp_path):
     def by_content(sources, originals, edits):
         return ["label" if edit.sum() % 2 else ACCEPTED for edit in edits]
@@ -572,8 +632,8 @@ def ingested(tmp_path: Path, weights: Path, *overrides: str) -> tuple[Stage, Set
     return raw, settings
 
 
-def gated(tmp_path: Path, weights: Path, judge: Judge) -> Generated:
-    raw, settings = ingested(tmp_path, weights, GATE)
+def gated(tmp_path: Path, weights: Path, judge: Judge, *overrides: str) -> Generated:
+    raw, settings = ingested(tmp_path, weights, GATE, *overrides)
     return generate(
         raw,
         settings,
@@ -586,6 +646,27 @@ def gated(tmp_path: Path, weights: Path, judge: Judge) -> Generated:
 
 
 # Share and size
+
+
+def test_what_an_edit_does_not_depend_on_is_no_part_of_its_key(weights, tmp_path):
+    def keys(*overrides: str) -> list[str]:
+        plan = plan_edits(*ingested(tmp_path, weights, "editing.steps=10", *overrides))
+        return [edit.key for edit in plan]
+
+    half = keys("editing.guidance_until=0.5")
+    assert keys("editing.guidance_until=0.41") == half  # five guided steps, both
+    assert keys("editing.guidance_until=0.6") != half
+    without = keys("editing.guidance=1")
+    assert keys("editing.guidance=1", "editing.image_guidance=2") == without
+    assert keys("editing.guidance=1.1") != keys("editing.guidance=1.1", "editing.image_guidance=2")
+
+
+@pytest.mark.parametrize(
+    ("images", "share", "edited"), [(100, 0.07, 7), (100, 0.14, 14), (3, 0.5, 2)]
+)
+def test_a_share_is_rounded_up_and_not_by_float_noise(images, share, edited):
+    sources = pd.DataFrame({"label": "cat", "sha256": [f"{n}" for n in range(images)]})
+    assert len(planning._share(sources, share, 0)) == edited
 
 
 def test_a_share_of_each_class_is_edited_and_a_larger_share_holds_it(weights, tmp_path):
@@ -605,13 +686,23 @@ def test_small_images_are_enlarged_for_editing_and_brought_back(weights, tmp_pat
     plan = plan_edits(raw, settings)
     assert not {edit.key for edit in plan} & {edit.key for edit in plain}
     edits = load_editor(weights, settings.editing, "cpu")
-    seen = []
+    seen, made = [], []
     real = edits.edit
-    edits.edit = lambda images, *more: (seen.append(images), real(images, *more))[1]
+
+    def spied(images, *more):
+        seen.append(images)
+        made.append(real(images, *more))
+        return made[-1]
+
+    edits.edit = spied
     store = EditStore(tmp_path / "edits")
     Sampler(edits, "cpu", settings, 8).make(plan, len(plan), store, silent)
     assert {images.shape[1:] for images in seen} == {(64, 64, 3)}
     stage = collect_edits(plan, tmp_path / "out", store, None, tmp_path / "aside")
-    rows = stage.manifest()
+    rows = stage.manifest().set_index("edit_key")
     assert set(rows["width"]) == {32}
-    assert read_square(stage.folder / rows["file_name"][0], 32).shape == (32, 32, 3)
+    for row, edit in zip(plan, np.concatenate(made)[: len(plan)], strict=True):
+        kept = Image.open(stage.folder / rows.loc[row.key, "file_name"])
+        assert kept.size == (32, 32)
+        small = Image.fromarray(edit).resize((32, 32), Image.Resampling.LANCZOS)
+        assert np.array_equal(kept, small)

@@ -18,7 +18,7 @@ from diffusemix_pipeline.identity import seed_from
 from diffusemix_pipeline.training import fold_teachers
 from diffusemix_pipeline.training.data import LabelledImages, load_images
 from diffusemix_pipeline.training.fold_teachers import (
-    FoldTeachers,
+    Fitted,
     assign_folds,
     fit_fold_teachers,
 )
@@ -35,7 +35,7 @@ def raw(tmp_path_factory) -> Stage:
     return ingest(str(source), settings, folder / "raw", aside=folder / "aside", train_only=True)
 
 
-def fitted(raw: Stage, folder: Path, *overrides: str) -> FoldTeachers:
+def fitted(raw: Stage, folder: Path, *overrides: str) -> Fitted:
     return fit_fold_teachers(
         raw,
         quick_settings(FOLDS, *overrides),
@@ -46,7 +46,7 @@ def fitted(raw: Stage, folder: Path, *overrides: str) -> FoldTeachers:
 
 
 @pytest.fixture(scope="module")
-def teachers(raw, tmp_path_factory) -> FoldTeachers:
+def teachers(raw, tmp_path_factory) -> Fitted:
     return fitted(raw, tmp_path_factory.mktemp("fitted"))
 
 
@@ -74,14 +74,14 @@ def test_no_image_is_judged_by_a_teacher_that_saw_it(raw, tmp_path, monkeypatch)
     train = load_images(raw, "train", CLASSES, 32)
     assert len(seen) == 3
     for fold, trained_on in enumerate(seen):
-        judged = {image_id for image_id in train.ids if teachers.fold_of[image_id] == fold}
+        judged = {image_id for image_id in train.ids if teachers.teachers.fold_of[image_id] == fold}
         assert set(trained_on.ids) == set(train.ids) - judged
         assert set(trained_on.labels) == {0, 1, 2}
     for row, image_id in enumerate(train.ids):
-        fold = teachers.fold_of[image_id]
-        alone = teachers.teachers[fold].predict_proba(train.images[row : row + 1])
+        fold = teachers.teachers.fold_of[image_id]
+        alone = teachers.teachers.teachers[fold].predict_proba(train.images[row : row + 1])
         assert teachers.held_out[row] == pytest.approx(alone[0], abs=1e-5)
-        edit = teachers.probabilities([image_id], train.images[row : row + 1])
+        edit = teachers.teachers.probabilities([image_id], train.images[row : row + 1])
         assert np.array_equal(edit[0], teachers.held_out[row])
 
 
@@ -99,12 +99,12 @@ def test_probabilities_depend_on_neither_order_nor_neighbours(raw, teachers, ord
     train = load_images(raw, "train", CLASSES, 32)
     chosen = order[:taken]
     ids = [train.ids[index] for index in chosen]
-    found = teachers.probabilities(ids, train.images[chosen])
+    found = teachers.teachers.probabilities(ids, train.images[chosen])
     assert np.array_equal(found, teachers.held_out[chosen])
 
 
 def test_no_edits_have_no_probabilities(teachers):
-    assert teachers.probabilities([], np.empty((0, 32, 32, 3), np.uint8)).shape == (0, 3)
+    assert teachers.teachers.probabilities([], np.empty((0, 32, 32, 3), np.uint8)).shape == (0, 3)
 
 
 def test_finished_teachers_are_read_and_a_missing_one_alone_is_trained(raw, tmp_path, monkeypatch):
@@ -211,7 +211,9 @@ def test_edits_of_digits_keep_their_label_and_lose_a_wrong_one(tmp_path):
         )
         for batch in batches
     ]
-    found = teachers.probabilities([train.ids[index] for index in chosen], np.concatenate(edits))
+    found = teachers.teachers.probabilities(
+        [train.ids[index] for index in chosen], np.concatenate(edits)
+    )
     labels = train.labels[chosen]
     wrong = (labels + 4) % 10  # a 3 presented as a 7
     rows = np.arange(len(chosen))

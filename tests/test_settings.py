@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from diffusemix_pipeline.editing.instruct_pix2pix import unet_evaluations
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.settings import (
     Settings,
@@ -59,7 +58,7 @@ def test_presets_are_valid_and_each_reason_belongs_to_a_value(preset, tmp_path):
 )
 def test_the_tiers_are_what_the_docs_say(preset, evaluations, gate, tmp_path):
     editing = load(tmp_path, preset=preset).editing
-    assert unet_evaluations(editing) == evaluations
+    assert editing.unet_evaluations == evaluations
     assert editing.gate.enabled == gate
 
 

@@ -16,6 +16,7 @@ from diffusemix_pipeline.editing.generate import (
     attempts,
     judge_edits,
     load_sampler,
+    open_edits,
     taken,
     verdicts_by_case,
 )
@@ -120,10 +121,12 @@ def run_pilot(
     """
     round_edits, rounds = pilot_rounds(plan, device)
     half = round_edits * rounds
-    missing = {edit.key for edit in plan if edit.key not in store}
+    judged = verdicts_by_case(gate.verdicts) if gate else {}
+    missing = {edit.key for edit in open_edits(plan, judged) if edit.key not in store}
     if len(missing) < 2 * half:
         return None
-    chosen = list(taken(plan, set(heapq.nsmallest(2 * half, missing))))
+    fair = set(heapq.nsmallest(2 * half, missing))
+    chosen = list(taken(open_edits(plan, judged), fair))
     progress("Editing a pilot", 0, len(chosen))
     sampler = load_sampler(plan, device)
     sampler.make(chosen[:half], half, store, silent)

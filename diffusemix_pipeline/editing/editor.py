@@ -21,7 +21,10 @@ from diffusemix_pipeline.settings import Editing
 BUNDLED = "bundled"
 BUNDLED_WEIGHTS = Path(__file__).parent.parent / "bundled_editor" / "weights"
 INDEX = "model_index.json"
-_WEIGHTS_AND_WORDS = (".json", ".safetensors", ".txt", ".jinja")  # jinja: chat templates
+_LOADED = [["json"], ["safetensors"], ["txt"], ["jinja"], ["safetensors", "index", "json"]]
+"""How files of weights and words end; jinja: chat templates."""
+_UNUSED = {"safety_checker", "feature_extractor", "image_encoder"}
+"""Parts that a checkpoint may hold and no editor here loads."""
 _WITHOUT = {"guidance": 1, "image_guidance": 1, "guidance_until": 1, "lora": ""}
 """Values that ask nothing of an editor."""
 
@@ -232,9 +235,20 @@ def editor_fingerprint(folder: Path, lora: Path | None) -> str:
 
 
 def _weights_fingerprint(folder: Path) -> str:
-    """Identify an editor by its files' bytes, in a folder or in the hub's cache."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix in _WEIGHTS_AND_WORDS)
+    """Identify an editor by the bytes of its parts' files, in a folder or in the hub's cache.
+
+    What the pipeline does not load is left out: other programs may put variants (`.fp16.`) there.
+    """
+    index = _index(folder)
+    parts = sorted(name for name in index if isinstance(index[name], list) and name not in _UNUSED)
+    files = [p for part in parts for p in sorted((folder / part).rglob("*")) if _is_loaded(p)]
+    files.append(folder / INDEX)
     return digest([[p.relative_to(folder).as_posix(), _sha256(p)] for p in files])
+
+
+def _is_loaded(path: Path) -> bool:
+    _, *ending = path.name.split(".")
+    return ending in _LOADED
 
 
 def _sha256(path: Path) -> str:

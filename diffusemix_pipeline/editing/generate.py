@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,7 @@ def generate(
     if plan.gate:
         assert fit_gate  # without it, what nobody judged would count as judged
         gate = fit_gate(plan)
+        adopt_verdicts(out, plan, gate.verdicts)
     made = make_edits(plan, store=store, device=device, gate=gate, progress=progress)
     verdicts = gate.verdicts if gate else None
     return Generated(collect_edits(plan, out, store, verdicts, aside, progress), made)
@@ -109,6 +111,21 @@ def adopt_edits(folder: Path, store: EditStore) -> int:
     return adopted
 
 
+def adopt_verdicts(folder: Path, plan: Plan, verdicts: Ledger) -> None:
+    """Take the verdicts of a stage folder that the plan's gate gave, as `adopt_edits`.
+
+    What was rejected where the data come from is not made here, to be rejected again.
+    """
+    if not (folder / STAGE).exists() or read_stage(folder).notes.get("gate") != plan.gate:
+        return
+    known = verdicts_by_case(verdicts)
+    columns = ["edit_key", "label", "verdict"]
+    for rows in (read_manifest(folder), pd.read_parquet(folder / REJECTED)):
+        for key, label, verdict in rows[columns].itertuples(index=False, name=None):
+            if (key, label) not in known:
+                verdicts.add({"key": key, "label": label, "verdict": verdict})
+
+
 def make_edits(
     plan: Plan,
     *,
@@ -126,9 +143,10 @@ def make_edits(
     """
     wanted: Iterable[PlannedEdit] = plan.shard(shard, shards)
     judged = verdicts_by_case(gate.verdicts) if gate else {}
+    sampler = cache(lambda: load_sampler(plan, device))  # once, for all attempts, if at all
     made = 0
     while wanted:
-        made += _make_missing(plan, wanted, judged, store, device, progress)
+        made += _make_missing(wanted, judged, store, sampler, progress)
         if gate is None:
             break
         judged = judge_edits(plan, wanted, store, gate, progress)
@@ -172,6 +190,7 @@ def collect_edits(
             )
         stage.notes["editor"] = plan.weights
         if verdicts:
+            stage.notes["gate"] = plan.gate
             table = pd.DataFrame(rejected, columns=_REJECTED_COLUMNS)
             table.to_parquet(stage.folder / REJECTED, index=False)
     return read_stage(out)
@@ -188,11 +207,10 @@ def judged_edits(stage: Stage) -> pd.DataFrame:
 
 
 def _make_missing(
-    plan: Plan,
     wanted: Iterable[PlannedEdit],
     judged: Mapping[Case, str],
     store: EditStore,
-    device: str,
+    sampler: Callable[[], "Sampler"],
     progress: Progress,
 ) -> int:
     """Make those of `wanted` that are of use and not stored as they were made; return how many."""
@@ -214,7 +232,7 @@ def _make_missing(
     del there  # keys alone are held for long, a third of what edits take
     total = len(missing)
     if missing:
-        load_sampler(plan, device).make(taken(wanted, missing), total, store, progress)
+        sampler().make(taken(wanted, missing), total, store, progress)
     return total
 
 
@@ -276,6 +294,14 @@ def attempts(plan: Plan, first: PlannedEdit, judged: Mapping[Case, str]) -> Iter
     while judged.get(first.case, ACCEPTED) != ACCEPTED and _may_try_again(plan, first):
         first = plan.next_attempt(first)
         yield first
+
+
+def open_edits(plan: Plan, judged: Mapping[Case, str]) -> Iterator[PlannedEdit]:
+    """Give the edits without a verdict: first attempts, or the ones after what was rejected."""
+    for first in plan:
+        *_, edit = attempts(plan, first, judged)
+        if edit.case not in judged:
+            yield edit
 
 
 def numeric_profiles(stage: Stage, store: EditStore) -> dict[str, int]:

@@ -8,9 +8,7 @@ instruction is encoded once, a source once a batch. Both autoencoder passes go i
 """
 
 import copy
-import math
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -82,7 +80,7 @@ class InstructPix2PixEditor:
         self._unet.to(memory_format=torch.channels_last)
         if editing.compile:
             self._unet.compile()
-        self._text = cache(self._encode_text)
+        self._texts: dict[str, Text] = {}
 
     def profile(self) -> dict[str, Any]:
         """Return what the bytes of an edit depend on beside its key and its batch."""
@@ -132,7 +130,7 @@ class InstructPix2PixEditor:
         # Not every scheduler that a checkpoint may ship draws noise, or has an eta.
         drawn = self._pipeline.prepare_extra_step_kwargs(generators, eta=0.0)
         for step, time in enumerate(scheduler.timesteps):
-            branches = guided if step < guided_steps(editing) else alone
+            branches = guided if step < editing.guided_steps else alone
             scaled = scheduler.scale_model_input(latents, time)
             predicted = self._predict(scaled, time, branches)
             if branches is guided:
@@ -187,6 +185,12 @@ class InstructPix2PixEditor:
             # The memory format shapes the bytes too, and `cat` chooses it by what it is given.
             done.append(work(filled.contiguous())[: len(part)])
         return torch.cat(done)
+
+    def _text(self, instruction: str) -> Text:
+        """Encode an instruction, once."""
+        if instruction not in self._texts:
+            self._texts[instruction] = self._encode_text(instruction)
+        return self._texts[instruction]
 
     @torch.inference_mode()
     def _encode_text(self, instruction: str) -> Text:
@@ -254,15 +258,3 @@ class _Branches(NamedTuple):
     sources: Tensor
     hidden: Tensor
     added: dict[str, Tensor]
-
-
-def guided_steps(editing: Editing) -> int:
-    """Return how many steps, from the first, evaluate all three branches."""
-    if editing.guidance == 1:  # as in diffusers: no text guidance, no guidance at all
-        return 0
-    return math.ceil(round(editing.steps * editing.guidance_until, 6))  # 50 * 0.14 is above 7
-
-
-def unet_evaluations(editing: Editing) -> int:
-    """Return the UNet evaluations that an edit costs, each branch counted."""
-    return editing.steps + 2 * guided_steps(editing)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,14 +16,11 @@ from diffusemix_pipeline.datasets.manifest import Stage, class_names
 from diffusemix_pipeline.editing.editor import editor_fingerprint, locate_editor, locate_lora
 from diffusemix_pipeline.files import Ledger
 from diffusemix_pipeline.identity import digest, draw, seed_from
-from diffusemix_pipeline.settings import Editing, Settings
+from diffusemix_pipeline.settings import PLACE_OR_SPEED, Editing, Settings
 
 CODE_VERSION = "1"
 GATE_VERSION = "1"
 """Of the label gate: new where its teachers or its rules would judge otherwise."""
-# Speed and place change no edit's identity; the editor is known by the bytes of its weights, its
-# LoRA's among them, and the gate by its version.
-_NOT_IDENTITY = {"editor", "revision", "lora", "batch_size", "shards", "dtype", "compile", "gate"}
 
 
 class Source(NamedTuple):
@@ -124,13 +121,15 @@ def plan_edits(raw: Stage, settings: Settings) -> Plan:
     editing = settings.editing
     folder = locate_editor(editing.editor, editing.revision)
     weights = editor_fingerprint(folder, locate_lora(editing.lora))
-    shape = editing.model_dump(exclude=_NOT_IDENTITY)
+    # The editor is known by the bytes of its weights, its LoRA's among them.
+    shape = editing.model_dump(exclude={*PLACE_OR_SPEED, "gate"})
     rows = raw.manifest()
     columns = ["image_id", "label", "file_name", "sha256", "source_sha256"]
     train = rows.loc[rows["split"] == "train", columns]
     gate = _gate_version(train, class_names(raw.counts), settings)
+    gated = [gate, editing.gate.max_attempts] if gate else None
     fingerprint = digest(
-        "generated", CODE_VERSION, raw.version, settings.seed, settings.size, shape, weights, gate
+        "generated", CODE_VERSION, raw.version, settings.seed, settings.size, shape, weights, gated
     )
     sources = _share(train, editing.share, settings.seed)
     return Plan(fingerprint, folder, weights, settings, gate, raw.folder, sources)
@@ -146,7 +145,7 @@ def _share(sources: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
     hashes = sources["sha256"].map(lambda sha256: seed_from(seed, "share", sha256))
     place = hashes.groupby(sources["label"]).rank(method="first")  # from 1
     of_class = sources.groupby("label")["label"].transform("size")
-    return sources[place <= np.ceil(share * of_class)]
+    return sources[place <= np.ceil((share * of_class).round(6))]  # 0.07 * 100 is above 7
 
 
 def _prompts(source_sha256: str, copy: int, settings: Settings) -> Sequence[str]:
@@ -167,13 +166,9 @@ def _planned(
     editing = settings.editing
     told = instruction(prompt, editing)
     seed = seed_from(settings.seed, "edit", source.sha256, prompt, copy, attempt)
-    sampling = [
-        editing.sampler,
-        editing.steps,
-        editing.guidance,
-        editing.image_guidance,
-        editing.guidance_until,
-    ]
+    guided = editing.guided_steps
+    scales = [editing.guidance, editing.image_guidance] if guided else None
+    sampling = [editing.sampler, editing.steps, guided, scales]
     sides = [settings.size, edited_side(settings)]
     key = digest(source.sha256, told, weights, sides, sampling, seed)
     return PlannedEdit(key, source, prompt, told, copy, attempt, seed)
@@ -185,9 +180,14 @@ def _gate_version(train: pd.DataFrame, classes: list[str], settings: Settings) -
     if not gate.enabled:
         return None
     seen = sorted(zip(train["label"], train["sha256"], strict=True))
-    recipe = settings.training.model_dump(exclude={"arms", "seeds", "validations"})
     rules = gate.model_dump(exclude={"max_attempts"})
-    return digest("gate", GATE_VERSION, classes, seen, settings.size, settings.seed, recipe, rules)
+    return digest("gate", teacher_recipe(settings), classes, seen, rules)
+
+
+def teacher_recipe(settings: Settings) -> list[Any]:
+    """Return what shapes every teacher of the gate beside the images that it sees."""
+    recipe = settings.training.model_dump(exclude={"arms", "seeds", "validations"})
+    return [GATE_VERSION, settings.size, settings.seed, recipe]
 
 
 def edited_side(settings: Settings) -> int:

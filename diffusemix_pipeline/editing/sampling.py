@@ -17,9 +17,10 @@ from PIL import Image
 
 from diffusemix_pipeline.datasets.images import read_square, to_square
 from diffusemix_pipeline.editing.editor import Editor
-from diffusemix_pipeline.editing.planning import PlannedEdit, edited_side
+from diffusemix_pipeline.editing.planning import PlannedEdit, Source, edited_side
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.identity import file_sha256
 from diffusemix_pipeline.progress import Progress
 from diffusemix_pipeline.settings import Settings
 
@@ -64,7 +65,7 @@ class Sampler:
 
     def _make(self, batch: Sequence[PlannedEdit], store: EditStore) -> int:
         """Read, edit and keep one batch; return its length."""
-        images = np.stack([read_square(edit.source.path, self._side) for edit in batch])
+        images = np.stack([self._read(edit.source) for edit in batch])
         with self._device:
             parts = self._edit(batch, images)
         left = iter(batch)
@@ -73,6 +74,15 @@ class Sampler:
             for edit, pixels in zip(islice(left, len(part)), part, strict=True):
                 store.put(edit.key, to_square(Image.fromarray(pixels), self._size), profile)
         return len(batch)
+
+    def _read(self, source: Source) -> np.ndarray:
+        """Read an image, whose bytes must be those that its edits are known by."""
+        if file_sha256(source.path) != source.sha256:
+            raise UserError(
+                f"{source.path} is not as it was when the images were read. Bring it back with "
+                "`dvc checkout`, or remove its folder `raw` and run again: from the source."
+            )
+        return read_square(source.path, self._side)
 
     def _edit(
         self, batch: Sequence[PlannedEdit], images: np.ndarray

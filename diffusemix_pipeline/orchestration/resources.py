@@ -16,7 +16,7 @@ from dagster._core.storage.dagster_run import IN_PROGRESS_RUN_STATUSES
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import write_json
 from diffusemix_pipeline.progress import Progress
-from diffusemix_pipeline.project import Project, nobody_at_work
+from diffusemix_pipeline.project import Project, taken_alone, using_edits
 from diffusemix_pipeline.settings import Section, Settings, check
 
 RESOURCE_KEYS = {"settings", "project", "progress"}
@@ -56,7 +56,7 @@ def project_resource(project: Project) -> dg.ResourceDefinition:
     def hold(context: dg.InitResourceContext) -> Iterator[Project]:
         project.state.mkdir(parents=True, exist_ok=True)
         with project.run_lock.open("a+") as lock:
-            if nobody_at_work(lock):
+            if taken_alone(lock):
                 shutil.rmtree(project.aside, ignore_errors=True)  # what killed runs left there
                 _end_killed_runs(context)
                 lock.truncate(0)
@@ -67,7 +67,8 @@ def project_resource(project: Project) -> dg.ResourceDefinition:
                     f"Another run is at work in {project.root}. Wait for it to end.",
                     allow_retries=False,
                 )
-            yield project
+            with using_edits(project):
+                yield project
 
     return dg.ResourceDefinition(hold, description="Where the project's files lie.")
 

@@ -5,9 +5,11 @@ know it by heart. What a teacher's probabilities mean for an edit is decided in 
 """
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +17,9 @@ import torch
 from diffusemix_pipeline.datasets.manifest import Stage, class_names
 from diffusemix_pipeline.editing.gate import class_thresholds, verdicts
 from diffusemix_pipeline.editing.generate import LabelGate
-from diffusemix_pipeline.editing.planning import GATE_VERSION, Plan, Source
+from diffusemix_pipeline.editing.planning import Plan, Source, teacher_recipe
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.files import replaced_folder
+from diffusemix_pipeline.files import replaced_folder, write_json
 from diffusemix_pipeline.identity import digest, seed_from
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings
@@ -36,22 +38,13 @@ _BATCH = 16  # images a forward pass: a batch of edits falls apart into folds, e
 
 @dataclass(frozen=True)
 class FoldTeachers:
-    """Trained teachers by fold, and what they say of the real images that they did not see."""
+    """Trained teachers by fold."""
 
-    classes: tuple[str, ...]
+    classes: list[str]
     """C names; a label is an index into them."""
     fold_of: Mapping[str, int]
     """Fold of each training image, by the SHA-256 of its file in `data/raw`."""
     teachers: Mapping[int, Classifier]
-    labels: np.ndarray
-    """int64 (N,): the labels of all N training images."""
-    held_out: np.ndarray
-    """float32 (N, C): their class probabilities, each image judged by its own fold's teacher."""
-
-    @property
-    def accuracy(self) -> float:
-        """Top-1 accuracy on held-out images, 0 to 1: how far a verdict of the teachers counts."""
-        return float((self.held_out.argmax(1) == self.labels).mean())
 
     def probabilities(self, source_ids: Sequence[str], pixels: np.ndarray) -> np.ndarray:
         """Return class probabilities float32 (B, C) of uint8 (B, size, size, 3) edits.
@@ -63,6 +56,24 @@ class FoldTeachers:
         return _judge(self.teachers, folds, pixels, len(self.classes))
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """Teachers, and what they say of the real images that they did not see."""
+
+    teachers: FoldTeachers
+    folders: Mapping[int, str]
+    """Name of each teacher's folder."""
+    labels: np.ndarray
+    """int64 (N,): the labels of all N training images."""
+    held_out: np.ndarray
+    """float32 (N, C): their class probabilities, each image judged by its own fold's teacher."""
+
+    @property
+    def accuracy(self) -> float:
+        """Top-1 accuracy on held-out images, 0 to 1: how far a verdict of the teachers counts."""
+        return float((self.held_out.argmax(1) == self.labels).mean())
+
+
 def fit_fold_teachers(
     raw: Stage,
     settings: Settings,
@@ -71,7 +82,7 @@ def fit_fold_teachers(
     aside: Path,
     device: str,
     progress: Progress = silent,
-) -> FoldTeachers:
+) -> Fitted:
     """Train a teacher for each fold of the training images of `raw`, or read it from `folder`.
 
     Model and recipe are those of `training`. Each teacher lies in a folder named by what shapes it,
@@ -83,8 +94,8 @@ def fit_fold_teachers(
     folds = assign_folds(train, settings.editing.gate.folds, settings.seed)
     for fold in np.unique(folds):
         _check_classes(train.labels[folds != fold], classes)
-    teachers = {
-        int(fold): _teacher(
+    folders = {
+        int(fold): _fit_teacher(
             f"Training fold teacher {fold + 1} of {folds.max() + 1}",
             _subset(train, folds != fold),
             _subset(train, folds == fold),
@@ -97,9 +108,10 @@ def fit_fold_teachers(
         )
         for fold in np.unique(folds)
     }
-    held_out = _judge(teachers, folds, train.images, len(classes))
     fold_of = dict(zip(train.ids, folds.tolist(), strict=True))
-    return FoldTeachers(tuple(classes), fold_of, teachers, train.labels, held_out)
+    teachers = _load(folder, folders, classes, fold_of, device)
+    held_out = _judge(teachers.teachers, folds, train.images, len(classes))
+    return Fitted(teachers, folders, train.labels, held_out)
 
 
 def fit_label_gate(
@@ -111,14 +123,31 @@ def fit_label_gate(
     device: str,
     progress: Progress = silent,
 ) -> LabelGate:
-    """Train or read the teachers of a plan's gate; `folder` keeps them and the verdicts."""
+    """Train or read the teachers of a plan's gate; `folder` keeps them and the verdicts.
+
+    What is known of a fitted gate is kept too: shards, which follow, decode no training image.
+    """
     settings, gate = plan.settings, plan.settings.editing.gate
-    teachers = fit_fold_teachers(
-        raw, settings, folder=folder / "teachers", aside=aside, device=device, progress=progress
-    )
-    thresholds = class_thresholds(
-        teachers.held_out, teachers.labels, len(teachers.classes), gate.false_reject_rate
-    )
+    known, home = folder / "fitted" / f"{plan.gate}.json", folder / "teachers"
+    if not known.exists():
+        fitted = fit_fold_teachers(
+            raw, settings, folder=home, aside=aside, device=device, progress=progress
+        )
+        classes = fitted.teachers.classes
+        thresholds = class_thresholds(
+            fitted.held_out, fitted.labels, len(classes), gate.false_reject_rate
+        )
+        content = {
+            "accuracy": fitted.accuracy,
+            "classes": classes,
+            "fold_of": fitted.teachers.fold_of,
+            "teachers": fitted.folders,
+            "thresholds": thresholds.tolist(),
+        }
+        write_json(known, content)
+    kept = json.loads(known.read_text(encoding="utf-8"))
+    teachers = _load(home, kept["teachers"], kept["classes"], kept["fold_of"], device)
+    thresholds = np.array(kept["thresholds"])
     index = {name: place for place, name in enumerate(teachers.classes)}
 
     def judge(sources: Sequence[Source], originals: np.ndarray, edits: np.ndarray) -> list[str]:
@@ -126,7 +155,7 @@ def fit_label_gate(
         probabilities = teachers.probabilities([source.sha256 for source in sources], edits)
         return verdicts(originals, edits, labels, probabilities, thresholds, gate)
 
-    return LabelGate(judge, plan.verdicts(folder), teachers.accuracy)
+    return LabelGate(judge, plan.verdicts(folder), kept["accuracy"])
 
 
 def assign_folds(train: LabelledImages, folds: int, seed: int) -> np.ndarray:
@@ -157,7 +186,19 @@ def _check_classes(labels_seen: np.ndarray, classes: Sequence[str]) -> None:
         )
 
 
-def _teacher(
+def _load(
+    folder: Path,
+    folders: Mapping[Any, str],
+    classes: list[str],
+    fold_of: Mapping[str, int],
+    device: str,
+) -> FoldTeachers:
+    """Read teachers; `folders` is by fold, which JSON writes as text."""
+    read = {int(fold): load_classifier(folder / name, device) for fold, name in folders.items()}
+    return FoldTeachers(classes, fold_of, read)
+
+
+def _fit_teacher(
     describe: str,
     train: LabelledImages,
     held_out: LabelledImages,
@@ -168,7 +209,8 @@ def _teacher(
     aside: Path,
     device: str,
     progress: Progress,
-) -> Classifier:
+) -> str:
+    """Train a teacher where it is not there already; return the name of its folder."""
     # Nothing is chosen on the held-out fold, or its probabilities would not be those of unseen
     # images: the one validation comes after the last step, so the last weights stay.
     training = settings.training.model_copy(update={"validations": 1})
@@ -192,7 +234,7 @@ def _teacher(
         )
         with replaced_folder(target, mark=DESCRIPTION, aside=aside) as partial:
             save_classifier(teacher, partial)
-    return load_classifier(target, device)
+    return fingerprint
 
 
 def _tone(images: torch.Tensor) -> torch.Tensor:
@@ -215,8 +257,7 @@ def _tone(images: torch.Tensor) -> torch.Tensor:
 def _fingerprint(train: LabelledImages, classes: Sequence[str], settings: Settings) -> str:
     """Identify a teacher by the images that it sees and everything that shapes its training."""
     seen = list(zip(train.labels.tolist(), train.ids, strict=True))
-    recipe = settings.training.model_dump(exclude={"arms", "seeds", "validations"})
-    return digest("teacher", GATE_VERSION, classes, seen, settings.size, settings.seed, recipe)
+    return digest("teacher", teacher_recipe(settings), classes, seen)
 
 
 def _judge(

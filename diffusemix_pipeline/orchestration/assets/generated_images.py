@@ -31,7 +31,7 @@ warnings.filterwarnings("ignore", "Parameter `data_version`", dg.BetaWarning)
 )
 def plan_edits(context: dg.OpExecutionContext) -> Iterator[dg.DynamicOutput[int] | dg.Output[dict]]:
     from diffusemix_pipeline.datasets.manifest import finished_stage
-    from diffusemix_pipeline.editing.generate import adopt_edits
+    from diffusemix_pipeline.editing.generate import adopt_edits, adopt_verdicts
     from diffusemix_pipeline.editing.store import EditStore
 
     project, settings = context.resources.project, context.resources.settings
@@ -42,6 +42,8 @@ def plan_edits(context: dg.OpExecutionContext) -> Iterator[dg.DynamicOutput[int]
         return
     adopt_edits(project.generated, EditStore(project.edits))
     gate = _gate(context, plan)
+    if gate:
+        adopt_verdicts(project.generated, plan, gate.verdicts)
     predicted = _predicted(context, plan, gate)
     observed = {"gate_teachers_accuracy": gate.teacher_accuracy} if gate else {}
     if observed or predicted:
@@ -63,18 +65,19 @@ def edit_shard(context: dg.OpExecutionContext, shard: int) -> dict[str, Any]:
     from diffusemix_pipeline.editing.store import EditStore
 
     project, settings = context.resources.project, context.resources.settings
-    started = time.monotonic()
     plan = _plan(project, settings)
+    gate = _gate(context, plan)
+    began = time.time()  # shards may be processes, so by one clock for all
     made = make_edits(
         plan,
         store=EditStore(project.edits),
         device=choose_device(settings.device),
-        gate=_gate(context, plan),
+        gate=gate,
         shard=shard,
         shards=settings.editing.shards,
         progress=context.resources.progress(context.log),
     )
-    return {"made": made, "seconds": time.monotonic() - started}
+    return {"made": made, "began": began, "ended": time.time()}
 
 
 @dg.op(
@@ -100,7 +103,9 @@ def collect_edits(
         project.aside,
         context.resources.progress(context.log),
     )
-    made, seconds = (sum(shard[key] for shard in shards) for key in ("made", "seconds"))
+    made = sum(shard["made"] for shard in shards)
+    if shards:
+        took = max(shard["ended"] for shard in shards) - min(shard["began"] for shard in shards)
     return dg.Output(
         None,
         data_version=dg.DataVersion(stage.version),
@@ -108,8 +113,8 @@ def collect_edits(
             **stage_metadata(stage, None),
             "edits_made": made + predicted.get("pilot_edits", 0),
             **predicted,
-            **({"actual_seconds": seconds} if predicted else {}),
-            **({"edits_per_second_in_a_shard": made / seconds} if made else {}),
+            **({"actual_seconds": took} if predicted else {}),
+            **({"edits_per_second": made / took} if made else {}),
             "numeric_profiles": generate.numeric_profiles(stage, store),
             **_yield_metadata(stage),
             "contact_sheet": stage_sheet(stage, "prompt"),
