@@ -155,7 +155,7 @@ def reference_loop(folder: Path, device: str) -> Callable[[PlannedEdit], Image.I
 def _tier(preset: str) -> dict[str, Any]:
     """Return the schedule of a preset; its guidance scales suit the checkpoint that it names."""
     editing = load_settings(Path("/nonexistent"), preset=preset, environment={}).editing
-    return editing.model_dump(include={"sampler", "steps", "guidance_until"})
+    return editing.model_dump(include={"sampler", "steps", "guidance_from", "guidance_until"})
 
 
 def _warm_sampler(

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -24,6 +24,7 @@ from pydantic import (
     StringConstraints,
     ValidationError,
     field_validator,
+    model_validator,
 )
 
 from diffusemix_pipeline.errors import UserError
@@ -171,8 +172,11 @@ class Editing(Section):
     steps: int = Field(10, gt=0, le=1000, description="Sampling steps.")
     guidance: float = Field(1.5, ge=1, description="Guidance scale of the text.")
     image_guidance: float = Field(1.2, ge=1, description="Guidance scale of the image.")
+    guidance_from: float = Field(
+        0, ge=0, lt=1, description="Share of the steps, from the first, that are not guided yet."
+    )
     guidance_until: float = Field(
-        1, gt=0, le=1, description="Share of the steps, from the first, that are guided."
+        1, gt=0, le=1, description="Share of the steps, from the first, after which none is guided."
     )
     batch_size: int = Field(
         32, gt=0, description="Edits sampled at once, by editors that can; it is part of the bytes."
@@ -185,16 +189,26 @@ class Editing(Section):
     gate: Gate = Gate()
 
     @property
-    def guided_steps(self) -> int:
-        """How many steps of InstructPix2Pix, from the first, evaluate all three branches."""
+    def guided_steps(self) -> range:
+        """The steps of InstructPix2Pix, from 0, that evaluate all three branches."""
         if self.guidance == 1:  # as in diffusers: no text guidance, no guidance at all
-            return 0
-        return math.ceil(round(self.steps * self.guidance_until, 6))  # 50 * 0.14 is above 7
+            return range(0)
+        first, end = (
+            math.ceil(round(self.steps * share, 6))  # 50 * 0.14 is above 7
+            for share in (self.guidance_from, self.guidance_until)
+        )
+        return range(first, end)
 
     @property
     def unet_evaluations(self) -> int:
         """The UNet evaluations that an edit costs, each branch counted."""
-        return self.steps + 2 * self.guided_steps
+        return self.steps + 2 * len(self.guided_steps)
+
+    @model_validator(mode="after")
+    def _guidance_ends_after_it_begins(self) -> Self:
+        if self.guidance_from >= self.guidance_until:
+            raise ValueError("guidance_from must be below guidance_until")
+        return self
 
     @field_validator("prompts")
     @classmethod

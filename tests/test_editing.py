@@ -145,16 +145,25 @@ def test_the_sampling_loop_is_that_of_the_pipeline_in_diffusers(sampler, family,
 
 
 @pytest.mark.parametrize(
-    ("steps", "until", "branches"),
-    [(4, 1, [3, 3, 3, 3]), (4, 0.5, [3, 3, 1, 1]), (3, 0.5, [3, 3, 1])],
+    ("steps", "since", "until", "branches"),
+    [
+        (4, 0, 1, [3, 3, 3, 3]),
+        (4, 0, 0.5, [3, 3, 1, 1]),
+        (3, 0, 0.5, [3, 3, 1]),
+        (4, 0.25, 0.75, [1, 3, 3, 1]),
+        (3, 0.3, 0.4, [1, 3, 1]),
+    ],
 )
-def test_guidance_that_ends_part_way_leaves_one_branch_of_three(steps, until, branches, weights):
-    cut = editor(weights, f"editing.steps={steps}", f"editing.guidance_until={until}")
+def test_guidance_in_some_steps_leaves_one_branch_of_three_in_the_others(
+    steps, since, until, branches, weights
+):
+    wanted = [f"editing.{name}" for name in (f"steps={steps}", f"guidance_from={since}")]
+    wanted.append(f"editing.guidance_until={until}")
+    cut = editor(weights, *wanted)
     evaluated = count_branches(cut)
     cut.edit(IMAGES, PROMPTS, [1, 2, 3])
     assert evaluated == [3 * each for each in branches]
-    wanted = quick_settings(f"editing.steps={steps}", f"editing.guidance_until={until}").editing
-    assert wanted.unet_evaluations == sum(branches)
+    assert quick_settings(*wanted).editing.unet_evaluations == sum(branches)
 
 
 def count_branches(its_editor: InstructPix2PixEditor) -> list[int]:
@@ -656,6 +665,7 @@ def test_what_an_edit_does_not_depend_on_is_no_part_of_its_key(weights, tmp_path
     half = keys("editing.guidance_until=0.5")
     assert keys("editing.guidance_until=0.41") == half  # five guided steps, both
     assert keys("editing.guidance_until=0.6") != half
+    assert keys("editing.guidance_until=0.5", "editing.guidance_from=0.1") != half
     without = keys("editing.guidance=1")
     assert keys("editing.guidance=1", "editing.image_guidance=2") == without
     assert keys("editing.guidance=1.1") != keys("editing.guidance=1.1", "editing.image_guidance=2")

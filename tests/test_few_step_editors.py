@@ -203,6 +203,7 @@ def test_the_settings_that_are_advised_are_honoured(weights):
         ("Flux2KleinPipeline", "guidance=4", "guidance=1"),
         ("QwenImageEditPipeline", "image_guidance=2", "image_guidance=1"),
         ("QwenImageEditPlusPipeline", "guidance_until=0.5", "guidance_until=1"),
+        ("QwenImageEditPipeline", "guidance_from=0.1", "guidance_from=0"),
         ("LongCatImageEditPipeline", "lora=a/b/c.safetensors", "lora="),
     ],
 )

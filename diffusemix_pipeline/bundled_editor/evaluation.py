@@ -163,13 +163,9 @@ def measure_edits(
     by_prompt = {}
     for number, prompt in enumerate(PROMPTS):
         its_edits = edits[number].flatten(0, 1)
-        draws = draw_teacher(images, prompt, DRAWS, seed)
-        nearest = torch.stack(
-            [_psnr(its_edits, draw.repeat(edits.shape[1], 1, 1, 1)) for draw in draws]
-        )
         by_prompt[prompt] = {
             "named": (_predict(prompt_judge, its_edits) == number).float().mean().item(),
-            "psnr": nearest.amax(0).mean().item(),
+            "psnr": psnr_to_teacher(images, edits[number], prompt, seed).mean().item(),
             "variety": 255 * (edits[number, 0] - edits[number, 1]).abs().mean().item(),
             "subject": _accuracy(subject_judge, its_edits, labels.repeat(edits.shape[1])),
         }
@@ -184,6 +180,13 @@ def measure_edits(
         "subject_lost": subject_before - overall["subject"],
         "by_prompt": by_prompt,
     }
+
+
+def psnr_to_teacher(images: Tensor, edits: Tensor, prompt: str, seed: int) -> Tensor:
+    """PSNR in dB [seeds, N] of a prompt's edits [seeds, N, 3, S, S] to the nearest teacher draw."""
+    draws = draw_teacher(images, prompt, DRAWS, seed)
+    each = [_psnr(edits.flatten(0, 1), draw.repeat(len(edits), 1, 1, 1)) for draw in draws]
+    return torch.stack(each).amax(0).unflatten(0, edits.shape[:2])
 
 
 def draw_teacher(images: Tensor, prompt: str, draws: int, seed: int) -> Tensor:

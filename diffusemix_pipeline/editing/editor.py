@@ -25,7 +25,13 @@ _LOADED = [["json"], ["safetensors"], ["txt"], ["jinja"], ["safetensors", "index
 """How files of weights and words end; jinja: chat templates."""
 _UNUSED = {"safety_checker", "feature_extractor", "image_encoder"}
 """Parts that a checkpoint may hold and no editor here loads."""
-_WITHOUT = {"guidance": 1, "image_guidance": 1, "guidance_until": 1, "lora": ""}
+_WITHOUT = {
+    "guidance": 1,
+    "image_guidance": 1,
+    "guidance_from": 0,
+    "guidance_until": 1,
+    "lora": "",
+}
 """Values that ask nothing of an editor."""
 
 
@@ -100,7 +106,7 @@ def _transformer(
         _few_step,
         batches=False,
         samplers=("checkpoint",),
-        lacks=("image_guidance", "guidance_until", *lacks),
+        lacks=("image_guidance", "guidance_from", "guidance_until", *lacks),
     )
 
 

@@ -3,7 +3,8 @@
 Nothing here knows which checkpoint it holds: the one that the package carries and
 timbrooks/instruct-pix2pix go the same way. The loop is that of diffusers' pipelines, with four
 differences. Latents and noise are float32 whatever the UNet computes in, so that a seed means the
-same noise on every device. Guidance may end part-way, after which one branch is left of three. An
+same noise on every device. Guidance may be left out of the first and of the last steps, where one
+branch is left of three (Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval"). An
 instruction is encoded once, a source once a batch. Both autoencoder passes go in small chunks.
 """
 
@@ -130,7 +131,7 @@ class InstructPix2PixEditor:
         # Not every scheduler that a checkpoint may ship draws noise, or has an eta.
         drawn = self._pipeline.prepare_extra_step_kwargs(generators, eta=0.0)
         for step, time in enumerate(scheduler.timesteps):
-            branches = guided if step < editing.guided_steps else alone
+            branches = guided if step in editing.guided_steps else alone
             scaled = scheduler.scale_model_input(latents, time)
             predicted = self._predict(scaled, time, branches)
             if branches is guided:

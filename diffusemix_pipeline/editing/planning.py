@@ -168,7 +168,7 @@ def _planned(
     seed = seed_from(settings.seed, "edit", source.sha256, prompt, copy, attempt)
     guided = editing.guided_steps
     scales = [editing.guidance, editing.image_guidance] if guided else None
-    sampling = [editing.sampler, editing.steps, guided, scales]
+    sampling = [editing.sampler, editing.steps, guided.start, guided.stop, scales]
     sides = [settings.size, edited_side(settings)]
     key = digest(source.sha256, told, weights, sides, sampling, seed)
     return PlannedEdit(key, source, prompt, told, copy, attempt, seed)
