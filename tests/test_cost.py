@@ -15,7 +15,13 @@ from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import Stage
 from diffusemix_pipeline.editing.cost import Cost, forecast, run_pilot, share_within
 from diffusemix_pipeline.editing.gate import ACCEPTED
-from diffusemix_pipeline.editing.generate import LabelGate, generate, make_edits
+from diffusemix_pipeline.editing.generate import (
+    LabelGate,
+    generate,
+    make_edits,
+    open_edits,
+    verdicts_by_case,
+)
 from diffusemix_pipeline.editing.planning import plan_edits
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.settings import Settings
@@ -101,6 +107,11 @@ def test_with_a_gate_the_edits_after_a_rejection_are_foreseen(raw, weights, tmp_
     make_edits(plan, store=store, device="cpu", gate=gate)
     left = forecast(plan, store, gate, half)
     assert (left.edits, left.images) == (0, 15)  # the dogs are given up
+    store.remove(list(store))
+    cats = [edit.key for edit in plan if edit.source.label == "cat"]
+    assert {edit.key for edit in open_edits(plan, verdicts_by_case(gate.verdicts))} == set()
+    assert run_pilot(plan, store, device="cpu", gate=gate) is None  # and not made for a pilot
+    assert make_edits(plan, store=store, device="cpu", gate=gate) == len(cats) == 15
 
 
 @runs(max_examples=30, deadline=None)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pandera.errors
 import pytest
 from conftest import picture, quick_settings, write_classes
 from PIL import Image
@@ -18,6 +19,7 @@ from diffusemix_pipeline.datasets.images import (
 )
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import (
+    MANIFEST,
     StageWriter,
     read_manifest,
     read_stage,
@@ -360,3 +362,26 @@ def test_an_image_of_the_pipeline_reads_back_as_it_was_written(tmp_path):
     stage = ingested(write_classes(tmp_path / "data", ["cat", "dog"], 6), tmp_path)
     name = stage.manifest()["file_name"][0]
     assert read_square(stage.folder / name, 32).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("file_name", "../cat.png"),
+        ("file_name", "a/../../cat.png"),
+        ("file_name", "/etc/cat.png"),
+        ("edit_key", "../" + "0" * 29),
+        ("edit_key", "cat"),
+    ],
+)
+def test_a_manifest_names_nothing_outside_of_its_folder(column, value, tmp_path):
+    out, aside = tmp_path / "out", tmp_path / "aside"
+    row = {"image_id": "cat", "label": "cat", "split": "train", "source_id": "cat"}
+    row |= {"file_name": "a..b/cat.png", "edit_key": "0" * 32, "source_sha256": "", "sha256": ""}
+    with write_stage(out, name="raw", fingerprint="f", aside=aside) as stage:
+        stage.add(row)
+    rows = pd.read_parquet(out / MANIFEST)
+    rows[column] = value
+    rows.to_parquet(out / MANIFEST)
+    with pytest.raises(pandera.errors.SchemaError, match=column):
+        read_manifest(out)

@@ -77,6 +77,19 @@ def test_links_share_bytes_and_survive_a_replaced_source(tmp_path):
     assert target.read_bytes() == b"one"
 
 
+def test_a_writer_whose_file_aside_was_removed_leaves_no_empty_one(tmp_path, monkeypatch):
+    link = os.link
+
+    def removed_first(source, target):
+        source.unlink()
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", removed_first)
+    with pytest.raises(FileNotFoundError):
+        write_once(tmp_path / "edit", b"whole", aside=tmp_path / "aside")
+    assert not (tmp_path / "edit").exists()
+
+
 def test_a_line_that_a_full_disk_tore_costs_that_fact_alone(tmp_path):
     ledger = Ledger(tmp_path)
     ledger.add({"n": 1})

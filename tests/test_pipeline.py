@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from conftest import ASSETS, quick_settings, tiny_editor, write_classes
 
+from diffusemix_pipeline.cli import _what_to_know
 from diffusemix_pipeline.editing.instruct_pix2pix import InstructPix2PixEditor
 from diffusemix_pipeline.orchestration.launch import Outcome, prepare_instance, run_here
 from diffusemix_pipeline.orchestration.resources import IN_PROCESS
@@ -270,6 +271,8 @@ def test_the_gate_trains_its_teachers_once_and_shows_its_yield(weights, project,
     assert shown["images"].value == len(edits)
     size = sum((project.generated / name).stat().st_size for name in edits["file_name"])
     assert shown["megabytes"].value == pytest.approx(size / 1e6)
+    (told,) = (line for line in _what_to_know(outcome) if line.startswith("Editing: "))
+    assert f"{len(edits)} images, {size / 1e6:,.1f} MB; a pilot predicted" in told
 
 
 def test_a_clone_with_a_remote_pulls_what_is_pinned(weights, tmp_path):

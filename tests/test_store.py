@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import signal
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image
 
 from diffusemix_pipeline.editing.store import EditStore
+from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import file_sha256
+from diffusemix_pipeline.project import Project, alone_with_edits, using_edits
 
 PROFILE = {"device": "a", "batch_size": 8}
 PIXELS = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
@@ -91,6 +94,23 @@ def test_what_is_removed_is_gone_and_the_rest_stays(store):
     filled(store, 5)
     store.remove([key_of(0), key_of(2), key_of(4)])
     assert list(store) == [key_of(1), key_of(3)]
+
+
+def test_whoever_uses_edits_waits_for_whoever_removes_some(tmp_path):
+    project, entered = Project(tmp_path), threading.Event()
+
+    def use() -> None:
+        with using_edits(project):
+            entered.set()
+
+    user = threading.Thread(target=use)
+    with alone_with_edits(project):
+        with pytest.raises(UserError, match="Edits are being made or used"):
+            alone_with_edits(project).__enter__()
+        user.start()
+        assert not entered.wait(0.2)
+    assert entered.wait(30)
+    user.join()
 
 
 def write(folder: Path, of: int, numbers: Iterable[int]) -> None:

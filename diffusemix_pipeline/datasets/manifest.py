@@ -194,6 +194,6 @@ def _schema() -> Any:
     columns["file_name"].unique = True
     columns["split"].checks = [pa.Check.isin(SPLITS)]
     # A manifest may come from elsewhere: what it names lies in its folder, or in the store's.
-    columns["file_name"].checks = [pa.Check.str_matches(r"(?!/)(?!(.*/)?\.\.(/|$))")]
-    columns["edit_key"].checks = [pa.Check.str_matches("[0-9a-f]{32}$")]
+    columns["file_name"].checks = [pa.Check.str_matches(r"(?s)(?!/)(?!(.*/)?\.\.(/|\Z))")]
+    columns["edit_key"].checks = [pa.Check.str_matches(r"[0-9a-f]+\Z")]
     return pa.DataFrameSchema(columns, strict=True, ordered=True)

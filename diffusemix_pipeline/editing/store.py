@@ -2,7 +2,8 @@
 
 What lies in its folder: `<key[:2]>/<key>.png`, an edit each; `records/*.jsonl`, a file a writing
 process with a line an edit: key, SHA-256 and numeric profile; `profiles/<digest>.json`, what made
-those bytes; `quarantine/`, files that are not what was stored.
+those bytes; `quarantine/`, files that are not what was stored; `aside/`, files that are just being
+written.
 """
 
 import hashlib
