@@ -95,6 +95,7 @@ def test_with_a_gate_the_edits_after_a_rejection_are_foreseen(raw, weights, tmp_
     half = replace(COST, accepted=0.5)
     left = forecast(plan, store, gate, half)
     assert (left.edits, left.images) == (round(30 * tries), round(30 * (1 - 1 / 2**3)))
+    assert left.seconds == sum(COST.seconds(round(30 / 2**time)) for time in range(3))
     cost = run_pilot(plan, store, device="cpu", gate=gate)
     assert cost is not None
     judged = [edit for edit in plan if edit.key in store]

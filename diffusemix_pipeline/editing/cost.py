@@ -54,13 +54,10 @@ class Forecast:
     cost: Cost
     edits: int
     """Still to be made, those after a rejection among them."""
+    seconds: float
+    """How long these take on this device."""
     images: int
     """Edits that the stage will hold, those that are stored already among them."""
-
-    @property
-    def seconds(self) -> float:
-        """How long the edits that are still to be made take on this device."""
-        return self.cost.seconds(self.edits)
 
     @property
     def megabytes(self) -> float:
@@ -82,16 +79,20 @@ def forecast(plan: Plan, store: EditStore, gate: LabelGate | None, cost: Cost) -
     judged = verdicts_by_case(gate.verdicts) if gate else {}
     rejected = 0.0 if cost.accepted is None else 1 - cost.accepted
     most = plan.settings.editing.gate.max_attempts
-    edits = images = 0.0
+    edits = [0.0] * most  # by how many rejections come before: each of these waits for the last
+    images = 0.0
     for first in plan:
         *_, edit = attempts(plan, first, judged)
         if edit.case in judged:
             images += judged[edit.case] == ACCEPTED
         else:
             tries = most - edit.attempt
-            edits += sum(rejected**time for time in range(tries)) - (edit.key in store)
+            for time in range(tries):
+                edits[time] += rejected**time
+            edits[0] -= edit.key in store
             images += 1 - rejected**tries
-    return Forecast(cost, round(edits), round(images))
+    seconds = sum(cost.seconds(round(each)) for each in edits)
+    return Forecast(cost, round(sum(edits)), seconds, round(images))
 
 
 def pilot_rounds(plan: Plan, device: str) -> tuple[int, int]:
