@@ -80,7 +80,7 @@ class Sampler:
         if file_sha256(source.path) != source.sha256:
             raise UserError(
                 f"{source.path} is not as it was when the images were read. Bring it back with "
-                "`dvc checkout`, or remove its folder `raw` and run again: from the source."
+                "`dvc checkout`, or remove the folder `raw` and run again, which reads the source."
             )
         return read_square(source.path, self._side)
 
