@@ -64,6 +64,7 @@ GUIDED: dict[int, list[tuple[float, float]]] = {
 MARKERS = {"1": "o", "0.5": "s", "0.4": "D", "0.2": "^", "between": "P"}
 """By the last word of what a schedule's name says of its guidance."""
 SEEDS = (0, 1, 2)
+TURNS = 3
 JUDGED_IMAGES = 10
 JUDGE_STEPS = 1500
 
@@ -76,8 +77,6 @@ class Bench:
     device: str
     images: Path | None
     """A dataset with train/ and test/; None for digits."""
-    turns: int = 3
-    """How often each schedule is timed."""
 
     def settings(self, overrides: Sequence[str]) -> Settings:
         """Return the demo's settings but for these."""
@@ -235,7 +234,7 @@ def _images_per_second(bench: Bench, judged: Stage) -> pd.Series:
     """Time one batch for each worker under every schedule, by turns; return the medians."""
     speeds: dict[str, list[float]] = {name: [] for name in schedules()}
     weights = locate_editor("bundled", None)
-    for _ in range(bench.turns):
+    for _ in range(TURNS):
         for name, overrides in schedules().items():
             settings = bench.settings([*overrides, "editing.prompts_per_image=all"])
             batch = settings.editing.batch_size
@@ -243,13 +242,11 @@ def _images_per_second(bench: Bench, judged: Stage) -> pd.Series:
             editor = load_editor(weights, settings.editing, bench.device)
             with tempfile.TemporaryDirectory(dir=bench.folder) as scratch:
                 started = time.perf_counter()
-                sampler, store = (
-                    Sampler(editor, bench.device, settings, batch),
-                    EditStore(Path(scratch)),
-                )
+                store = EditStore(Path(scratch))
+                sampler = Sampler(editor, bench.device, settings, batch)
                 sampler.make(edits, len(edits), store, silent)
                 speeds[name].append(len(edits) / (time.perf_counter() - started))
-    return pd.Series({name: median(each) if each else None for name, each in speeds.items()})
+    return pd.Series({name: median(each) for name, each in speeds.items()})
 
 
 def _generated(bench: Bench, raw: Stage, name: str, settings: Settings) -> Stage:
@@ -343,7 +340,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where everything is kept")
     parser.add_argument("--images", type=Path, help="a dataset with train/ and test/")
-    parser.add_argument("--turns", type=int, default=3, help="how often each schedule is timed")
     options = parser.parse_args()
-    bench = Bench(options.folder, choose_device("auto"), options.images, options.turns)
-    print(measure(bench).to_string())
+    print(measure(Bench(options.folder, choose_device("auto"), options.images)).to_string())

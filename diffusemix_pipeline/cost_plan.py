@@ -48,7 +48,6 @@ def plan_cost(
     device, store = choose_device(settings.device), EditStore(project.edits)
     raw, origin = _raw(settings, project, progress)
     plan = plan_edits(raw, settings)
-    adopt_edits(project.generated, store)
     gate = None
     if plan.gate:  # what lies in `project.aside` goes when a run begins
         aside = project.state / "plan" / "aside"
@@ -56,8 +55,9 @@ def plan_cost(
             plan, raw, folder=project.gate, aside=aside, device=device, progress=progress
         )
         adopt_verdicts(project.generated, plan, gate.verdicts)
-    stored = stored_edits(plan, store)
     with using_edits(project):
+        adopt_edits(project.generated, store)
+        stored = stored_edits(plan, store)
         cost = run_pilot(plan, store, device=device, gate=gate, progress=progress)
     left = forecast(plan, store, gate, cost) if cost else None
     share = share_within(budget, cost, raw, settings, store, gate) if cost and budget else None

@@ -197,7 +197,7 @@ class Editing(Section):
             math.ceil(round(self.steps * share, 6))  # 50 * 0.14 is above 7
             for share in (self.guidance_from, self.guidance_until)
         )
-        return range(first, end)
+        return range(first, end) or range(0)  # one empty range is as another
 
     @property
     def unet_evaluations(self) -> int:

@@ -667,6 +667,7 @@ def test_what_an_edit_does_not_depend_on_is_no_part_of_its_key(weights, tmp_path
     assert keys("editing.guidance_until=0.6") != half
     assert keys("editing.guidance_until=0.5", "editing.guidance_from=0.1") != half
     without = keys("editing.guidance=1")
+    assert keys("editing.guidance_from=0.41", "editing.guidance_until=0.5") == without
     assert keys("editing.guidance=1", "editing.image_guidance=2") == without
     assert keys("editing.guidance=1.1") != keys("editing.guidance=1.1", "editing.image_guidance=2")
 
