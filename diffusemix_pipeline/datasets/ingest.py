@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -80,19 +81,19 @@ def _readable(
     items.reverse()
     kept: list[Item] = []
     set_aside: list[dict[str, str]] = []
-    first: dict[tuple[str | None, str, bytes], str] = {}
+    seen: defaultdict[tuple[str | None, str], dict[bytes, str]] = defaultdict(dict)
     for done in range(1, total + 1):
         item = items.pop()
         try:
             image = item.read(max_pixels)
             pixels = pixels_digest(image)
-            key = (item.split, item.label, pixels)
-            if key in first:
-                raise UnreadableImageError(f"the same picture as {first[key]}")
+            first = seen[item.split, item.label]
+            if pixels in first:
+                raise UnreadableImageError(f"the same picture as {first[pixels]}")
         except UnreadableImageError as reason:
             set_aside.append({"source_id": item.source_id, "reason": str(reason)})
         else:
-            first[key] = item.source_id
+            first[pixels] = item.source_id
             kept.append(replace(item, pixels=pixels, size=image.size))
         progress("Checking images", done, total)
     if not kept:

@@ -130,7 +130,8 @@ class StageWriter:
         self._put_aside()
         rows = pd.read_parquet(self._waiting).astype(_DTYPES)
         shutil.rmtree(self._waiting)
-        return _schema().validate(rows.sort_values("file_name", ignore_index=True))
+        rows = rows.sort_values("file_name", ignore_index=True)  # once the other order is gone
+        return _schema().validate(rows, inplace=True)
 
     def _put_aside(self) -> None:
         self._waiting.mkdir(exist_ok=True)

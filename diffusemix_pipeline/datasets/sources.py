@@ -33,13 +33,18 @@ class Item:
     source_id: str
     label: str
     split: str | None
-    sha256: str
-    """Of the file's bytes."""
+    digest: bytes
+    """SHA-256 of the file's bytes; none of a file that cannot be read."""
     file: "_File | _Digit"
     pixels: bytes = b""
     """Identifies the picture, once it was read."""
     size: tuple[int, int] = (0, 0)
     """Its width and height in px, once it was read."""
+
+    @property
+    def sha256(self) -> str:
+        """The digest in hexadecimal, which takes twice its memory."""
+        return self.digest.hex()
 
     def read(self, max_pixels: int) -> Image.Image:
         """Return the upright RGB picture, or raise UnreadableImageError."""
@@ -71,7 +76,7 @@ def _digits() -> Iterable[Item]:
             source_id=f"{DIGITS}/{index:04d}",
             label=str(label),
             split=None,
-            sha256=hashlib.sha256(png_bytes(digit)).hexdigest(),
+            digest=hashlib.sha256(png_bytes(digit)).digest(),
             file=_Digit(digit),
         )
 
@@ -125,13 +130,13 @@ def _folder(root: Path) -> Iterable[Item]:
 
 def _file_item(root: Path, path: Path, label: str, split: str | None) -> Item:
     try:
-        sha256 = file_sha256(path)
+        found = bytes.fromhex(file_sha256(path))
     except OSError:  # reading it will fail as well, and say why
-        sha256 = ""
+        found = b""
     name = path.relative_to(root).as_posix()
     source_id = _written(name)
     file = _File(root, source_id if source_id == name else name)
-    return Item(source_id, label, split, sha256, file)
+    return Item(source_id, label, split, found, file)
 
 
 class _File(NamedTuple):
