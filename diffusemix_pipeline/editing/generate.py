@@ -183,6 +183,7 @@ def collect_edits(
                 else:
                     rejected.append({name: row[name] for name in _REJECTED_COLUMNS})
             progress("Linking edits", done, len(plan))
+        del records  # not to be held beside the manifest
         if not accepted:
             raise UserError(
                 f"The label gate rejected all {len(rejected)} edits: look at them with `diffusemix "
