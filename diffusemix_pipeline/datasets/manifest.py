@@ -130,7 +130,7 @@ class StageWriter:
         self._put_aside()
         rows = pd.read_parquet(self._waiting).astype(_DTYPES)
         shutil.rmtree(self._waiting)
-        rows = rows.sort_values("file_name", ignore_index=True)  # once the other order is gone
+        rows = rows.sort_values("file_name", ignore_index=True)  # this lets the unsorted go
         return _schema().validate(rows, inplace=True)
 
     def _put_aside(self) -> None:
