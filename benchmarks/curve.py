@@ -298,7 +298,7 @@ def _answers(bench: Bench, settings: Settings, *, augmented: bool) -> list[Evide
         kept = folder / "answers" / fit.fingerprint
         if not kept.exists():
             classifier = load_classifier(fit.folder, device)
-            test = load_images(raw, "test", classifier.classes, settings.size)
+            test = load_images([raw], "test", classifier.classes, settings.size, aside=aside)
             evidence = evaluate(
                 classifier.model,
                 test.images,

@@ -22,27 +22,29 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from PIL import Image
 
 from diffusemix_pipeline.datasets.images import png_bytes, read_square
 from diffusemix_pipeline.datasets.ingest import ingest
-from diffusemix_pipeline.datasets.manifest import Stage, read_manifest, read_stage
+from diffusemix_pipeline.datasets.manifest import MANIFEST, Stage, read_manifest, read_stage
 from diffusemix_pipeline.devices import usable_cores
-from diffusemix_pipeline.editing.generate import collect_edits
-from diffusemix_pipeline.editing.planning import plan_edits
+from diffusemix_pipeline.editing import generate
+from diffusemix_pipeline.editing.generate import LabelGate, collect_edits, make_edits
+from diffusemix_pipeline.editing.planning import Plan, plan_edits
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.mixing.blending import mix
 from diffusemix_pipeline.mixing.fractals import make_fractal
 from diffusemix_pipeline.mixing.masks import half_mask
 from diffusemix_pipeline.mixing.stages import make_augmented
-from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.settings import Settings
 
 ROWS = (1_000, 50_000)
 _MANIFESTS = {
     "raw": ["raw"],
+    "teachers": ["raw"],
     "made": ["raw"],
     "generated": ["raw", "generated"],
     "augmented": ["raw", "generated", "augmented"],
@@ -238,7 +240,7 @@ def _stage_seconds(
 
 
 def _codec_alone_seconds(augmented: Path, raw: Stage, generated: Stage, size: int) -> float:
-    names = dict(raw.manifest()[["image_id", "file_name"]].itertuples(index=False))
+    names = dict(raw.manifest(["image_id", "file_name"]).itertuples(index=False))
     edits = generated.manifest()
     originals = [raw.folder / names[source] for source in edits["source_id"]]
     edited = [generated.folder / name for name in edits["file_name"]]
@@ -265,8 +267,8 @@ def memory() -> dict[str, Any]:
     Each stage runs in a process of its own, whose peak of resident memory the kernel tells (Linux).
     `rss_growth_mb` is the largest growth, less the manifests that a stage works with: its own and
     those of the stages before it. `manifest_bytes_per_row` is the largest of those in memory.
-    Images are PNG files of 16 px, all different. Edits are "made" by no editor, for its memory is
-    its own.
+    Images are PNG files of 16 px, all different. The label gate is on, with teachers that were
+    trained for a few steps. Edits are "made" by no editor, for its memory is its own.
     """
     few, many = ROWS
     peaks, per_row = {}, {}
@@ -276,7 +278,7 @@ def memory() -> dict[str, Any]:
             _write_source(here / "source", count, 16)
             for stage in _MANIFESTS:
                 peaks[stage, count] = _peak_bytes(stage, here)
-                if (here / stage).exists():  # making edits fills the store alone
+                if (here / stage / MANIFEST).exists():
                     rows = read_manifest(here / stage)
                     per_row[stage] = int(rows.memory_usage(deep=True).sum()) / len(rows)
     grown = {stage: peaks[stage, many] - peaks[stage, few] for stage in _MANIFESTS}
@@ -300,9 +302,11 @@ def _peak_bytes(stage: str, here: Path) -> int:
 
 
 def _run_for_peak(stage: str, here: Path) -> int:
-    settings = _settings(16)
+    settings = _settings(16, gate=True)
     if stage == "raw":
         _ingested(here, settings)
+    elif stage == "teachers":
+        _gate(here, plan_edits(read_stage(here / "raw"), settings))
     elif stage == "made":
         _make_with_no_editor(here, settings)
     elif stage == "generated":
@@ -317,8 +321,17 @@ def _run_for_peak(stage: str, here: Path) -> int:
 # Datasets to measure on -------------------------------------------------------------------------
 
 
-def _settings(size: int) -> Settings:
-    return Settings.model_validate({"size": size, "source": {"train_per_class": None}})
+def _settings(size: int, *, gate: bool = False) -> Settings:
+    """Return settings with all images, and with a gate that rejects by its teachers alone."""
+    bounds = {"min_change": 0, "max_change": 1}
+    return Settings.model_validate(
+        {
+            "size": size,
+            "source": {"train_per_class": None},
+            "editing": {"gate": {"enabled": gate, **bounds}},
+            "training": {"steps": 2},
+        }
+    )
 
 
 def _stages(here: Path, count: int, settings: Settings) -> tuple[Stage, Stage]:
@@ -342,12 +355,12 @@ def _write_source(folder: Path, count: int, size: int) -> None:
 
 
 class _NoEditor:
-    """Stands where an editor does, and costs nothing: an edit is its source's negative."""
+    """Stands where an editor does, and costs nothing: an edit is its source, nearly."""
 
     def edit(
         self, images: np.ndarray, instructions: Sequence[str], seeds: Sequence[int]
     ) -> np.ndarray:
-        return 255 - images
+        return images ^ 1
 
     def check_instruction(self, instruction: str) -> None:
         pass
@@ -356,20 +369,33 @@ class _NoEditor:
         return {"made": "by no editor"}
 
 
+def _gate(here: Path, plan: Plan) -> LabelGate | None:
+    """Fit or read the label gate where it is on."""
+    if not plan.gate:
+        return None
+    # Imported here: it brings torch, which the processes without a gate do without.
+    from diffusemix_pipeline.training.fold_teachers import fit_label_gate
+
+    raw, aside = read_stage(here / "raw"), here / "aside"
+    return fit_label_gate(plan, raw, folder=here / "gate", aside=aside, device="cpu")
+
+
 def _make_with_no_editor(here: Path, settings: Settings) -> None:
-    """Plan all edits and fill the store with them, as an editor's are."""
-    # Imported here: it brings torch, which the other processes do without.
+    """Plan all edits, fill the store with them as an editor's are, and let the gate judge them."""
     from diffusemix_pipeline.editing.sampling import Sampler
 
     plan, store = plan_edits(read_stage(here / "raw"), settings), EditStore(here / "edits")
-    Sampler(_NoEditor(), "cpu", settings, 32).make(plan, len(plan), store, silent)
+    sampler = Sampler(_NoEditor(), "cpu", settings, 32)
+    with patch.object(generate, "load_sampler", lambda plan, device: sampler):
+        make_edits(plan, store=store, device="cpu", gate=_gate(here, plan))
 
 
 def _collected(here: Path, settings: Settings) -> Stage:
     """Plan the edits and collect them from the store: the whole of a stage that makes none."""
     plan = plan_edits(read_stage(here / "raw"), settings)
     store = EditStore(here / "edits")
-    return collect_edits(plan, here / "generated", store, None, here / "aside")
+    verdicts = plan.verdicts(here / "gate") if plan.gate else None
+    return collect_edits(plan, here / "generated", store, verdicts, here / "aside")
 
 
 def _made_pictures(count: int, size: int, seed: int) -> np.ndarray:

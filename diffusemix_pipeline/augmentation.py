@@ -113,5 +113,5 @@ def _is_earlier_result(out: Path) -> bool:
     """Tell whether a folder holds what this wrote and nothing else, so that it may be replaced."""
     if not (out / STAGE).exists() or read_stage(out).name != "augmented":
         return False
-    own = {MANIFEST, STAGE, SOURCES, *read_manifest(out)["file_name"]}
+    own = {MANIFEST, STAGE, SOURCES, *read_manifest(out, ["file_name"])["file_name"]}
     return own >= {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}

@@ -455,7 +455,7 @@ def prune(yes: bool) -> None:
             "bring it back with `dvc checkout` or a run first."
         )
     with alone_with_edits(project):
-        used = {key for stage in present for key in read_manifest(stage)["edit_key"]}
+        used = {key for stage in present for key in read_manifest(stage, ["edit_key"])["edit_key"]}
         every = list(edits)
         unused = [key for key in every if key not in used]
         old = [key for key in unused if time.time() - edits.path(key).stat().st_mtime > _DAY]

@@ -1,5 +1,6 @@
 """Promises of the gate's teachers: none judges what it saw, and none is trained twice."""
 
+import tempfile
 from pathlib import Path
 
 import hypothesis
@@ -16,7 +17,7 @@ from diffusemix_pipeline.editing.gate import class_thresholds
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import seed_from
 from diffusemix_pipeline.training import fold_teachers
-from diffusemix_pipeline.training.data import LabelledImages, load_images
+from diffusemix_pipeline.training.data import DecodedImages, LabelledImages, load_images
 from diffusemix_pipeline.training.fold_teachers import (
     Fitted,
     assign_folds,
@@ -63,44 +64,62 @@ def spy_on_fits(monkeypatch) -> list[LabelledImages]:
     return seen
 
 
+def decoded(raw: Stage, aside: Path) -> LabelledImages:
+    return load_images([raw], "train", CLASSES, 32, aside=aside)
+
+
 def pictures(labels: list[int], contents: list[int]) -> LabelledImages:
     images = np.array(contents, np.uint8)[:, None, None, None].repeat(3, axis=3)
-    return LabelledImages(images, np.array(labels), [f"{n}" for n in range(len(labels))])
+    folder = Path(tempfile.gettempdir())
+    return LabelledImages(
+        DecodedImages(images, 1, folder), np.array(labels), [f"{n}" for n in range(len(labels))]
+    )
 
 
 def test_no_image_is_judged_by_a_teacher_that_saw_it(raw, tmp_path, monkeypatch):
     seen = spy_on_fits(monkeypatch)
     teachers = fitted(raw, tmp_path)
-    train = load_images(raw, "train", CLASSES, 32)
+    train = decoded(raw, tmp_path)
     assert len(seen) == 3
     for fold, trained_on in enumerate(seen):
-        judged = {image_id for image_id in train.ids if teachers.teachers.fold_of[image_id] == fold}
+        of_train = teachers.teachers.fold_of(train.ids)
+        judged = {train.ids[row] for row in np.flatnonzero(of_train == fold)}
         assert set(trained_on.ids) == set(train.ids) - judged
         assert set(trained_on.labels) == {0, 1, 2}
     for row, image_id in enumerate(train.ids):
-        fold = teachers.teachers.fold_of[image_id]
+        fold = teachers.teachers.fold_of([image_id])[0]
         alone = teachers.teachers.teachers[fold].predict_proba(train.images[row : row + 1])
-        assert teachers.held_out[row] == pytest.approx(alone[0], abs=1e-5)
+        label = train.labels[row]
+        assert teachers.held_out[row] == pytest.approx(alone[0, label], abs=1e-5)
         edit = teachers.teachers.probabilities([image_id], train.images[row : row + 1])
-        assert np.array_equal(edit[0], teachers.held_out[row])
+        assert edit[0, label] == teachers.held_out[row]
 
 
-def test_held_out_probabilities_are_of_all_training_images(raw, teachers):
-    assert teachers.held_out.shape == (24, 3)
-    assert teachers.held_out.dtype == np.float32
-    assert teachers.held_out.sum(axis=1) == pytest.approx(np.ones(24), abs=1e-5)
-    assert teachers.labels.tolist() == load_images(raw, "train", CLASSES, 32).labels.tolist()
-    assert 0 <= teachers.accuracy <= 1
+def test_held_out_probabilities_and_accuracy_are_of_all_training_images(
+    raw, teachers, tmp_path, monkeypatch
+):
+    train = decoded(raw, tmp_path)
+    assert teachers.labels.tolist() == train.labels.tolist()
+    found = teachers.teachers.probabilities(train.ids, train.images[:])
+    assert teachers.held_out.tolist() == found[np.arange(24), train.labels].tolist()
+    assert teachers.accuracy == (found.argmax(axis=1) == train.labels).mean()
+    monkeypatch.setattr(fold_teachers, "_JUDGED", 7)  # images in memory at a time
+    own, accuracy = fold_teachers._judge_held_out(
+        teachers.teachers, train, teachers.teachers.fold_of(train.ids)
+    )
+    assert own.tolist() == teachers.held_out.tolist()
+    assert accuracy == teachers.accuracy
 
 
 @hypothesis.settings(max_examples=20, deadline=None)
 @given(st.permutations(range(24)), st.integers(1, 24))
 def test_probabilities_depend_on_neither_order_nor_neighbours(raw, teachers, order, taken):
-    train = load_images(raw, "train", CLASSES, 32)
-    chosen = order[:taken]
+    train = decoded(raw, raw.folder.parent / "aside")
+    chosen = np.array(order[:taken])
     ids = [train.ids[index] for index in chosen]
     found = teachers.teachers.probabilities(ids, train.images[chosen])
-    assert np.array_equal(found, teachers.held_out[chosen])
+    own = found[np.arange(taken), train.labels[chosen]]
+    assert np.array_equal(own, teachers.held_out[chosen])
 
 
 def test_no_edits_have_no_probabilities(teachers):
@@ -191,14 +210,13 @@ def test_edits_of_digits_keep_their_label_and_lose_a_wrong_one(tmp_path):
     )
     raw = ingest("digits", settings, tmp_path / "raw", aside=tmp_path / "aside")
     classes = [f"{digit}" for digit in range(10)]
-    train = load_images(raw, "train", classes, 32)
+    train = load_images([raw], "train", classes, 32, aside=tmp_path)
     teachers = fit_fold_teachers(
         raw, settings, folder=tmp_path / "teachers", aside=tmp_path / "aside", device="cpu"
     )
     thresholds = class_thresholds(teachers.held_out, teachers.labels, 10, 0.05)
     assert teachers.accuracy > 0.9
-    own = teachers.held_out[np.arange(200), teachers.labels]
-    assert (own >= thresholds[teachers.labels]).mean() >= 0.95
+    assert (teachers.held_out >= thresholds[teachers.labels]).mean() >= 0.95
 
     editor = load_editor(BUNDLED_WEIGHTS, settings.editing, "cpu")
     chosen = np.arange(0, 200, 5)

@@ -136,8 +136,7 @@ def test_of_further_real_images_the_promised_share_is_rejected(rate, images):
     rng, rejected = np.random.default_rng(0), []
     labels = np.arange(images * 2) % 2
     for _ in range(400):
-        own = scores(rng, images * 2)[:, :1]
-        thresholds = class_thresholds(np.hstack([own, own]), labels, 2, rate)
+        thresholds = class_thresholds(scores(rng, images * 2)[:, 0], labels, 2, rate)
         rejected.append(scores(rng, 200)[:, 0] < thresholds[0])
     share = np.mean(rejected)
     # The exact expectation is floor(rate * (n + 1)) / (n + 1).
@@ -152,9 +151,8 @@ def test_of_further_real_images_the_promised_share_is_rejected(rate, images):
 )
 def test_thresholds_reject_no_more_of_the_images_that_set_them(labels, rate, seed):
     labels = np.array(labels)
-    probabilities = np.random.default_rng(seed).dirichlet(np.ones(4), len(labels))
-    thresholds = class_thresholds(probabilities, labels, 4, rate)
-    own = probabilities[np.arange(len(labels)), labels]
+    own = np.random.default_rng(seed).random(len(labels))
+    thresholds = class_thresholds(own, labels, 4, rate)
     assert ((thresholds >= 0) & (thresholds <= 1)).all()
     for label in range(4):
         of_class = own[labels == label]
@@ -163,21 +161,18 @@ def test_thresholds_reject_no_more_of_the_images_that_set_them(labels, rate, see
 
 
 def test_equal_probabilities_are_not_rejected():
-    equal = np.tile([0.25, 0.75], (40, 1))
-    assert class_thresholds(equal, np.zeros(40, int), 1, 0.2).tolist() == [0.25]
+    assert class_thresholds(np.full(40, 0.25), np.zeros(40, int), 1, 0.2).tolist() == [0.25]
 
 
 def test_a_label_likelier_than_not_is_kept_however_sure_classifiers_are_of_real_images():
-    certain = np.tile([1.0, 0.0], (40, 1))
-    assert class_thresholds(certain, np.zeros(40, int), 1, 0.2).tolist() == [0.5]
+    assert class_thresholds(np.ones(40), np.zeros(40, int), 1, 0.2).tolist() == [0.5]
 
 
 def test_small_classes_share_a_threshold_of_their_own():
     # Class 0 is large and easy; 1 and 2 are small and hard, and 20 images together.
     labels = np.repeat([0, 1, 2], [100, 12, 8])
     own = np.concatenate([np.linspace(0.4, 1, 100), np.linspace(0.1, 0.3, 20)])
-    probabilities = np.tile(own[:, None], 3)
-    easy, *hard = class_thresholds(probabilities, labels, 3, 0.05)
+    easy, *hard = class_thresholds(own, labels, 3, 0.05)
     assert easy >= 0.4
     assert hard == [0.1, 0.1]
 
@@ -185,14 +180,13 @@ def test_small_classes_share_a_threshold_of_their_own():
 def test_where_small_classes_are_too_few_together_all_images_set_their_threshold():
     labels = np.repeat([0, 1], [100, 5])
     own = np.concatenate([np.linspace(0.2, 1, 100), np.full(5, 0.7)])
-    probabilities = np.tile(own[:, None], 2)
-    large, small = class_thresholds(probabilities, labels, 2, 0.05)
+    large, small = class_thresholds(own, labels, 2, 0.05)
     assert small == pytest.approx(large, abs=0.02)
     assert 0.2 < small < 0.3
 
 
 def test_too_few_images_for_any_promise_reject_nothing():
-    thresholds = class_thresholds(np.full((18, 2), 0.5), np.arange(18) % 2, 2, 0.05)
+    thresholds = class_thresholds(np.full(18, 0.5), np.arange(18) % 2, 2, 0.05)
     assert thresholds.tolist() == [0, 0]
 
 

@@ -1,6 +1,7 @@
 """Promises: training repeats from its seed, is chosen on val, with equal steps for all arms."""
 
 import shutil
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import quick_settings, write_classes
 
+from diffusemix_pipeline.datasets.images import read_square
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import Stage
 from diffusemix_pipeline.errors import UserError
@@ -18,7 +20,7 @@ from diffusemix_pipeline.training.classifier import (
     check_model,
     load_classifier,
 )
-from diffusemix_pipeline.training.data import LabelledImages, load_images
+from diffusemix_pipeline.training.data import DecodedImages, LabelledImages, load_images
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +121,49 @@ def test_a_new_test_image_asks_for_no_training(raw, tmp_path):
 def test_the_weights_that_val_likes_best_are_kept(raw, tmp_path):
     fit = fitted(raw, tmp_path, "training.steps=30", "training.validations=10")
     classifier = load_classifier(fit.folder)
-    val = load_images(raw, "val", classifier.classes, 32)
+    val = load_images([raw], "val", classifier.classes, 32, aside=tmp_path)
     accuracy = (classifier.predict_proba(val.images).argmax(1) == val.labels).mean()
     assert accuracy == pytest.approx(fit.curve["val_accuracy"].max())
     assert fit.best["val_accuracy"] == pytest.approx(accuracy)
+
+
+def test_decoded_images_are_read_as_from_an_array_and_leave_no_file(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+    images = DecodedImages(array, 8, tmp_path)
+    assert not list(tmp_path.iterdir())
+    some, chosen = np.array([7, 0, 7, 19]), array[:, 0, 0, 0] > 100
+    assert len(images) == 20
+    assert np.array_equal(images[some], array[some])
+    assert np.array_equal(images[5:9], array[5:9])
+    assert np.array_equal(images[18:40], array[18:])
+    of_chosen = images.subset(chosen)
+    assert len(of_chosen) == chosen.sum()
+    assert np.array_equal(of_chosen.subset(np.array([2, 1]))[:], array[chosen][[2, 1]])
+    assert np.array_equal(images[:], array)  # a subset leaves the whole as it was
+
+
+def test_images_of_several_stages_follow_each_other_and_their_labels(raw, tmp_path):
+    classes = ["emu", "dog", "cat"]
+    once = load_images([raw], "train", classes, 32, aside=tmp_path)
+    twice = load_images([raw, raw], "train", classes, 32, aside=tmp_path)
+    assert twice.ids == once.ids * 2
+    assert twice.labels.tolist() == once.labels.tolist() * 2
+    assert np.array_equal(twice.images[:], np.concatenate([once.images[:]] * 2))
+    rows = raw.manifest().set_index("sha256")
+    for place, image_id in enumerate(once.ids):
+        assert classes[once.labels[place]] == rows.loc[image_id, "label"]
+        file = raw.folder / rows.loc[image_id, "file_name"]
+        assert np.array_equal(once.images[place : place + 1][0], read_square(file, 32))
+
+
+def test_memory_holds_no_images_of_a_split(raw, tmp_path):
+    tracemalloc.start()
+    images = DecodedImages((np.full((64, 64, 3), n, np.uint8) for n in range(250)), 64, tmp_path)
+    total = sum(int(images[start : start + 10].sum()) for start in range(0, 250, 10))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert total == sum(range(250)) * 64 * 64 * 3
+    assert peak < 250 * 64 * 64 * 3 / 10
 
 
 def test_it_learns(tmp_path):
@@ -130,7 +171,7 @@ def test_it_learns(tmp_path):
     labels = np.arange(40) % 2
     images = rng.integers(0, 100, (40, 32, 32, 3), dtype=np.uint8)
     images[labels == 1] += 120  # one class is brighter
-    data = LabelledImages(images, labels, [str(n) for n in range(40)])
+    data = LabelledImages(DecodedImages(images, 32, tmp_path), labels, [str(n) for n in range(40)])
     torch.manual_seed(0)
     classifier = build_classifier("resnet10t", ["dark", "bright"], 32)
     settings = quick_settings("training.steps=30").training

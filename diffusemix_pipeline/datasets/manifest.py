@@ -65,17 +65,22 @@ class Stage:
     notes: dict[str, Any] = field(default_factory=dict)
     reused: bool = False
 
-    def manifest(self) -> pd.DataFrame:
-        """Read the stage's rows."""
-        return read_manifest(self.folder)
+    def manifest(self, columns: list[str] | None = None) -> pd.DataFrame:
+        """Read the stage's rows, or some columns of them."""
+        return read_manifest(self.folder, columns)
 
 
-def read_manifest(folder: Path) -> pd.DataFrame:
-    """Read and check a stage folder's manifest; UserError names a folder that holds none."""
+def read_manifest(folder: Path, columns: list[str] | None = None) -> pd.DataFrame:
+    """Read and check a stage folder's manifest, or some columns of it.
+
+    UserError names a folder that holds none.
+    """
     path = folder / MANIFEST
     if not path.exists():
         raise UserError(f"{folder} holds no {MANIFEST}: run the stage that makes it first.")
-    return _schema().validate(pd.read_parquet(path).astype(_DTYPES))
+    schema = _schema().select_columns(columns or list(_DTYPES))
+    dtypes = {name: _DTYPES[name] for name in schema.columns}
+    return schema.validate(pd.read_parquet(path, columns=columns).astype(dtypes))
 
 
 def read_stage(folder: Path) -> Stage:
@@ -101,7 +106,7 @@ def finished_stage(folder: Path, fingerprint: str) -> Stage | None:
     stage = read_stage(folder)
     if stage.fingerprint != fingerprint:
         return None
-    whole = all((folder / name).exists() for name in stage.manifest()["file_name"])
+    whole = all((folder / name).exists() for name in stage.manifest(["file_name"])["file_name"])
     return replace(stage, reused=True) if whole else None
 
 

@@ -138,7 +138,7 @@ def run_pilot(
     progress("Editing a pilot", len(chosen), len(chosen))
     accepted = None
     if gate:
-        judged = judge_edits(plan, chosen, store, gate, progress)
+        judge_edits(plan, chosen, judged, store, gate, progress)
         accepted = sum(judged[edit.case] == ACCEPTED for edit in chosen) / len(chosen)
     return Cost(
         pilot=len(chosen),

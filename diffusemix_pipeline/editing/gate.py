@@ -45,12 +45,12 @@ _LIKELIER_THAN_NOT = 0.5
 
 
 def class_thresholds(
-    probabilities: np.ndarray, labels: np.ndarray, classes: int, false_reject_rate: float
+    own: np.ndarray, labels: np.ndarray, classes: int, false_reject_rate: float
 ) -> np.ndarray:
     """Return float64 (classes,): the least probability of its own label that an edit may have.
 
-    `probabilities` float (N, classes) are of real images, each judged by a classifier that did not
-    see it; `labels` int (N,) are theirs. Of n images of a class, the threshold is the k-th lowest
+    `own` float (N,) are real images' probabilities of their own `labels`, int (N,), each judged by
+    a classifier that did not see it. Of n images of a class, the threshold is the k-th lowest
     probability of the true class, k = floor(rate * (n + 1)). So a further real image of that class,
     exchangeable with them, falls below it with a probability of at most `false_reject_rate`: a
     class-conditional ("Mondrian") conformal predictor (Vovk, Gammerman and Shafer 2005,
@@ -66,7 +66,7 @@ def class_thresholds(
     together are too few, they take the threshold of all N images; where those are, 0: every edit
     passes. The rate then holds for the images of those classes together, not for each class.
     """
-    own = probabilities[np.arange(len(labels)), labels].astype(np.float64)
+    own = own.astype(np.float64)
     thresholds = [
         _low_quantile(own[labels == label], false_reject_rate) for label in range(classes)
     ]

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from diffusemix_pipeline.datasets.manifest import (
 )
 from diffusemix_pipeline.editing.editor import edits_at_once, load_editor
 from diffusemix_pipeline.editing.gate import ACCEPTED, Judge
-from diffusemix_pipeline.editing.planning import Plan, PlannedEdit, instruction, plan_edits
+from diffusemix_pipeline.editing.planning import Plan, PlannedEdit, case, instruction, plan_edits
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import Ledger, link_or_copy
@@ -40,7 +41,6 @@ from diffusemix_pipeline.settings import Settings
 if TYPE_CHECKING:
     from diffusemix_pipeline.editing.sampling import Sampler
 
-Case = tuple[str, str]
 _REJECTED_COLUMNS = ["source_id", "label", "prompt", "copy", "attempt", "edit_key", "verdict"]
 _JUDGED_AT_ONCE = 64
 _ELSEWHERE = {"made": "elsewhere, and came with the data"}
@@ -102,7 +102,7 @@ def adopt_edits(folder: Path, store: EditStore) -> int:
     if not (folder / STAGE).exists():
         return 0
     adopted = 0
-    rows = read_manifest(folder)[["edit_key", "file_name", "sha256"]]
+    rows = read_manifest(folder, ["edit_key", "file_name", "sha256"])
     for key, name, sha256 in rows.itertuples(index=False, name=None):
         path = folder / name
         if key not in store and path.exists() and file_sha256(path) == sha256:
@@ -120,9 +120,10 @@ def adopt_verdicts(folder: Path, plan: Plan, verdicts: Ledger) -> None:
         return
     known = verdicts_by_case(verdicts)
     columns = ["edit_key", "label", "verdict"]
-    for rows in (read_manifest(folder), pd.read_parquet(folder / REJECTED)):
-        for key, label, verdict in rows[columns].itertuples(index=False, name=None):
-            if (key, label) not in known:
+    rejected = pd.read_parquet(folder / REJECTED, columns=columns)
+    for rows in (read_manifest(folder, columns), rejected):
+        for key, label, verdict in rows.itertuples(index=False, name=None):
+            if case(key, label) not in known:
                 verdicts.add({"key": key, "label": label, "verdict": verdict})
 
 
@@ -149,7 +150,7 @@ def make_edits(
         made += _make_missing(wanted, judged, store, sampler, progress)
         if gate is None:
             break
-        judged = judge_edits(plan, wanted, store, gate, progress)
+        judge_edits(plan, wanted, judged, store, gate, progress)
         rejected = (edit for edit in wanted if judged[edit.case] != ACCEPTED)
         wanted = [plan.next_attempt(edit) for edit in rejected if _may_try_again(plan, edit)]
     return made
@@ -201,15 +202,15 @@ def judged_edits(stage: Stage) -> pd.DataFrame:
     """Return label, prompt and verdict of every edit that the gate judged for a stage."""
     columns = ["label", "prompt", "verdict"]
     rejected = stage.folder / REJECTED
-    rows = [stage.manifest()[columns]]
+    rows = [stage.manifest(columns)]
     if rejected.exists():
-        rows.append(pd.read_parquet(rejected)[columns])
+        rows.append(pd.read_parquet(rejected, columns=columns))
     return pd.concat(rows, ignore_index=True).dropna(subset="verdict")
 
 
 def _make_missing(
     wanted: Iterable[PlannedEdit],
-    judged: Mapping[Case, str],
+    judged: Mapping[str, str],
     store: EditStore,
     sampler: Callable[[], "Sampler"],
     progress: Progress,
@@ -259,37 +260,38 @@ def load_sampler(plan: Plan, device: str) -> "Sampler":
 def judge_edits(
     plan: Plan,
     wanted: Iterable[PlannedEdit],
+    judged: dict[str, str],
     store: EditStore,
     gate: LabelGate,
     progress: Progress,
-) -> dict[Case, str]:
-    """Return all verdicts, asking the gate for those on `wanted` that it did not give before."""
-    judged = verdicts_by_case(gate.verdicts)
-    open_ = [edit for edit in wanted if edit.case not in judged]
-    for start in range(0, len(open_), _JUDGED_AT_ONCE):
-        batch = open_[start : start + _JUDGED_AT_ONCE]
+) -> None:
+    """Ask the gate for the verdicts on `wanted` that `judged` lacks; they are kept, and added."""
+    total = sum(edit.case not in judged for edit in wanted)
+    unjudged = (edit for edit in wanted if edit.case not in judged)
+    done = 0
+    while batch := list(islice(unjudged, _JUDGED_AT_ONCE)):
         sources = [edit.source for edit in batch]
         size = plan.settings.size
         originals = np.stack([read_square(source.path, size) for source in sources])
         edits = np.stack([read_square(store.path(edit.key), size) for edit in batch])
         for edit, verdict in zip(batch, gate.judge(sources, originals, edits), strict=True):
             judged[edit.case] = verdict
-            key, label = edit.case
-            gate.verdicts.add({"key": key, "label": label, "verdict": verdict})
-        progress("Judging edits", start + len(batch), len(open_))
-    return judged
+            fact = {"key": edit.key, "label": edit.source.label, "verdict": verdict}
+            gate.verdicts.add(fact)
+        done += len(batch)
+        progress("Judging edits", done, total)
 
 
-def verdicts_by_case(verdicts: Ledger) -> dict[Case, str]:
+def verdicts_by_case(verdicts: Ledger) -> dict[str, str]:
     """Read what a gate said; see `PlannedEdit.case`."""
-    return {(said["key"], said["label"]): sys.intern(said["verdict"]) for said in verdicts}
+    return {case(said["key"], said["label"]): sys.intern(said["verdict"]) for said in verdicts}
 
 
 def _may_try_again(plan: Plan, edit: PlannedEdit) -> bool:
     return edit.attempt + 1 < plan.settings.editing.gate.max_attempts
 
 
-def attempts(plan: Plan, first: PlannedEdit, judged: Mapping[Case, str]) -> Iterator[PlannedEdit]:
+def attempts(plan: Plan, first: PlannedEdit, judged: Mapping[str, str]) -> Iterator[PlannedEdit]:
     """Walk from a first attempt to the one that was not rejected, or to the last."""
     yield first
     while judged.get(first.case, ACCEPTED) != ACCEPTED and _may_try_again(plan, first):
@@ -297,7 +299,7 @@ def attempts(plan: Plan, first: PlannedEdit, judged: Mapping[Case, str]) -> Iter
         yield first
 
 
-def open_edits(plan: Plan, judged: Mapping[Case, str]) -> Iterator[PlannedEdit]:
+def open_edits(plan: Plan, judged: Mapping[str, str]) -> Iterator[PlannedEdit]:
     """Give the edits without a verdict: first attempts, or the ones after what was rejected."""
     for first in plan:
         *_, edit = attempts(plan, first, judged)
@@ -311,7 +313,7 @@ def numeric_profiles(stage: Stage, store: EditStore) -> dict[str, int]:
     Edits that came with the data, from another machine's store, are "not known here".
     """
     records, known = store.records(), store.profiles()
-    keys = [key for key in stage.manifest()["edit_key"] if key in records]
+    keys = [key for key in stage.manifest(["edit_key"])["edit_key"] if key in records]
     made_by = Counter(records[key].profile for key in keys)
     counted = {
         ", ".join(f"{name}={value}" for name, value in known[profile].items()): count

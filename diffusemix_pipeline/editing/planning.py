@@ -39,6 +39,11 @@ class Source(NamedTuple):
         return self.folder / self.file_name
 
 
+def case(key: str, label: str) -> str:
+    """Name what a gate judges: the same edit may be wanted under two labels."""
+    return f"{key} {label}"
+
+
 @dataclass(frozen=True, slots=True)
 class PlannedEdit:
     """One wanted edit: `key` identifies its bytes."""
@@ -52,9 +57,9 @@ class PlannedEdit:
     seed: int
 
     @property
-    def case(self) -> tuple[str, str]:
-        """What a gate judges: the same edit may be wanted under two labels."""
-        return self.key, self.source.label
+    def case(self) -> str:
+        """What a gate judges."""
+        return case(self.key, self.source.label)
 
 
 @dataclass(frozen=True)
@@ -123,9 +128,8 @@ def plan_edits(raw: Stage, settings: Settings) -> Plan:
     weights = editor_fingerprint(folder, locate_lora(editing.lora))
     # The editor is known by the bytes of its weights, its LoRA's among them.
     shape = editing.model_dump(exclude={*PLACE_OR_SPEED, "gate"})
-    rows = raw.manifest()
     columns = ["image_id", "label", "file_name", "sha256", "source_sha256"]
-    train = rows.loc[rows["split"] == "train", columns]
+    train = raw.manifest([*columns, "split"]).query("split == 'train'")[columns]
     gate = _gate_version(train, class_names(raw.counts), settings)
     gated = [gate, editing.gate.max_attempts] if gate else None
     fingerprint = digest(

@@ -22,6 +22,7 @@ from diffusemix_pipeline.files import write_bytes
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Corruption, Evaluation
 from diffusemix_pipeline.training.classifier import to_tensor
+from diffusemix_pipeline.training.data import Images
 
 # Raised where the attacks or the corruptions change, so that no two codes are compared.
 CODE_VERSION = "2"
@@ -81,7 +82,7 @@ _AXES = tuple(field.name for field in fields(Evidence) if field.type is not np.n
 
 def evaluate(
     model: nn.Module,
-    images: np.ndarray,
+    images: Images,
     labels: np.ndarray,
     ids: Sequence[str],
     evaluation: Evaluation,
@@ -91,10 +92,9 @@ def evaluate(
 ) -> Evidence:
     """Ask `model` about every test image: clean, under each FGSM strength and each corruption.
 
-    `images` are uint8 (N, H, W, 3), an array or anything that gives one when sliced, read a batch
-    at a time; `labels` int64 (N,), `ids` N names. `model` takes float32 (N, 3, H, W) in [0, 1] and
-    gives logits. The draws of the corruptions follow from `seed` and each image's id, so every arm
-    is asked about the same pixels.
+    `images` are uint8 (N, H, W, 3), read a batch at a time, `labels` int64 (N,), `ids` N names.
+    `model` takes float32 (N, 3, H, W) in [0, 1] and gives logits. The draws of the corruptions
+    follow from `seed` and each image's id, so every arm is asked about the same pixels.
     """
     if not len(ids):
         raise UserError("There are no test images to evaluate on: see source.test_fraction.")
@@ -114,7 +114,7 @@ def evaluate(
     tell = _counted(progress, passes * len(ids))
     for start in range(0, len(ids), evaluation.batch_size):
         batch = slice(start, min(start + evaluation.batch_size, len(ids)))
-        pixels, truth = np.asarray(images[batch]), labels[batch]
+        pixels, truth = images[batch], labels[batch]
         clean, answers = to_tensor(pixels, device), torch.from_numpy(truth).to(device)
         probabilities.append(_probabilities(model, clean))
         tell(len(truth))

@@ -10,7 +10,7 @@ from diffusemix_pipeline.identity import digest
 
 def version_of_test(raw: Stage) -> str:
     """Identify the test images by their content and labels."""
-    rows = raw.manifest().query("split == 'test'")
+    rows = raw.manifest(["split", "label", "sha256"]).query("split == 'test'")
     return digest(sorted(rows[["label", "sha256"]].itertuples(index=False, name=None)))
 
 

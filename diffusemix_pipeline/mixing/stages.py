@@ -110,7 +110,7 @@ def _mixed(
     size, mixing = settings.size, settings.mixing
     names = sorted(mixing.masks)
     masks: dict[str, Mask] = {m: half_mask(m, size, size, mixing.seam) for m in names}
-    sources = raw.manifest().set_index("image_id")["file_name"]
+    sources = raw.manifest(["image_id", "file_name"]).set_index("image_id")["file_name"]
     edits = generated.manifest()
 
     def mixed(row: dict[str, Any], original_name: str, folder: Path) -> dict[str, Any]:

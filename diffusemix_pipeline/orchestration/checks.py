@@ -31,7 +31,7 @@ def _files_match_manifest(name: str, asset: dg.AssetsDefinition) -> dg.AssetChec
         from diffusemix_pipeline.datasets.manifest import TABLES, read_manifest
 
         folder = getattr(context.resources.project, name)
-        rows = set(read_manifest(folder)["file_name"])
+        rows = set(read_manifest(folder, ["file_name"])["file_name"])
         files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
         files -= TABLES
         strays, missing = sorted(files - rows), sorted(rows - files)

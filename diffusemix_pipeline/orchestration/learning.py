@@ -233,7 +233,9 @@ def _evidence(
         return Evidence.load(folder)
     device = choose_device(settings.device)
     classifier = load_classifier(fit.folder, device)
-    test = load_images(raw, "test", classifier.classes, settings.size, progress)
+    test = load_images(
+        [raw], "test", classifier.classes, settings.size, aside=project.aside, progress=progress
+    )
     evidence = evaluate(
         classifier.model,
         test.images,

@@ -25,7 +25,7 @@ def stage_metadata(stage: Stage, seconds: float | None) -> dict[str, Any]:
     were there (None).
     """
     made = seconds and not stage.reused
-    files = stage.manifest()["file_name"]
+    files = stage.manifest(["file_name"])["file_name"]
     return {
         "images": stage.counts["images"],
         "megabytes": sum((stage.folder / name).stat().st_size for name in files) / 1e6,
@@ -58,7 +58,7 @@ def stages_picture(stages: Mapping[str, Stage], images: int = 4) -> bytes:
 
     augmented = stages["augmented"].manifest()
     few = augmented.iloc[:: max(1, len(augmented) // images)].head(images)
-    originals = dict(stages["raw"].manifest()[["image_id", "file_name"]].itertuples(index=False))
+    originals = dict(stages["raw"].manifest(["image_id", "file_name"]).itertuples(index=False))
     rows = []
     for row in few.itertuples():
         names = {"raw": originals[row.source_id]}

@@ -17,7 +17,7 @@ from diffusemix_pipeline.identity import digest, seed_from
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings
 from diffusemix_pipeline.training.classifier import build_classifier, save_classifier
-from diffusemix_pipeline.training.data import concatenate, load_images
+from diffusemix_pipeline.training.data import load_images
 from diffusemix_pipeline.training.loop import fit
 
 CODE_VERSION = "2"
@@ -64,7 +64,7 @@ def fit_fingerprint(arm: str, seed: int, stages: Mapping[str, Stage], settings: 
 
 def _version_of_seen(raw: Stage) -> str:
     """Identify the train and val images by content, split and label."""
-    rows = raw.manifest().query("split != 'test'")[["split", "label", "sha256"]]
+    rows = raw.manifest(["split", "label", "sha256"]).query("split != 'test'")
     return digest(class_names(raw.counts), sorted(rows.itertuples(index=False, name=None)))
 
 
@@ -99,13 +99,11 @@ def fit_arm(
         for point in finished.curve.to_dict("records"):
             on_point(int(point.pop("step")), point)
         return finished
-    classes = class_names(stages["raw"].counts)
-    parts = [load_images(stages["raw"], "train", classes, settings.size, progress)]
-    added = _ADDED_STAGE[arm]
-    if added:
-        parts.append(load_images(stages[added], "train", classes, settings.size, progress))
-    train = concatenate(parts)
-    val = load_images(stages["raw"], "val", classes, settings.size)
+    raw, added = stages["raw"], _ADDED_STAGE[arm]
+    parts = [raw, stages[added]] if added else [raw]
+    classes = class_names(raw.counts)
+    train = load_images(parts, "train", classes, settings.size, aside=aside, progress=progress)
+    val = load_images([raw], "val", classes, settings.size, aside=aside)
     # Every arm of a seed starts from the same weights.
     torch.manual_seed(seed_from(settings.seed, "weights", seed))
     classifier = build_classifier(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from diffusemix_pipeline.datasets.manifest import Stage, class_names
@@ -34,6 +35,9 @@ from diffusemix_pipeline.training.data import LabelledImages, load_images
 from diffusemix_pipeline.training.loop import fit
 
 _BATCH = 16  # images a forward pass: a batch of edits falls apart into folds, each padded to this
+_FACTS = "gate.json"
+_FOLDS = "folds.npz"
+_JUDGED = 1024  # real images in memory at a time
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,18 @@ class FoldTeachers:
 
     classes: list[str]
     """C names; a label is an index into them."""
-    fold_of: Mapping[str, int]
-    """Fold of each training image, by the SHA-256 of its file in `data/raw`."""
+    ids: np.ndarray
+    """bytes (N,), sorted: the SHA-256 of each training image's file in `data/raw`, in hex."""
+    folds: np.ndarray
+    """int64 (N,): the fold of each."""
     teachers: Mapping[int, Classifier]
+
+    def fold_of(self, source_ids: Sequence[str]) -> np.ndarray:
+        """Return the folds, int64 (B,), of training images by their SHA-256."""
+        asked = np.array(source_ids, self.ids.dtype)
+        places = np.searchsorted(self.ids, asked)
+        assert (self.ids[places] == asked).all()
+        return self.folds[places]
 
     def probabilities(self, source_ids: Sequence[str], pixels: np.ndarray) -> np.ndarray:
         """Return class probabilities float32 (B, C) of uint8 (B, size, size, 3) edits.
@@ -52,8 +65,7 @@ class FoldTeachers:
         `source_ids` holds the SHA-256 of each edit's source file in `data/raw`. An edit's
         probabilities depend neither on its place in the batch nor on its neighbours.
         """
-        folds = np.array([self.fold_of[source_id] for source_id in source_ids], np.int64)
-        return _judge(self.teachers, folds, pixels, len(self.classes))
+        return _judge(self.teachers, self.fold_of(source_ids), pixels, len(self.classes))
 
 
 @dataclass(frozen=True)
@@ -66,12 +78,9 @@ class Fitted:
     labels: np.ndarray
     """int64 (N,): the labels of all N training images."""
     held_out: np.ndarray
-    """float32 (N, C): their class probabilities, each image judged by its own fold's teacher."""
-
-    @property
-    def accuracy(self) -> float:
-        """Top-1 accuracy on held-out images, 0 to 1: how far a verdict of the teachers counts."""
-        return float((self.held_out.argmax(1) == self.labels).mean())
+    """float32 (N,): the probability of each one's label, judged by its own fold's teacher."""
+    accuracy: float
+    """Top-1 accuracy on held-out images, 0 to 1: how far a verdict of the teachers counts."""
 
 
 def fit_fold_teachers(
@@ -90,15 +99,15 @@ def fit_fold_teachers(
     teacher would see no image.
     """
     classes = class_names(raw.counts)
-    train = load_images(raw, "train", classes, settings.size, progress)
+    train = load_images([raw], "train", classes, settings.size, aside=aside, progress=progress)
     folds = assign_folds(train, settings.editing.gate.folds, settings.seed)
     for fold in np.unique(folds):
         _check_classes(train.labels[folds != fold], classes)
     folders = {
         int(fold): _fit_teacher(
             f"Training fold teacher {fold + 1} of {folds.max() + 1}",
-            _subset(train, folds != fold),
-            _subset(train, folds == fold),
+            train.subset(np.flatnonzero(folds != fold)),
+            train.subset(np.flatnonzero(folds == fold)),
             classes,
             settings,
             folder=folder,
@@ -108,10 +117,11 @@ def fit_fold_teachers(
         )
         for fold in np.unique(folds)
     }
-    fold_of = dict(zip(train.ids, folds.tolist(), strict=True))
-    teachers = _load(folder, folders, classes, fold_of, device)
-    held_out = _judge(teachers.teachers, folds, train.images, len(classes))
-    return Fitted(teachers, folders, train.labels, held_out)
+    ids = np.array(train.ids, "S")
+    order = np.argsort(ids)
+    teachers = FoldTeachers(classes, ids[order], folds[order], _load(folder, folders, device))
+    held_out, accuracy = _judge_held_out(teachers, train, folds)
+    return Fitted(teachers, folders, train.labels, held_out, accuracy)
 
 
 def fit_label_gate(
@@ -128,7 +138,7 @@ def fit_label_gate(
     What is known of a fitted gate is kept too: shards, which follow, decode no training image.
     """
     settings, gate = plan.settings, plan.settings.editing.gate
-    known, home = folder / "fitted" / f"{plan.gate}.json", folder / "teachers"
+    known, home = folder / "fitted" / f"{plan.gate}", folder / "teachers"
     if not known.exists():
         fitted = fit_fold_teachers(
             raw, settings, folder=home, aside=aside, device=device, progress=progress
@@ -137,17 +147,21 @@ def fit_label_gate(
         thresholds = class_thresholds(
             fitted.held_out, fitted.labels, len(classes), gate.false_reject_rate
         )
-        content = {
+        facts = {
             "accuracy": fitted.accuracy,
             "classes": classes,
-            "fold_of": fitted.teachers.fold_of,
             "teachers": fitted.folders,
             "thresholds": thresholds.tolist(),
         }
-        write_json(known, content)
-    kept = json.loads(known.read_text(encoding="utf-8"))
-    teachers = _load(home, kept["teachers"], kept["classes"], kept["fold_of"], device)
-    thresholds = np.array(kept["thresholds"])
+        with replaced_folder(known, mark=_FACTS, aside=aside) as partial:
+            np.savez(partial / _FOLDS, ids=fitted.teachers.ids, folds=fitted.teachers.folds)
+            write_json(partial / _FACTS, facts)
+        del fitted  # not to be held beside what is read
+    facts = json.loads((known / _FACTS).read_text(encoding="utf-8"))
+    with np.load(known / _FOLDS, allow_pickle=False) as kept:
+        ids, folds = kept["ids"], kept["folds"]
+    teachers = FoldTeachers(facts["classes"], ids, folds, _load(home, facts["teachers"], device))
+    thresholds = np.array(facts["thresholds"])
     index = {name: place for place, name in enumerate(teachers.classes)}
 
     def judge(sources: Sequence[Source], originals: np.ndarray, edits: np.ndarray) -> list[str]:
@@ -155,7 +169,7 @@ def fit_label_gate(
         probabilities = teachers.probabilities([source.sha256 for source in sources], edits)
         return verdicts(originals, edits, labels, probabilities, thresholds, gate)
 
-    return LabelGate(judge, plan.verdicts(folder), kept["accuracy"])
+    return LabelGate(judge, plan.verdicts(folder), facts["accuracy"])
 
 
 def assign_folds(train: LabelledImages, folds: int, seed: int) -> np.ndarray:
@@ -166,14 +180,16 @@ def assign_folds(train: LabelledImages, folds: int, seed: int) -> np.ndarray:
     whatever their files or labels. Neither names nor order count. A new image may move others to
     another fold: it is new to all teachers but one, so they are trained anew all the same.
     """
-    pictures = [hashlib.sha256(image.tobytes()).hexdigest() for image in train.images]
-    dealt = sorted(
-        range(len(train)), key=lambda i: (train.labels[i], seed_from(seed, "fold", pictures[i]))
+    hashed = (
+        hashlib.sha256(train.images[row : row + 1].tobytes()).hexdigest()
+        for row in range(len(train))
     )
-    fold_of: dict[str, int] = {}
-    for index in dealt:
-        fold_of.setdefault(pictures[index], len(fold_of) % folds)
-    return np.array([fold_of[picture] for picture in pictures], np.int64)
+    pictures = np.fromiter((seed_from(seed, "fold", each) for each in hashed), np.int64)
+    dealt = np.lexsort((pictures, train.labels))
+    turns, _ = pd.factorize(pictures[dealt])  # copies of a picture have one turn
+    found = np.empty(len(train), np.int64)
+    found[dealt] = turns % folds
+    return found
 
 
 def _check_classes(labels_seen: np.ndarray, classes: Sequence[str]) -> None:
@@ -186,16 +202,9 @@ def _check_classes(labels_seen: np.ndarray, classes: Sequence[str]) -> None:
         )
 
 
-def _load(
-    folder: Path,
-    folders: Mapping[Any, str],
-    classes: list[str],
-    fold_of: Mapping[str, int],
-    device: str,
-) -> FoldTeachers:
+def _load(folder: Path, folders: Mapping[Any, str], device: str) -> dict[int, Classifier]:
     """Read teachers; `folders` is by fold, which JSON writes as text."""
-    read = {int(fold): load_classifier(folder / name, device) for fold, name in folders.items()}
-    return FoldTeachers(classes, fold_of, read)
+    return {int(fold): load_classifier(folder / name, device) for fold, name in folders.items()}
 
 
 def _fit_teacher(
@@ -260,6 +269,23 @@ def _fingerprint(train: LabelledImages, classes: Sequence[str], settings: Settin
     return digest("teacher", teacher_recipe(settings), classes, seen)
 
 
+def _judge_held_out(
+    teachers: FoldTeachers, train: LabelledImages, folds: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """Return each image's probability of its label, float32 (N,), and the top-1 accuracy."""
+    own = np.empty(len(train), np.float32)
+    right = 0
+    for start in range(0, len(train), _JUDGED):
+        chosen = slice(start, start + _JUDGED)
+        labels = train.labels[chosen]
+        found = _judge(
+            teachers.teachers, folds[chosen], train.images[chosen], len(teachers.classes)
+        )
+        own[chosen] = found[np.arange(len(labels)), labels]
+        right += int((found.argmax(1) == labels).sum())
+    return own, right / len(train)
+
+
 def _judge(
     teachers: Mapping[int, Classifier], folds: np.ndarray, pixels: np.ndarray, classes: int
 ) -> np.ndarray:
@@ -271,11 +297,3 @@ def _judge(
         padded = np.pad(ours, (0, -len(ours) % _BATCH), mode="edge")
         found[ours] = teachers[int(fold)].predict_proba(pixels[padded], _BATCH)[: len(ours)]
     return found
-
-
-def _subset(images: LabelledImages, chosen: np.ndarray) -> LabelledImages:
-    """Return the images where bool (N,) `chosen` is true."""
-    index = np.flatnonzero(chosen)
-    return LabelledImages(
-        images.images[index], images.labels[index], [images.ids[i] for i in index]
-    )
