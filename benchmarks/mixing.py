@@ -25,6 +25,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
 from diffusemix_pipeline.datasets.images import png_bytes, read_square
@@ -42,12 +43,14 @@ from diffusemix_pipeline.mixing.stages import make_augmented
 from diffusemix_pipeline.settings import Settings
 
 ROWS = (1_000, 50_000)
-_MANIFESTS = {
-    "raw": ["raw"],
-    "teachers": ["raw"],
-    "made": ["raw"],
-    "generated": ["raw", "generated"],
-    "augmented": ["raw", "generated", "augmented"],
+_PLANNED = ["image_id", "label", "file_name", "sha256", "source_sha256"]
+# The manifests that a stage works with, and the columns of them.
+_MANIFESTS: dict[str, dict[str, list[str] | None]] = {
+    "raw": {"raw": None},
+    "teachers": {"raw": _PLANNED},
+    "made": {"raw": _PLANNED},
+    "generated": {"raw": _PLANNED, "generated": None},
+    "augmented": {"raw": ["image_id", "file_name"], "generated": None, "augmented": None},
 }
 CODECS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"PNG, level {level}": ("PNG", {"compress_level": level}) for level in range(10)},
@@ -265,13 +268,14 @@ def memory() -> dict[str, Any]:
     """Measure how much more memory the stages hold for 50,000 images than for 1,000.
 
     Each stage runs in a process of its own, whose peak of resident memory the kernel tells (Linux).
-    `rss_growth_mb` is the largest growth, less the manifests that a stage works with: its own and
-    those of the stages before it. `manifest_bytes_per_row` is the largest of those in memory.
+    `rss_growth_mb` is the largest growth, less the manifests that a stage works with: its own, and
+    the columns that it reads of those before. `manifest_bytes_per_row` is the largest whole one.
     Images are PNG files of 16 px, all different. The label gate is on, with teachers that were
     trained for a few steps. Edits are "made" by no editor, for its memory is its own.
     """
     few, many = ROWS
-    peaks, per_row = {}, {}
+    peaks: dict[tuple[str, int], int] = {}
+    manifests: dict[str, pd.Series] = {}
     for count in (few, many):
         with tempfile.TemporaryDirectory() as folder:
             here = Path(folder)
@@ -280,15 +284,17 @@ def memory() -> dict[str, Any]:
                 peaks[stage, count] = _peak_bytes(stage, here)
                 if (here / stage / MANIFEST).exists():
                     rows = read_manifest(here / stage)
-                    per_row[stage] = int(rows.memory_usage(deep=True).sum()) / len(rows)
+                    manifests[stage] = rows.memory_usage(index=False, deep=True) / len(rows)
     grown = {stage: peaks[stage, many] - peaks[stage, few] for stage in _MANIFESTS}
     aside = {
-        stage: grown[stage] - (many - few) * sum(per_row[name] for name in names)
-        for stage, names in _MANIFESTS.items()
+        stage: grown[stage]
+        - (many - few)
+        * sum(manifests[name][columns or slice(None)].sum() for name, columns in read.items())
+        for stage, read in _MANIFESTS.items()
     }
     return {
         "rss_growth_mb": max(aside.values()) / 1e6,
-        "manifest_bytes_per_row": max(per_row.values()),
+        "manifest_bytes_per_row": max(float(sizes.sum()) for sizes in manifests.values()),
         "rss_growth_mb_by_stage": {stage: grown[stage] / 1e6 for stage in grown},
         "rss_growth_mb_less_manifests_by_stage": {stage: aside[stage] / 1e6 for stage in aside},
     }
@@ -373,7 +379,7 @@ def _gate(here: Path, plan: Plan) -> LabelGate | None:
     """Fit or read the label gate where it is on."""
     if not plan.gate:
         return None
-    # Imported here: it brings torch, which the processes without a gate do without.
+    # Imported here: it brings torch, which processes that neither make nor judge do without.
     from diffusemix_pipeline.training.fold_teachers import fit_label_gate
 
     raw, aside = read_stage(here / "raw"), here / "aside"
@@ -382,7 +388,7 @@ def _gate(here: Path, plan: Plan) -> LabelGate | None:
 
 def _make_with_no_editor(here: Path, settings: Settings) -> None:
     """Plan all edits, fill the store with them as an editor's are, and let the gate judge them."""
-    from diffusemix_pipeline.editing.sampling import Sampler
+    from diffusemix_pipeline.editing.sampling import Sampler  # torch, as above
 
     plan, store = plan_edits(read_stage(here / "raw"), settings), EditStore(here / "edits")
     sampler = Sampler(_NoEditor(), "cpu", settings, 32)

@@ -138,8 +138,8 @@ def run_pilot(
     progress("Editing a pilot", len(chosen), len(chosen))
     accepted = None
     if gate:
-        judge_edits(plan, chosen, judged, store, gate, progress)
-        accepted = sum(judged[edit.case] == ACCEPTED for edit in chosen) / len(chosen)
+        rejected = judge_edits(plan, chosen, judged, store, gate, progress)
+        accepted = 1 - len(rejected) / len(chosen)
     return Cost(
         pilot=len(chosen),
         round_edits=round_edits,

@@ -150,8 +150,7 @@ def make_edits(
         made += _make_missing(wanted, judged, store, sampler, progress)
         if gate is None:
             break
-        judge_edits(plan, wanted, judged, store, gate, progress)
-        rejected = (edit for edit in wanted if judged[edit.case] != ACCEPTED)
+        rejected = judge_edits(plan, wanted, judged, store, gate, progress)
         wanted = [plan.next_attempt(edit) for edit in rejected if _may_try_again(plan, edit)]
     return made
 
@@ -184,7 +183,7 @@ def collect_edits(
                 else:
                     rejected.append({name: row[name] for name in _REJECTED_COLUMNS})
             progress("Linking edits", done, len(plan))
-        del records  # not to be held beside the manifest
+        del records, judged  # not to be held beside the manifest
         if not accepted:
             raise UserError(
                 f"The label gate rejected all {len(rejected)} edits: look at them with `diffusemix "
@@ -260,13 +259,18 @@ def load_sampler(plan: Plan, device: str) -> "Sampler":
 def judge_edits(
     plan: Plan,
     wanted: Iterable[PlannedEdit],
-    judged: dict[str, str],
+    judged: Mapping[str, str],
     store: EditStore,
     gate: LabelGate,
     progress: Progress,
-) -> None:
-    """Ask the gate for the verdicts on `wanted` that `judged` lacks; they are kept, and added."""
-    total = sum(edit.case not in judged for edit in wanted)
+) -> list[PlannedEdit]:
+    """Ask the gate for the verdicts on `wanted` that `judged` lacks; return what is rejected."""
+    rejected, total = [], 0
+    for edit in wanted:
+        if edit.case not in judged:
+            total += 1
+        elif judged[edit.case] != ACCEPTED:
+            rejected.append(edit)
     unjudged = (edit for edit in wanted if edit.case not in judged)
     done = 0
     while batch := list(islice(unjudged, _JUDGED_AT_ONCE)):
@@ -275,11 +279,13 @@ def judge_edits(
         originals = np.stack([read_square(source.path, size) for source in sources])
         edits = np.stack([read_square(store.path(edit.key), size) for edit in batch])
         for edit, verdict in zip(batch, gate.judge(sources, originals, edits), strict=True):
-            judged[edit.case] = verdict
+            if verdict != ACCEPTED:
+                rejected.append(edit)
             fact = {"key": edit.key, "label": edit.source.label, "verdict": verdict}
             gate.verdicts.add(fact)
         done += len(batch)
         progress("Judging edits", done, total)
+    return rejected
 
 
 def verdicts_by_case(verdicts: Ledger) -> dict[str, str]:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import timm
@@ -19,7 +20,9 @@ from torch import nn
 from diffusemix_pipeline.datasets.images import MAX_PIXELS, read_rgb, to_square
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import write_json
-from diffusemix_pipeline.training.data import Images
+
+if TYPE_CHECKING:  # serving needs no manifests
+    from diffusemix_pipeline.training.data import Images
 
 WEIGHTS = "model.safetensors"
 DESCRIPTION = "classifier.json"
@@ -59,7 +62,7 @@ class Classifier:
             image = read_rgb(Path(image), MAX_PIXELS)
         return to_square(image.convert("RGB"), self.size)
 
-    def predict_proba(self, images: Images, batch_size: int = 256) -> np.ndarray:
+    def predict_proba(self, images: "Images", batch_size: int = 256) -> np.ndarray:
         """Return class probabilities float32 (N, K) of uint8 (N, size, size, 3) images."""
         device = self.model.mean.device
         self.model.eval()

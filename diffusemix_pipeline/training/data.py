@@ -1,6 +1,8 @@
-"""Stage folders as arrays: what an arm trains on, and what it is chosen and judged by."""
+"""Stage folders as labelled images: what classifiers are trained on, chosen and judged by."""
 
 import copy
+import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,13 +13,15 @@ import pandas as pd
 
 from diffusemix_pipeline.datasets.images import read_square
 from diffusemix_pipeline.datasets.manifest import Stage
+from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.progress import Progress, silent
 
 
 class DecodedImages:
     """Images uint8 (N, S, S, 3) in a file: a slice or an index array reads those that it names.
 
-    Memory holds none of them. The file has no name, so it goes with the process, even a killed one.
+    Memory holds none of them; the pages of a mapped file would count as held. The file has no name,
+    so it goes with the process, even a killed one.
     """
 
     def __init__(self, images: Iterable[np.ndarray], size: int, folder: Path) -> None:
@@ -25,7 +29,11 @@ class DecodedImages:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (it lives as long as this)
         self._shape = (size, size, 3)
-        count = sum(1 for image in images if self._file.write(image.tobytes()))
+        count = 0
+        for image in images:
+            self._file.write(image.tobytes())
+            count += 1
+        self._file.flush()
         self._places = np.arange(count)
 
     def __len__(self) -> int:
@@ -35,8 +43,9 @@ class DecodedImages:
         places = self._places[index]
         pixels = np.empty((len(places), *self._shape), np.uint8)
         for place, image in zip(places.tolist(), pixels, strict=True):
-            self._file.seek(place * image.nbytes)
-            self._file.readinto(image.data)
+            # Unlike seek and read, this shares no position with other threads and forks.
+            read = os.preadv(self._file.fileno(), [image.data], place * image.nbytes)
+            assert read == image.nbytes
         return pixels
 
     def subset(self, index: np.ndarray) -> "DecodedImages":
@@ -78,10 +87,12 @@ def load_images(
 ) -> LabelledImages:
     """Decode one split of some stages at `size` px; a label is its class's index in `classes`.
 
-    Within a stage, their order follows from label and content: a file's name changes nothing.
-    `aside` is a folder for the decoded images.
+    Within a stage, their order follows from label and content: a file's name changes nothing. While
+    they are in use, the decoded images take `size` ** 2 * 3 bytes each of the disk of `aside`;
+    UserError where they do not fit.
     """
     rows = pd.concat([_rows(stage, split) for stage in stages])
+    _check_space(len(rows) * size**2 * 3, aside)
 
     def decoded() -> Iterator[np.ndarray]:
         for done, path in enumerate(rows["path"], 1):
@@ -91,6 +102,16 @@ def load_images(
     index_of = {label: index for index, label in enumerate(classes)}
     labels = np.array(rows["label"].map(index_of), np.int64)
     return LabelledImages(DecodedImages(decoded(), size, aside), labels, list(rows["sha256"]))
+
+
+def _check_space(needed: int, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"Decoding images for training takes {needed / 1e9:.1f} GB of the disk of {folder}, "
+            f"which has {free / 1e9:.1f} GB left: free some, or train on fewer or smaller images."
+        )
 
 
 def _rows(stage: Stage, split: str) -> pd.DataFrame:

@@ -5,11 +5,10 @@ know it by heart. What a teacher's probabilities mean for an edit is decided in 
 """
 
 import hashlib
-import json
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,7 +19,7 @@ from diffusemix_pipeline.editing.gate import class_thresholds, verdicts
 from diffusemix_pipeline.editing.generate import LabelGate
 from diffusemix_pipeline.editing.planning import Plan, Source, teacher_recipe
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.files import replaced_folder, write_json
+from diffusemix_pipeline.files import replaced_folder, write_bytes
 from diffusemix_pipeline.identity import digest, seed_from
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings
@@ -31,13 +30,11 @@ from diffusemix_pipeline.training.classifier import (
     load_classifier,
     save_classifier,
 )
-from diffusemix_pipeline.training.data import LabelledImages, load_images
+from diffusemix_pipeline.training.data import Images, LabelledImages, load_images
 from diffusemix_pipeline.training.loop import fit
 
 _BATCH = 16  # images a forward pass: a batch of edits falls apart into folds, each padded to this
-_FACTS = "gate.json"
-_FOLDS = "folds.npz"
-_JUDGED = 1024  # real images in memory at a time
+_JUDGED = 1024  # images whose probabilities are held at a time
 
 
 @dataclass(frozen=True)
@@ -55,8 +52,9 @@ class FoldTeachers:
     def fold_of(self, source_ids: Sequence[str]) -> np.ndarray:
         """Return the folds, int64 (B,), of training images by their SHA-256."""
         asked = np.array(source_ids, self.ids.dtype)
-        places = np.searchsorted(self.ids, asked)
-        assert (self.ids[places] == asked).all()
+        places = np.searchsorted(self.ids, asked).clip(max=len(self.ids) - 1)
+        if (self.ids[places] != asked).any():
+            raise KeyError(f"not all of {source_ids} are training images")
         return self.folds[places]
 
     def probabilities(self, source_ids: Sequence[str], pixels: np.ndarray) -> np.ndarray:
@@ -73,8 +71,8 @@ class Fitted:
     """Teachers, and what they say of the real images that they did not see."""
 
     teachers: FoldTeachers
-    folders: Mapping[int, str]
-    """Name of each teacher's folder."""
+    folders: Sequence[str]
+    """Name of each teacher's folder, by fold."""
     labels: np.ndarray
     """int64 (N,): the labels of all N training images."""
     held_out: np.ndarray
@@ -103,8 +101,8 @@ def fit_fold_teachers(
     folds = assign_folds(train, settings.editing.gate.folds, settings.seed)
     for fold in np.unique(folds):
         _check_classes(train.labels[folds != fold], classes)
-    folders = {
-        int(fold): _fit_teacher(
+    folders = [
+        _fit_teacher(
             f"Training fold teacher {fold + 1} of {folds.max() + 1}",
             train.subset(np.flatnonzero(folds != fold)),
             train.subset(np.flatnonzero(folds == fold)),
@@ -115,8 +113,8 @@ def fit_fold_teachers(
             device=device,
             progress=progress,
         )
-        for fold in np.unique(folds)
-    }
+        for fold in np.unique(folds)  # 0, 1, ...
+    ]
     ids = np.array(train.ids, "S")
     order = np.argsort(ids)
     teachers = FoldTeachers(classes, ids[order], folds[order], _load(folder, folders, device))
@@ -138,38 +136,41 @@ def fit_label_gate(
     What is known of a fitted gate is kept too: shards, which follow, decode no training image.
     """
     settings, gate = plan.settings, plan.settings.editing.gate
-    known, home = folder / "fitted" / f"{plan.gate}", folder / "teachers"
+    known, home = folder / "fitted" / f"{plan.gate}.npz", folder / "teachers"
     if not known.exists():
         fitted = fit_fold_teachers(
             raw, settings, folder=home, aside=aside, device=device, progress=progress
         )
-        classes = fitted.teachers.classes
-        thresholds = class_thresholds(
-            fitted.held_out, fitted.labels, len(classes), gate.false_reject_rate
-        )
-        facts = {
-            "accuracy": fitted.accuracy,
-            "classes": classes,
-            "teachers": fitted.folders,
-            "thresholds": thresholds.tolist(),
-        }
-        with replaced_folder(known, mark=_FACTS, aside=aside) as partial:
-            np.savez(partial / _FOLDS, ids=fitted.teachers.ids, folds=fitted.teachers.folds)
-            write_json(partial / _FACTS, facts)
+        _keep_fitted(known, fitted, gate.false_reject_rate)
         del fitted  # not to be held beside what is read
-    facts = json.loads((known / _FACTS).read_text(encoding="utf-8"))
-    with np.load(known / _FOLDS, allow_pickle=False) as kept:
-        ids, folds = kept["ids"], kept["folds"]
-    teachers = FoldTeachers(facts["classes"], ids, folds, _load(home, facts["teachers"], device))
-    thresholds = np.array(facts["thresholds"])
-    index = {name: place for place, name in enumerate(teachers.classes)}
+    classes = class_names(raw.counts)
+    with np.load(known, allow_pickle=False) as kept:
+        read = _load(home, kept["folders"].tolist(), device)
+        teachers = FoldTeachers(classes, kept["ids"], kept["folds"], read)
+        thresholds, accuracy = kept["thresholds"], float(kept["accuracy"])
+    index = {name: place for place, name in enumerate(classes)}
 
     def judge(sources: Sequence[Source], originals: np.ndarray, edits: np.ndarray) -> list[str]:
         labels = np.array([index[source.label] for source in sources])
         probabilities = teachers.probabilities([source.sha256 for source in sources], edits)
         return verdicts(originals, edits, labels, probabilities, thresholds, gate)
 
-    return LabelGate(judge, plan.verdicts(folder), facts["accuracy"])
+    return LabelGate(judge, plan.verdicts(folder), accuracy)
+
+
+def _keep_fitted(path: Path, fitted: Fitted, false_reject_rate: float) -> None:
+    """Write what is known of fitted teachers, as one file: it is there as a whole or not."""
+    classes = len(fitted.teachers.classes)
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        ids=fitted.teachers.ids,
+        folds=fitted.teachers.folds,
+        folders=fitted.folders,
+        thresholds=class_thresholds(fitted.held_out, fitted.labels, classes, false_reject_rate),
+        accuracy=fitted.accuracy,
+    )
+    write_bytes(path, buffer.getvalue())
 
 
 def assign_folds(train: LabelledImages, folds: int, seed: int) -> np.ndarray:
@@ -202,9 +203,9 @@ def _check_classes(labels_seen: np.ndarray, classes: Sequence[str]) -> None:
         )
 
 
-def _load(folder: Path, folders: Mapping[Any, str], device: str) -> dict[int, Classifier]:
-    """Read teachers; `folders` is by fold, which JSON writes as text."""
-    return {int(fold): load_classifier(folder / name, device) for fold, name in folders.items()}
+def _load(folder: Path, names: Sequence[str], device: str) -> dict[int, Classifier]:
+    """Read teachers by fold."""
+    return {fold: load_classifier(folder / name, device) for fold, name in enumerate(names)}
 
 
 def _fit_teacher(
@@ -276,24 +277,24 @@ def _judge_held_out(
     own = np.empty(len(train), np.float32)
     right = 0
     for start in range(0, len(train), _JUDGED):
-        chosen = slice(start, start + _JUDGED)
+        chosen = np.arange(start, min(start + _JUDGED, len(train)))
         labels = train.labels[chosen]
-        found = _judge(
-            teachers.teachers, folds[chosen], train.images[chosen], len(teachers.classes)
-        )
+        images = train.images.subset(chosen)
+        found = _judge(teachers.teachers, folds[chosen], images, len(teachers.classes))
         own[chosen] = found[np.arange(len(labels)), labels]
         right += int((found.argmax(1) == labels).sum())
     return own, right / len(train)
 
 
 def _judge(
-    teachers: Mapping[int, Classifier], folds: np.ndarray, pixels: np.ndarray, classes: int
+    teachers: Mapping[int, Classifier], folds: np.ndarray, images: Images, classes: int
 ) -> np.ndarray:
     """Return float32 (B, C): each image's probabilities by the teacher of its fold."""
-    found = np.empty((len(pixels), classes), np.float32)
+    found = np.empty((len(images), classes), np.float32)
     for fold in np.unique(folds):
         ours = np.flatnonzero(folds == fold)
         # The shape of a batch changes the bytes of its members: every batch is a full one.
         padded = np.pad(ours, (0, -len(ours) % _BATCH), mode="edge")
-        found[ours] = teachers[int(fold)].predict_proba(pixels[padded], _BATCH)[: len(ours)]
+        of_fold = images[padded] if isinstance(images, np.ndarray) else images.subset(padded)
+        found[ours] = teachers[int(fold)].predict_proba(of_fold, _BATCH)[: len(ours)]
     return found
