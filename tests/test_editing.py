@@ -717,3 +717,19 @@ def test_small_images_are_enlarged_for_editing_and_brought_back(weights, tmp_pat
         assert kept.size == (32, 32)
         small = Image.fromarray(edit).resize((32, 32), Image.Resampling.LANCZOS)
         assert np.array_equal(kept, small)
+
+
+def test_small_maps_alone_are_laid_out_by_channel_for_their_norms(weights):
+    editor = load_editor(weights, quick_settings("editing.steps=1").editing, "cpu")
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for module in editor._unet.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.register_forward_hook(lambda norm, taken, made: seen.append((taken[0], made)))
+    editor.edit(np.zeros((2, 64, 64, 3), np.uint8), ["a", "b"], [0, 1])
+    small = {True: 0, False: 0}
+    for taken, made in seen:
+        if taken.ndim == 4:
+            small[taken[0, 0].numel() < 1024] += 1
+            assert taken.is_contiguous() == (taken[0, 0].numel() < 1024)
+            assert made.is_contiguous(memory_format=torch.channels_last)
+    assert min(small.values()) > 0

@@ -10,10 +10,12 @@ from conftest import quick_settings, write_classes
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffusemix_pipeline.datasets.images import read_square
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import Stage
 from diffusemix_pipeline.editing.editor import BUNDLED_WEIGHTS, load_editor
 from diffusemix_pipeline.editing.gate import class_thresholds
+from diffusemix_pipeline.editing.planning import plan_edits
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import seed_from
 from diffusemix_pipeline.training import fold_teachers
@@ -22,6 +24,7 @@ from diffusemix_pipeline.training.fold_teachers import (
     Fitted,
     assign_folds,
     fit_fold_teachers,
+    fit_label_gate,
 )
 
 CLASSES = ["cat", "dog", "emu"]
@@ -86,6 +89,9 @@ def test_no_image_is_judged_by_a_teacher_that_saw_it(raw, tmp_path, monkeypatch)
         judged = {train.ids[row] for row in np.flatnonzero(of_train == fold)}
         assert set(trained_on.ids) == set(train.ids) - judged
         assert set(trained_on.labels) == {0, 1, 2}
+        rows = [train.ids.index(image_id) for image_id in trained_on.ids]
+        assert trained_on.labels.tolist() == train.labels[rows].tolist()
+        assert np.array_equal(trained_on.images[:], train.images[np.array(rows)])
     for row, image_id in enumerate(train.ids):
         fold = teachers.teachers.fold_of([image_id])[0]
         alone = teachers.teachers.teachers[fold].predict_proba(train.images[row : row + 1])
@@ -124,6 +130,26 @@ def test_probabilities_depend_on_neither_order_nor_neighbours(raw, teachers, ord
 
 def test_no_edits_have_no_probabilities(teachers):
     assert teachers.teachers.probabilities([], np.empty((0, 32, 32, 3), np.uint8)).shape == (0, 3)
+
+
+def test_a_fitted_gate_is_read_back_without_its_images(raw, tmp_path, monkeypatch):
+    settings = quick_settings(FOLDS, "editing.gate.enabled=true", "editing.gate.min_change=0")
+    plan = plan_edits(raw, settings)
+    where = {"folder": tmp_path / "gate", "aside": tmp_path / "aside", "device": "cpu"}
+    first = fit_label_gate(plan, raw, **where)
+    assert not [path for path in (tmp_path / "aside").rglob("*") if path.is_file()]
+    monkeypatch.setattr(fold_teachers, "load_images", lambda *args, **how: pytest.fail("decoded"))
+    again = fit_label_gate(plan, raw, **where)
+    assert again.teacher_accuracy == first.teacher_accuracy
+    sources = [edit.source for edit in plan]
+    originals = np.stack([read_square(source.path, 32) for source in sources])
+    edits = originals[:, ::-1]
+    verdicts = first.judge(sources, originals, edits)
+    assert again.judge(sources, originals, edits) == verdicts
+    assert len(set(verdicts)) > 1
+    strange = sources[0]._replace(sha256="f" * 64)
+    with pytest.raises(KeyError, match="f{64}"):
+        again.judge([strange], originals[:1], edits[:1])
 
 
 def test_finished_teachers_are_read_and_a_missing_one_alone_is_trained(raw, tmp_path, monkeypatch):

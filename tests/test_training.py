@@ -156,7 +156,7 @@ def test_images_of_several_stages_follow_each_other_and_their_labels(raw, tmp_pa
         assert np.array_equal(once.images[place : place + 1][0], read_square(file, 32))
 
 
-def test_memory_holds_no_images_of_a_split(raw, tmp_path):
+def test_memory_holds_no_decoded_images(tmp_path):
     tracemalloc.start()
     images = DecodedImages((np.full((64, 64, 3), n, np.uint8) for n in range(250)), 64, tmp_path)
     total = sum(int(images[start : start + 10].sum()) for start in range(0, 250, 10))
@@ -164,6 +164,13 @@ def test_memory_holds_no_images_of_a_split(raw, tmp_path):
     tracemalloc.stop()
     assert total == sum(range(250)) * 64 * 64 * 3
     assert peak < 250 * 64 * 64 * 3 / 10
+
+
+def test_a_disk_too_small_for_the_decoded_images_is_named_beforehand(raw, tmp_path, monkeypatch):
+    full = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
+    with pytest.raises(UserError, match=r"of the disk of .*aside, which has 0\.0 GB left"):
+        load_images([raw], "train", ["cat", "dog", "emu"], 32, aside=tmp_path / "aside")
 
 
 def test_it_learns(tmp_path):
