@@ -47,4 +47,5 @@ def test_the_binned_form_is_the_metric(logits, labels):
     exponentials = np.exp(logits)
     probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
     binned = np.abs(binned_gaps(probabilities, labels).sum(axis=0)).sum() / len(labels)
-    assert binned == pytest.approx(expected_calibration_error(probabilities, labels), abs=1e-4)  # the metric adds up in float32
+    error = expected_calibration_error(probabilities, labels)
+    assert binned == pytest.approx(error, abs=1e-4)  # the metric adds up in float32
