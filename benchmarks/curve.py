@@ -291,6 +291,7 @@ def _answers(bench: Bench, settings: Settings, *, augmented: bool) -> list[Evide
             stages,
             settings,
             checkpoints=folder / "checkpoints",
+            fractal_cache=folder / "fractals",
             aside=aside,
             device=device,
             on_point=lambda step, point: None,

@@ -46,7 +46,20 @@ PAPER_PROMPTS = [
 
 Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
 Mask = Literal["left", "right", "top", "bottom"]
-Arm = Literal["vanilla", "generated_only", "hybrid_only", "diffusemix"]
+Arm = Literal[
+    "vanilla",
+    "trivialaugment",
+    "randaugment",
+    "mixup",
+    "cutmix",
+    "augmix",
+    "pixmix",
+    "generated_only",
+    "hybrid_only",
+    "diffusemix",
+    "diffusemix_online",
+    "diffusemix+cutmix",
+]
 Corruption = Literal[
     "gaussian_noise",
     "shot_noise",
@@ -248,7 +261,8 @@ class Training(Section):
     arms: list[Arm] = Field(
         ["vanilla", "diffusemix"],
         min_length=1,
-        description="What is trained: originals alone, or originals with one of the three stages.",
+        description="What is trained: originals alone, with a rival augmentation, or with one of "
+        "the three stages; diffusemix_online draws masks and fractals anew for every batch.",
     )
     model: str = Field("resnet10t", min_length=1, description="A timm model's name.")
     pretrained: bool = Field(False, description="Start from timm's pretrained weights.")

@@ -1,5 +1,6 @@
 """What the tests share: small real images, settings that run in seconds, one project a test."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusemix_pipeline.datasets.images import png_bytes, read_square
+from diffusemix_pipeline.datasets.manifest import Stage, read_stage, write_stage
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings, load_settings
 
@@ -80,6 +83,26 @@ def write_classes(folder: Path, classes: list[str], images: int, seed: int = 0) 
         for index in range(images):
             picture(seed + 1000 * number + index).save(folder / label / f"{index}.png")
     return folder
+
+
+def write_edits(raw: Stage, folder: Path, *, aside: Path) -> Stage:
+    """Write a stage like `generated`: each training image's negative of 32 px, with its row."""
+    rows = raw.manifest().query("split == 'train'").to_dict("records")
+    with write_stage(folder, name="generated", fingerprint="negatives", aside=aside) as stage:
+        for row in rows:
+            image_id = f"{row['label']}/{Path(row['image_id']).name}"
+            content = png_bytes(255 - read_square(raw.folder / row["file_name"], 32))
+            target = stage.folder / f"{image_id}.png"
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(content)
+            made = {
+                "image_id": image_id,
+                "file_name": f"{image_id}.png",
+                "source_id": row["image_id"],
+                "sha256": hashlib.sha256(content).hexdigest(),
+            }
+            stage.add({**row, **made})
+    return read_stage(folder)
 
 
 def tiny_editor(folder: Path, seed: int = 0) -> Path:

@@ -14,7 +14,7 @@ from diffusemix_pipeline.datasets.images import read_square
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import Stage
 from diffusemix_pipeline.editing.editor import BUNDLED_WEIGHTS, load_editor
-from diffusemix_pipeline.editing.gate import class_thresholds
+from diffusemix_pipeline.editing.gate import class_thresholds, verdicts
 from diffusemix_pipeline.editing.planning import plan_edits
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import seed_from
@@ -109,7 +109,7 @@ def test_held_out_probabilities_and_accuracy_are_of_all_training_images(
     found = teachers.teachers.probabilities(train.ids, train.images[:])
     assert teachers.held_out.tolist() == found[np.arange(24), train.labels].tolist()
     assert teachers.accuracy == (found.argmax(axis=1) == train.labels).mean()
-    monkeypatch.setattr(fold_teachers, "_JUDGED", 7)  # images in memory at a time
+    monkeypatch.setattr(fold_teachers, "_JUDGED", 7)  # images judged at a time
     own, accuracy = fold_teachers._judge_held_out(
         teachers.teachers, train, teachers.teachers.fold_of(train.ids)
     )
@@ -137,6 +137,7 @@ def test_a_fitted_gate_is_read_back_without_its_images(raw, tmp_path, monkeypatc
     plan = plan_edits(raw, settings)
     where = {"folder": tmp_path / "gate", "aside": tmp_path / "aside", "device": "cpu"}
     first = fit_label_gate(plan, raw, **where)
+    fitted = fit_fold_teachers(raw, settings, **where | {"folder": tmp_path / "gate" / "teachers"})
     assert not [path for path in (tmp_path / "aside").rglob("*") if path.is_file()]
     monkeypatch.setattr(fold_teachers, "load_images", lambda *args, **how: pytest.fail("decoded"))
     again = fit_label_gate(plan, raw, **where)
@@ -144,9 +145,21 @@ def test_a_fitted_gate_is_read_back_without_its_images(raw, tmp_path, monkeypatc
     sources = [edit.source for edit in plan]
     originals = np.stack([read_square(source.path, 32) for source in sources])
     edits = originals[:, ::-1]
-    verdicts = first.judge(sources, originals, edits)
-    assert again.judge(sources, originals, edits) == verdicts
-    assert len(set(verdicts)) > 1
+    found = first.judge(sources, originals, edits)
+    assert again.judge(sources, originals, edits) == found
+    assert len(set(found)) > 1
+    labels = np.array([fitted.teachers.classes.index(source.label) for source in sources])
+    probabilities = fitted.teachers.probabilities([s.sha256 for s in sources], edits)
+    thresholds = class_thresholds(fitted.held_out, fitted.labels, 3, 0.05)
+    rules = settings.editing.gate
+    assert found == verdicts(originals, edits, labels, probabilities, thresholds, rules)
+    [kept] = (tmp_path / "gate" / "fitted").iterdir()
+    with np.load(kept) as arrays:
+        assert np.array_equal(arrays["ids"], fitted.teachers.ids)
+        assert np.array_equal(arrays["folds"], fitted.teachers.folds)
+        assert arrays["folders"].tolist() == list(fitted.folders)
+        assert np.array_equal(arrays["thresholds"], thresholds)
+    assert first.teacher_accuracy == fitted.accuracy
     strange = sources[0]._replace(sha256="f" * 64)
     with pytest.raises(KeyError, match="f{64}"):
         again.judge([strange], originals[:1], edits[:1])

@@ -3,12 +3,14 @@
 import shutil
 import tracemalloc
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
-from conftest import quick_settings, write_classes
+from conftest import quick_settings, write_classes, write_edits
 
+from diffusemix_pipeline import settings
 from diffusemix_pipeline.datasets.images import read_square
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import Stage
@@ -27,17 +29,27 @@ from diffusemix_pipeline.training.data import DecodedImages, LabelledImages, loa
 def raw(tmp_path_factory) -> Stage:
     folder = tmp_path_factory.mktemp("raw")
     source = write_classes(folder / "data", ["cat", "dog", "emu"], 12)
-    settings = quick_settings("source.val_fraction=0.3", "source.train_per_class=null")
-    return ingest(str(source), settings, folder / "raw", aside=folder / "aside")
+    asked = quick_settings("source.val_fraction=0.3", "source.train_per_class=null")
+    return ingest(str(source), asked, folder / "raw", aside=folder / "aside")
 
 
-def fitted(raw: Stage, tmp_path, *overrides: str, arm: str = "vanilla", on_point=None) -> Fit:
+@pytest.fixture(scope="module")
+def generated(raw, tmp_path_factory) -> Stage:
+    folder = tmp_path_factory.mktemp("generated")
+    return write_edits(raw, folder / "data", aside=folder / "aside")
+
+
+def fitted(
+    raw: Stage, tmp_path, *overrides: str, arm: str = "vanilla", edits=None, on_point=None
+) -> Fit:
+    edits = edits or raw
     return fit_arm(
         arm,
         0,
-        {"raw": raw, "generated": raw, "hybrid": raw, "augmented": raw},
+        {"raw": raw, "generated": edits, "hybrid": edits, "augmented": edits},
         quick_settings(*overrides),
         checkpoints=tmp_path / "checkpoints",
+        fractal_cache=tmp_path / "fractals",
         aside=tmp_path / "aside",
         device="cpu",
         on_point=on_point or (lambda step, metrics: None),
@@ -76,12 +88,39 @@ def test_a_fit_cut_off_leaves_nothing_that_looks_finished(raw, tmp_path):
     assert finished_fit(tmp_path / "checkpoints", fingerprint) is None
 
 
-def test_arms_differ_in_their_images_alone(raw, tmp_path):
-    vanilla = fitted(raw, tmp_path)
-    mixed = fitted(raw, tmp_path, arm="diffusemix")
-    assert mixed.images == 2 * vanilla.images
-    assert mixed.steps == vanilla.steps == 4
-    assert mixed.fingerprint != vanilla.fingerprint
+def test_arms_differ_in_their_images_alone(raw, generated, tmp_path):
+    fits = {arm: fitted(raw, tmp_path, arm=arm, edits=generated) for arm in get_args(settings.Arm)}
+    originals = raw.counts["by_split"]["train"]
+    with_edits = {"generated_only", "hybrid_only"} | {arm for arm in fits if "diffusemix" in arm}
+    for arm, fit in fits.items():
+        assert fit.steps == 4
+        assert fit.images == sum(originals.values()) * (1 + (arm in with_edits))
+    assert len({fit.fingerprint for fit in fits.values()}) == len(fits) == 12
+    assert weights(fits["vanilla"]) != weights(fits["trivialaugment"])
+    assert weights(fits["vanilla"]) != weights(fits["cutmix"])
+
+
+def test_an_edit_is_mixed_online_with_the_original_it_was_made_from(raw, generated, tmp_path):
+    classes = ["cat", "dog", "emu"]
+    images = load_images([raw, generated], "train", classes, 32, aside=tmp_path).images
+    sources = arms._sources_of_edits(raw, generated)
+    assert np.array_equal(images[sources], 255 - images[len(images) - len(sources) :])
+
+
+def test_what_is_drawn_while_training_shapes_the_fits_that_draw_it(raw, generated):
+    def fingerprints(*overrides: str) -> dict[str, str]:
+        stages = {"raw": raw, "generated": generated, "augmented": generated}
+        drawing = ("mixup", "pixmix", "diffusemix", "diffusemix_online")
+        return {a: fit_fingerprint(a, 0, stages, quick_settings(*overrides)) for a in drawing}
+
+    before = fingerprints()
+
+    def changed(*overrides: str) -> set[str]:
+        return {arm for arm, print_ in fingerprints(*overrides).items() if print_ != before[arm]}
+
+    assert changed("mixing.lam=0.5") == {"diffusemix_online"}
+    assert changed("mixing.masks=[left]") == {"diffusemix_online"}
+    assert changed("mixing.fractal_count=5") == {"pixmix", "diffusemix_online"}
 
 
 @pytest.mark.parametrize(
@@ -181,8 +220,8 @@ def test_it_learns(tmp_path):
     data = LabelledImages(DecodedImages(images, 32, tmp_path), labels, [str(n) for n in range(40)])
     torch.manual_seed(0)
     classifier = build_classifier("resnet10t", ["dark", "bright"], 32)
-    settings = quick_settings("training.steps=30").training
-    curve = loop.fit(classifier, data, data, settings, seed=0, device="cpu")
+    training = quick_settings("training.steps=30").training
+    curve = loop.fit(classifier, data, data, training, seed=0, device="cpu")
     assert curve["val_accuracy"].max() == 1.0
 
 
@@ -210,8 +249,7 @@ def test_a_model_that_does_not_take_the_size_is_told_before_training():
 
 
 def test_each_epoch_shows_every_image_once():
-    batches = loop._batches(10, 4, seed=0)
-    seen = np.concatenate([next(batches) for _ in range(5)])
+    seen = np.concatenate([loop.places_of_step(step, 4, 10, seed=0) for step in range(5)])
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert list(seen[:10]) != list(seen[10:])
 

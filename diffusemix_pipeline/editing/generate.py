@@ -152,6 +152,7 @@ def make_edits(
             break
         rejected = judge_edits(plan, wanted, judged, store, gate, progress)
         wanted = [plan.next_attempt(edit) for edit in rejected if _may_try_again(plan, edit)]
+        del rejected  # not to be held while the next ones are made
     return made
 
 

@@ -19,7 +19,7 @@ from diffusemix_pipeline.identity import digest, draw, seed_from
 from diffusemix_pipeline.settings import PLACE_OR_SPEED, Editing, Settings
 
 CODE_VERSION = "1"
-GATE_VERSION = "1"
+GATE_VERSION = "2"
 """Of the label gate: new where its teachers or its rules would judge otherwise."""
 
 

@@ -47,9 +47,17 @@ _FGSM_SHOWN = 2.0  # of 255: where FGSM tells classifiers apart, neither harmles
 _CLASSES_SHOWN = 30
 _TITLES = {
     "vanilla": "Vanilla",
+    "trivialaugment": "TrivialAugment",
+    "randaugment": "RandAugment",
+    "mixup": "Mixup",
+    "cutmix": "CutMix",
+    "augmix": "AugMix",
+    "pixmix": "PixMix",
     "generated_only": "Generated only",
     "hybrid_only": "Hybrid only",
     "diffusemix": "DiffuseMix",
+    "diffusemix_online": "DiffuseMix online",
+    "diffusemix+cutmix": "DiffuseMix + CutMix",
 }
 
 
@@ -57,14 +65,14 @@ _TITLES = {
 class ReportInputs:
     """Everything that a report says."""
 
-    evidence: Mapping[tuple[str, int], Evidence]
+    evidence: Mapping[tuple[Arm, int], Evidence]
     """(arm, training seed) -> evidence; all on the same test images, with the same settings."""
     classes: Sequence[str]
     """Class names by label."""
     settings: Settings
     counts: Mapping[str, Mapping[str, int]]
     """Split -> class -> images."""
-    curves: Mapping[tuple[str, int], pd.DataFrame]
+    curves: Mapping[tuple[Arm, int], pd.DataFrame]
     """(arm, training seed) -> columns step, train_loss, val_accuracy."""
     steps: Mapping[str, int]
     """Arm -> optimiser steps."""
@@ -140,7 +148,7 @@ def read_report(folder: Path) -> Report:
     )
 
 
-def _check(evidence: Mapping[tuple[str, int], Evidence]) -> None:
+def _check(evidence: Mapping[tuple[Arm, int], Evidence]) -> None:
     if not evidence:
         raise UserError("There is nothing to report: no arm was evaluated.")
     (first_key, first), *others = evidence.items()
@@ -184,7 +192,7 @@ def _document(inputs: ReportInputs) -> dict[str, Any]:
     return document
 
 
-def _by_arm(evidence: Mapping[tuple[str, int], Evidence]) -> dict[str, dict[int, Evidence]]:
+def _by_arm(evidence: Mapping[tuple[Arm, int], Evidence]) -> dict[Arm, dict[int, Evidence]]:
     """Group by arm, in the order of the settings (vanilla first), and by seed, rising."""
     order = list(get_args(Arm))
     keys = sorted(evidence, key=lambda key: (order.index(key[0]), key[1]))
@@ -232,7 +240,7 @@ def _scores(of_seed: Mapping[int, Evidence]) -> _Scores:
 
 
 def _arm(
-    arm: str, by_arm: Mapping[str, Mapping[int, Evidence]], epsilon: float, inputs: ReportInputs
+    arm: Arm, by_arm: Mapping[Arm, Mapping[int, Evidence]], epsilon: float, inputs: ReportInputs
 ) -> dict[str, Any]:
     samples = inputs.settings.evaluation.bootstrap_samples
     seed = seed_from(inputs.settings.seed, "bootstrap")
@@ -556,7 +564,7 @@ def _reliability_plot(arms: Sequence[Mapping[str, Any]], theme: pictures.Theme) 
     return _Plot(pictures.reliability_diagram(curves, theme=theme), alt)
 
 
-def _learning_plot(curves: Mapping[tuple[str, int], pd.DataFrame], theme: pictures.Theme) -> _Plot:
+def _learning_plot(curves: Mapping[tuple[Arm, int], pd.DataFrame], theme: pictures.Theme) -> _Plot:
     """Draw each arm's curve, averaged over training seeds."""
     order = list(get_args(Arm))
     arms = sorted({arm for arm, _ in curves}, key=order.index)

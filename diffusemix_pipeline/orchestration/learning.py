@@ -32,7 +32,7 @@ from diffusemix_pipeline.orchestration.metadata import stages_picture
 from diffusemix_pipeline.pictures import learning_curves
 from diffusemix_pipeline.progress import Progress
 from diffusemix_pipeline.project import Project
-from diffusemix_pipeline.settings import Settings, flatten
+from diffusemix_pipeline.settings import Arm, Settings, flatten
 from diffusemix_pipeline.tracking import Dataset, LoggedRun, Tracker, open_tracking
 from diffusemix_pipeline.training.arms import (
     Fit,
@@ -96,13 +96,14 @@ def train_arms(
                     stages,
                     settings,
                     checkpoints=project.checkpoints,
+                    fractal_cache=project.fractals,
                     aside=project.aside,
                     device=choose_device(settings.device),
                     on_point=run.log_curve,
                     progress=progress,
                 )
                 run.log_bytes("figures/learning_curve.png", learning_curves({name: fit.curve}))
-                logged = run.log_classifier(fit.folder, alias=arm)
+                logged = run.log_classifier(fit.folder, alias=arm.replace("+", "-with-"))
         fits.append(fit)
         urls[name] = tracker.run_url(logged.run_id)
     return Trained(fits, urls, reused)
@@ -203,7 +204,7 @@ def _data_digest(project: Project) -> str:
 
 
 def _expected_fit(
-    project: Project, arm: str, seed: int, stages: dict[str, Stage], settings: Settings
+    project: Project, arm: Arm, seed: int, stages: dict[str, Stage], settings: Settings
 ) -> Fit:
     fit = finished_fit(project.checkpoints, fit_fingerprint(arm, seed, stages, settings))
     if fit is None:

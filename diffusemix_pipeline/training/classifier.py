@@ -134,9 +134,10 @@ def load_classifier(folder: Path, device: str = "cpu") -> Classifier:
     return Classifier(model, classifier.name, classifier.classes, classifier.size)
 
 
-def to_tensor(images: np.ndarray, device: torch.device | str) -> torch.Tensor:
+def to_tensor(images: np.ndarray | torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """Turn uint8 (N, H, W, 3) into float (N, 3, H, W) in [0, 1] on a device."""
-    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255
+    on_device = torch.as_tensor(images).to(device, non_blocking=True)
+    return on_device.permute(0, 3, 1, 2).float() / 255
 
 
 def _takes_image_size(name: str) -> bool:

@@ -92,7 +92,7 @@ def load_images(
     UserError where they do not fit.
     """
     rows = pd.concat([_rows(stage, split) for stage in stages])
-    _check_space(len(rows) * size**2 * 3, aside)
+    _check_space(len(rows) * size**2 * 3, split, aside)
 
     def decoded() -> Iterator[np.ndarray]:
         for done, path in enumerate(rows["path"], 1):
@@ -104,18 +104,22 @@ def load_images(
     return LabelledImages(DecodedImages(decoded(), size, aside), labels, list(rows["sha256"]))
 
 
-def _check_space(needed: int, folder: Path) -> None:
+def _check_space(needed: int, split: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"Decoding images for training takes {needed / 1e9:.1f} GB of the disk of {folder}, "
-            f"which has {free / 1e9:.1f} GB left: free some, or train on fewer or smaller images."
+            f"Decoding the {split} images takes {needed / 1e9:.1f} GB of the disk of {folder}, "
+            f"which has {free / 1e9:.1f} GB left: free some, or use fewer or smaller images."
         )
 
 
+def ordered_rows(stage: Stage, split: str, columns: Sequence[str]) -> pd.DataFrame:
+    """Return columns of the manifest's rows of a split, in the order of `load_images`."""
+    rows = stage.manifest(list({"split", "label", "sha256", *columns})).query("split == @split")
+    return rows.sort_values(["label", "sha256"], kind="stable")[list(columns)]
+
+
 def _rows(stage: Stage, split: str) -> pd.DataFrame:
-    """Return label, sha256 and path of a split's images, in the order of `load_images`."""
-    rows = stage.manifest(["split", "label", "sha256", "file_name"]).query("split == @split")
-    rows = rows.sort_values(["label", "sha256"])
+    rows = ordered_rows(stage, split, ["label", "sha256", "file_name"])
     return rows[["label", "sha256"]].assign(path=f"{stage.folder}/" + rows["file_name"])

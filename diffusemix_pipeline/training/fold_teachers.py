@@ -23,6 +23,7 @@ from diffusemix_pipeline.files import replaced_folder, write_bytes
 from diffusemix_pipeline.identity import digest, seed_from
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings
+from diffusemix_pipeline.training.augmentations import Augmentation
 from diffusemix_pipeline.training.classifier import (
     DESCRIPTION,
     Classifier,
@@ -50,11 +51,12 @@ class FoldTeachers:
     teachers: Mapping[int, Classifier]
 
     def fold_of(self, source_ids: Sequence[str]) -> np.ndarray:
-        """Return the folds, int64 (B,), of training images by their SHA-256."""
+        """Return the folds, int64 (B,), of training images by SHA-256; KeyError for others."""
         asked = np.array(source_ids, self.ids.dtype)
         places = np.searchsorted(self.ids, asked).clip(max=len(self.ids) - 1)
-        if (self.ids[places] != asked).any():
-            raise KeyError(f"not all of {source_ids} are training images")
+        strange = asked[self.ids[places] != asked]
+        if strange.size:
+            raise KeyError(f"no training image has the SHA-256 {strange[0].decode()}")
         return self.folds[places]
 
     def probabilities(self, source_ids: Sequence[str], pixels: np.ndarray) -> np.ndarray:
@@ -141,7 +143,7 @@ def fit_label_gate(
         fitted = fit_fold_teachers(
             raw, settings, folder=home, aside=aside, device=device, progress=progress
         )
-        _keep_fitted(known, fitted, gate.false_reject_rate)
+        _keep_fitted(known, fitted, gate.false_reject_rate, aside)
         del fitted  # not to be held beside what is read
     classes = class_names(raw.counts)
     with np.load(known, allow_pickle=False) as kept:
@@ -158,7 +160,7 @@ def fit_label_gate(
     return LabelGate(judge, plan.verdicts(folder), accuracy)
 
 
-def _keep_fitted(path: Path, fitted: Fitted, false_reject_rate: float) -> None:
+def _keep_fitted(path: Path, fitted: Fitted, false_reject_rate: float, aside: Path) -> None:
     """Write what is known of fitted teachers, as one file: it is there as a whole or not."""
     classes = len(fitted.teachers.classes)
     buffer = io.BytesIO()
@@ -170,7 +172,7 @@ def _keep_fitted(path: Path, fitted: Fitted, false_reject_rate: float) -> None:
         thresholds=class_thresholds(fitted.held_out, fitted.labels, classes, false_reject_rate),
         accuracy=fitted.accuracy,
     )
-    write_bytes(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue(), aside=aside)
 
 
 def assign_folds(train: LabelledImages, folds: int, seed: int) -> np.ndarray:
@@ -239,7 +241,7 @@ def _fit_teacher(
             seed=seed_from(fingerprint, "batches"),
             device=device,
             describe=describe,
-            augment=_tone,
+            augmentation=Augmentation(batch=_tone),
             progress=progress,
         )
         with replaced_folder(target, mark=DESCRIPTION, aside=aside) as partial:
@@ -247,7 +249,7 @@ def _fit_teacher(
     return fingerprint
 
 
-def _tone(images: torch.Tensor) -> torch.Tensor:
+def _tone(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw each image another contrast, brightness and colour cast, and some noise.
 
     Without it, a teacher knows an original by tones that every style changes: of 450 edits of
@@ -261,7 +263,7 @@ def _tone(images: torch.Tensor) -> torch.Tensor:
     contrast = uniform(0.4, 1.1) * uniform(0.8, 1.2, 3)
     toned = (images - 0.5) * contrast + 0.5 + uniform(-0.15, 0.15) + uniform(-0.15, 0.15, 3)
     noise = uniform(0, 0.08) * torch.randn_like(images)
-    return (toned + noise).clamp(0, 1)
+    return (toned + noise).clamp(0, 1), labels
 
 
 def _fingerprint(train: LabelledImages, classes: Sequence[str], settings: Settings) -> str:
