@@ -81,7 +81,8 @@ class Bench:
     def settings(self, overrides: Sequence[str]) -> Settings:
         """Return the demo's settings but for these."""
         own = ["editing.copies=1", "editing.gate.enabled=false", "mixing.fractal_count=32"]
-        own += ["evaluation.fgsm_epsilons=[2]"]
+        own += ["evaluation.fgsm_epsilons=[2]", "evaluation.attack_images=0"]
+        own += ["evaluation.autoattack_images=0"]
         if self.images:
             own += [f"source.path={self.images}", "source.val_fraction=0.2"]
             own += ["source.train_per_class=30", "training.flip=true"]
@@ -301,16 +302,15 @@ def _answers(bench: Bench, settings: Settings, *, augmented: bool) -> list[Evide
             classifier = load_classifier(fit.folder, device)
             test = load_images([raw], "test", classifier.classes, settings.size, aside=aside)
             evidence = evaluate(
-                classifier.model,
-                test.images,
-                test.labels,
-                test.ids,
+                {kept: classifier.model},
+                test,
                 settings.evaluation,
                 settings.seed,
                 device,
+                partial={kept: kept.with_name(f"{kept.name}.begun")},
             )
             with replaced_folder(kept, mark=FILE, aside=aside) as partial:
-                evidence.save(partial)
+                evidence[kept].save(partial)
         answers.append(Evidence.load(kept))
     return answers
 

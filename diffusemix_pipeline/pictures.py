@@ -30,6 +30,8 @@ _WIDTH = 4.8  # inches: legible on a phone without zooming
 _MARKERS = "osD^vPX"
 _LINES = ("-", "--", "-.", ":")
 _NAMED_CLASSES = 60  # more bars than these are drawn without names
+_LEVEL_LABEL = 3  # letters: longer names of columns are turned
+_LARGE_NUMBERS = 8  # columns: more have no room for decimals
 _NUMBERED_PROMPTS = 12  # narrower cells have no room for a number
 
 
@@ -259,6 +261,8 @@ def heat_map(
 
     rows, columns = values.shape
     figure, axes = _figure(theme, height=0.95 + 0.36 * rows)
+    digits = 1 if columns <= _LARGE_NUMBERS else 0
+    size = 9 if columns <= _LARGE_NUMBERS else 6.5
     if reach is not None:
         ends = ("#d55e00", theme.grid, "#0072b2")
         colours: Colormap = LinearSegmentedColormap.from_list("worse to better", ends)
@@ -269,11 +273,17 @@ def heat_map(
     for (row, column), value in np.ndenumerate(values):
         red, green, blue, _ = colours(norm(value))
         bright = 0.3 * red + 0.59 * green + 0.11 * blue > 0.5
-        text = f"{100 * value:.0f}" if reach is None else f"{100 * value:+.1f}"
+        text = f"{100 * value:.0f}" if reach is None else f"{100 * value:+.{digits}f}"
         ink = LIGHT.ink if bright else DARK.ink
-        axes.text(column, row, text.replace("-", "−"), color=ink, ha="center", va="center", size=9)
-    axes.set_xticks(range(columns), [_escaped(name) for name in column_labels])
-    axes.set_yticks(range(rows), [_escaped(name) for name in row_labels])
+        axes.text(
+            column, row, text.replace("-", "−"), color=ink, ha="center", va="center", size=size
+        )
+    long = any(len(name) > _LEVEL_LABEL for name in column_labels)
+    turned: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(
+        range(columns), [_named(name) for name in column_labels], **(turned if long else {})
+    )
+    axes.set_yticks(range(rows), [_named(name) for name in row_labels])
     axes.set_xticks(np.arange(1, columns) - 0.5, minor=True)
     axes.set_yticks(np.arange(1, rows) - 0.5, minor=True)
     axes.grid(visible=False)
@@ -312,10 +322,10 @@ def yield_map(table: "pd.DataFrame", *, theme: Theme = LIGHT) -> bytes:
                 )
     axes.xaxis.tick_top()
     axes.set_xticks(
-        range(prompts), [_escaped(_shortened(str(name), 28)) for name in table.columns],
+        range(prompts), [_named(str(name)) for name in table.columns],
         rotation=45, ha="left", rotation_mode="anchor",
     )  # fmt: skip
-    axes.set_yticks(range(len(table)), [_escaped(_shortened(str(n), 28)) for n in table.index])
+    axes.set_yticks(range(len(table)), [_named(str(name)) for name in table.index])
     axes.tick_params(labelsize=8)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
@@ -362,29 +372,34 @@ def differences(
     """Return a PNG of differences and their intervals around a line at 0.
 
     `intervals` is measure -> arm -> interval. Values are -1 to 1 and drawn in points; an interval
-    that holds 0 is drawn hollow.
+    that holds 0 is drawn hollow. With several arms, each has a line of its own below its measure.
     """
-    arms = list(dict.fromkeys(arm for of_arm in intervals.values() for arm in of_arm))
-    figure, axes = _figure(theme, height=1.0 + 0.26 * len(intervals) * (len(arms) + 0.6))
+    several = max(len(of_arm) for of_arm in intervals.values()) > 1
+    rows: list[tuple[str, int, Interval | None]] = []
+    for measure, of_arm in intervals.items():
+        if several:
+            rows.append((measure, 0, None))
+        for index, (arm, interval) in enumerate(of_arm.items(), 1):
+            rows.append((arm if several else measure, index, interval))
+    figure, axes = _figure(theme, height=1.0 + (0.24 if several else 0.5) * len(rows))
     axes.axvline(0, color=theme.ink, linewidth=1)
-    for row, of_arm in enumerate(intervals.values()):
-        for index, (arm, interval) in enumerate(of_arm.items()):
-            value, low, high = (100 * number for number in interval)
-            y = row + (index - (len(arms) - 1) / 2) * 0.8 / len(arms)
-            style = _line_style(index + 1, theme, marked=True)
-            fill = theme.paper if low <= 0 <= high else style["color"]
-            axes.plot([low, high], [y, y], color=style["color"], linewidth=2, solid_capstyle="butt")
-            axes.plot(
-                value, y, style["marker"], color=style["color"], markerfacecolor=fill, markersize=7,
-                label=_escaped(arm) if row == 0 else None,
-            )  # fmt: skip
-    axes.set_yticks(range(len(intervals)), [_escaped(name) for name in intervals])
-    axes.set_ylim(len(intervals) - 0.5, -0.5)
+    for y, (_, index, drawn) in enumerate(rows):
+        if drawn is None:
+            continue
+        value, low, high = (100 * number for number in drawn)
+        style = _line_style(index, theme, marked=True)
+        fill = theme.paper if low <= 0 <= high else style["color"]
+        axes.plot([low, high], [y, y], color=style["color"], linewidth=2, solid_capstyle="butt")
+        axes.plot(
+            value, y, style["marker"], color=style["color"], markerfacecolor=fill, markersize=6
+        )
+    axes.set_yticks(range(len(rows)), [_escaped(name) for name, _, _ in rows])
+    for tick, (_, _, drawn) in zip(axes.get_yticklabels(), rows, strict=True):
+        tick.set_fontweight("bold" if several and drawn is None else "normal")
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
     axes.set_xlabel(label, color=theme.muted)
-    if len(arms) > 1:
-        _legend_above(axes, theme)
     return _png(figure)
 
 
@@ -434,6 +449,10 @@ def _escaped(text: str) -> str:
     """Keep matplotlib from reading dollars as mathematics, a leading underscore as 'no legend'."""
     text = _plain(text).replace("$", r"\$")
     return f"\u200b{text}" if text.startswith("_") else text
+
+
+def _named(text: str) -> str:
+    return _escaped(_shortened(text, 28))
 
 
 def _shortened(text: str, length: int) -> str:

@@ -284,6 +284,15 @@ class Evaluation(Section):
     fgsm_epsilons: list[Annotated[float, Field(gt=0, le=255)]] = Field(
         [1, 2, 4, 8], min_length=1, description="FGSM strengths, in units of 1/255."
     )
+    attack_epsilon: float = Field(
+        8, gt=0, le=255, description="Strength of PGD and AutoAttack, in units of 1/255."
+    )
+    attack_images: int = Field(
+        256, ge=0, description="Test images that PGD-20 is tried on, drawn from the seed; 0: none."
+    )
+    autoattack_images: int = Field(
+        32, ge=0, description="The first of these that AutoAttack is tried on as well; 0: none."
+    )
     corruptions: list[Corruption] = Field(
         ["gaussian_noise", "defocus_blur", "motion_blur", "brightness", "contrast", "pixelate"],
         min_length=1,
@@ -292,8 +301,14 @@ class Evaluation(Section):
     severities: list[Annotated[int, Field(ge=1, le=5)]] = Field(
         [1, 3, 5], min_length=1, description="Corruption severities, 1 to 5."
     )
-    bootstrap_samples: int = Field(2000, ge=100, description="Resamples for each 95 % interval.")
+    bootstrap_samples: int = Field(2000, ge=500, description="Resamples for each 95 % interval.")
     batch_size: int = Field(256, gt=0, description="Images a forward pass.")
+
+    @model_validator(mode="after")
+    def _autoattacked_are_attacked(self) -> Self:
+        if self.autoattack_images > self.attack_images:
+            raise ValueError("autoattack_images must not exceed attack_images")
+        return self
 
 
 class Tracking(Section):

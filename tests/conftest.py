@@ -38,9 +38,11 @@ QUICK = [
     "training.batch_size=8",
     "training.validations=2",
     "evaluation.fgsm_epsilons=[2]",
+    "evaluation.attack_images=8",
+    "evaluation.autoattack_images=2",
     "evaluation.corruptions=[gaussian_noise, contrast]",
     "evaluation.severities=[3]",
-    "evaluation.bootstrap_samples=100",
+    "evaluation.bootstrap_samples=500",
     "device=cpu",
 ]
 

@@ -2,22 +2,28 @@
 
 import dataclasses
 import io
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from trained_digits import accuracy, digits, digits_model
+from trained_digits import SIDE, accuracy, digits, digits_model
 
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.evaluation.attacks import fgsm
+from diffusemix_pipeline.evaluation import evidence as evidence_module
+from diffusemix_pipeline.evaluation.attacks import fgsm, gradient, survives_autoattack
 from diffusemix_pipeline.evaluation.corruptions import corrupt
 from diffusemix_pipeline.evaluation.evidence import Evidence, evaluate
 from diffusemix_pipeline.settings import Evaluation
+from diffusemix_pipeline.training.data import DecodedImages, LabelledImages
 
 EVALUATION = Evaluation(
     fgsm_epsilons=[8, 2],
     corruptions=["gaussian_noise", "contrast"],
     severities=[5, 1],
+    attack_images=30,
+    autoattack_images=8,
     batch_size=50,
 )
 IDS = [f"image-{number}" for number in range(120)]
@@ -28,20 +34,43 @@ def judged_images() -> tuple[np.ndarray, np.ndarray]:
     return (pixels * 255).round().byte().permute(0, 2, 3, 1).numpy(), labels.numpy()
 
 
-def evidence_of(evaluation: Evaluation = EVALUATION, **more) -> Evidence:
+def judged(count: int = 120) -> LabelledImages:
     images, labels = judged_images()
-    return evaluate(digits_model(), images, labels, IDS, evaluation, 3, "cpu", **more)
+    with tempfile.TemporaryDirectory() as folder:
+        decoded = DecodedImages(images[:count], SIDE, Path(folder))
+    return LabelledImages(decoded, labels[:count], IDS[:count])
 
 
-def test_answers_are_those_of_the_model():
-    evidence = evidence_of()
+@pytest.fixture
+def ask(tmp_path):
+    """Ask models, or the trained one by itself, whose evidence is returned."""
+
+    def asked(evaluation: Evaluation = EVALUATION, models=None, **more):
+        partial = {name: tmp_path / name for name in models or ["it"]}
+        found = evaluate(
+            models or {"it": digits_model()},
+            judged(),
+            evaluation,
+            3,
+            "cpu",
+            partial=partial,
+            **more,
+        )
+        return found if models else found["it"]
+
+    return asked
+
+
+def test_answers_are_those_of_the_model(ask):
+    evidence = ask()
     pixels, labels = digits()[1]
     model = digits_model()
     assert evidence.probabilities.shape == (120, 10)
     assert evidence.probabilities.sum(axis=1) == pytest.approx(1, abs=1e-5)
     assert evidence.correct.mean() == pytest.approx(accuracy(model, pixels, labels))
     assert evidence.epsilons == (2, 8)
-    attacked = accuracy(model, fgsm(model, pixels, labels, 8 / 255), labels)
+    slope, _ = gradient(model, pixels, labels)
+    attacked = accuracy(model, fgsm(pixels, slope, 8 / 255), labels)
     assert evidence.fgsm.mean(axis=1)[1] == pytest.approx(attacked)
     assert evidence.severities == (1, 5)
     images, _ = judged_images()
@@ -50,22 +79,74 @@ def test_answers_are_those_of_the_model():
     assert evidence.corrupted[0, 1].mean() == pytest.approx(accuracy(model, as_tensor, labels))
 
 
-def test_batches_change_no_answer():
-    whole, small = evidence_of(), evidence_of(EVALUATION.model_copy(update={"batch_size": 7}))
+def test_costly_attacks_are_tried_on_the_same_few_images_by_their_ids(ask):
+    evidence = ask()
+    assert len(set(evidence.attacked)) == len(evidence.pgd) == 30
+    assert len(evidence.autoattack) == 8
+    assert evidence.attack_epsilon in evidence.epsilons
+    assert not (evidence.pgd & ~evidence.correct[evidence.attacked]).any()
+    assert not (evidence.autoattack & ~evidence.pgd[:8]).any()
+    one_step = evidence.fgsm[evidence.epsilons.index(evidence.attack_epsilon), evidence.attacked]
+    assert evidence.pgd.sum() <= one_step.sum()
+    fewer = ask(EVALUATION.model_copy(update={"attack_images": 12, "autoattack_images": 0}))
+    assert list(fewer.attacked) == list(evidence.attacked[:12])
+    assert list(fewer.pgd) == list(evidence.pgd[:12])
+    assert not fewer.autoattack.size
+
+
+def test_models_asked_together_answer_as_by_themselves(ask):
+    other = digits_model()
+    with torch.no_grad():
+        other[0].weight[0] = 0
+    together = ask(models={"it": digits_model(), "other": other})
+    for name, model in (("it", digits_model()), ("other", other)):
+        alone = ask(models={name: model})[name]
+        for field in dataclasses.fields(Evidence):
+            answers = getattr(alone, field.name), getattr(together[name], field.name)
+            assert np.array_equal(*answers), field.name
+    assert (together["it"].corrupted != together["other"].corrupted).any()
+
+
+def test_what_autoattack_found_before_a_cut_off_is_not_asked_again(ask, monkeypatch):
+    monkeypatch.setattr(evidence_module, "_AUTOATTACKED_AT_ONCE", 3)
+    asked = []
+
+    def cut_off_at_third(*given):
+        asked.append(len(given[1]))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return survives_autoattack(*given)
+
+    monkeypatch.setattr(evidence_module, "survives_autoattack", cut_off_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        ask()
+    resumed = ask()
+    assert asked == [3, 3, 2, 2]  # the third is asked for again, the first two are not
+    monkeypatch.undo()
+    monkeypatch.setattr(evidence_module, "_AUTOATTACKED_AT_ONCE", 3)
+    undisturbed = ask(models={"anew": digits_model()})["anew"]
+    assert np.array_equal(resumed.autoattack, undisturbed.autoattack)
+
+
+def test_batches_change_no_answer(ask):
+    whole, small = ask(), ask(EVALUATION.model_copy(update={"batch_size": 7}))
     assert (whole.fgsm == small.fgsm).all()
     assert (whole.corrupted == small.corrupted).all()
     assert whole.probabilities == pytest.approx(small.probabilities, abs=1e-5)
 
 
-def test_progress_ends_at_its_total():
-    told = []
-    evidence_of(progress=lambda description, done, total: told.append((done, total)))
-    assert told[-1] == (120 * 7, 120 * 7)
-    assert [done for done, _ in told] == sorted(done for done, _ in told)
+def test_progress_ends_at_its_total(ask):
+    told = {"Evaluating test images": [], "AutoAttack": []}
+    ask(progress=lambda description, done, total: told[description].append((done, total)))
+    passes = 120 * 7 + 30 * 20
+    assert told["Evaluating test images"][-1] == (passes, passes)
+    assert told["AutoAttack"] == [(0, 8), (8, 8)]
+    for steps in told.values():
+        assert steps == sorted(steps)
 
 
-def test_evidence_comes_back_from_its_file(tmp_path):
-    evidence = evidence_of()
+def test_evidence_comes_back_from_its_file(ask, tmp_path):
+    evidence = ask()
     evidence.save(tmp_path)
     loaded = Evidence.load(tmp_path)
     for field in dataclasses.fields(Evidence):
@@ -78,10 +159,10 @@ def test_evidence_comes_back_from_its_file(tmp_path):
     assert (tmp_path / "evidence.npz").read_bytes() == content
 
 
-def test_missing_torn_and_pickled_evidence_is_refused(tmp_path):
+def test_missing_torn_and_pickled_evidence_is_refused(ask, tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         Evidence.load(tmp_path)
-    evidence_of().save(tmp_path)
+    ask().save(tmp_path)
     file = tmp_path / "evidence.npz"
     file.write_bytes(file.read_bytes()[:500])
     with pytest.raises(UserError, match="cannot be read"):
@@ -94,6 +175,5 @@ def test_missing_torn_and_pickled_evidence_is_refused(tmp_path):
 
 
 def test_no_test_images_is_an_error_that_names_the_setting():
-    images, labels = judged_images()
     with pytest.raises(UserError, match="test_fraction"):
-        evaluate(digits_model(), images[:0], labels[:0], [], EVALUATION, 0, "cpu")
+        evaluate({}, judged(0), EVALUATION, 0, "cpu", partial={})

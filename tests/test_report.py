@@ -1,11 +1,13 @@
 """The report: its numbers, its words, its schema, its safety, and the same bytes twice."""
 
+import html
 import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from importlib import resources
 from pathlib import Path
+from typing import get_args
 
 import jsonschema
 import numpy as np
@@ -13,6 +15,7 @@ import pandas as pd
 import pytest
 
 from diffusemix_pipeline import pictures
+from diffusemix_pipeline import settings as settings_module
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.evaluation.calibration import expected_calibration_error
 from diffusemix_pipeline.evaluation.evidence import Evidence
@@ -26,7 +29,7 @@ from diffusemix_pipeline.evaluation.report import (
 from diffusemix_pipeline.settings import Settings
 
 IMAGES = 200
-SETTINGS = Settings.model_validate({"evaluation": {"bootstrap_samples": 300}})
+SETTINGS = Settings.model_validate({"evaluation": {"bootstrap_samples": 500}})
 CURVE = pd.DataFrame({"step": [5, 10], "train_loss": [2.0, 1.0], "val_accuracy": [0.3, 0.6]})
 HOSTILE = "<script>alert('x')</script>\"'&amp;$a$"
 
@@ -46,6 +49,10 @@ def evidence(clean: float, fgsm: float, corrupted: float, seed: int = 0) -> Evid
         probabilities=probabilities.astype(np.float32),
         epsilons=(1.0, 2.0, 8.0),
         fgsm=np.stack([right, attacked, np.zeros(IMAGES, bool)]),
+        attack_epsilon=8.0,
+        attacked=np.arange(40),
+        pgd=np.arange(40) < 20 * clean,
+        autoattack=np.zeros(10, bool),
         corruptions=("contrast", "fog"),
         severities=(1, 5),
         corrupted=np.broadcast_to(np.arange(IMAGES) < corrupted * IMAGES, (2, 2, IMAGES)),
@@ -77,7 +84,7 @@ def written(folder: Path, given: ReportInputs | None = None) -> Report:
 def words(report: Report) -> str:
     """Return the page's text without its tags."""
     text = re.sub(r"<style>.*?</style>|<[^>]+>", " ", report.html.read_text("utf-8"), flags=re.S)
-    return re.sub(r"\s+", " ", text.replace("\u00a0", " "))
+    return html.unescape(re.sub(r"\s+", " ", text.replace("\u00a0", " ")))
 
 
 @pytest.fixture
@@ -129,7 +136,8 @@ def test_the_words_follow_the_intervals(report):
     for name, difference in differences.items():
         leaves_zero_out = not difference["low"] <= 0 <= difference["high"]
         assert bool(difference["significant"]) == (leaves_zero_out and name != "ece")
-    held = sum(difference["significant"] is False for difference in differences.values())
+        assert name == "ece" or difference["significant"] == (difference["p"] < 0.05)
+    held = sum(differences[name]["significant"] is False for name in MEASURES)
     in_table = re.findall(r'class="verdict">no significant difference<', report.html.read_text())
     assert len(in_table) == held
     assert report.headline.count("no significant difference") == 1
@@ -190,6 +198,12 @@ def test_several_seeds_are_averaged(tmp_path):
     assert report.summary["clean"].tolist() == pytest.approx([0.7, 0.8])
     assert report.summary.loc["diffusemix", "clean_difference"] == pytest.approx(0.1)
     assert "means over 2 training seeds" in words(report)
+    assert "sampling of test images and of training seeds" in words(report)
+    alone = inputs(evidence={key: one for key, one in given.evidence.items() if key[1] == 0})
+    alone = written(tmp_path / "one seed", alone).summary.loc["diffusemix"]
+    both = report.summary.loc["diffusemix"]
+    width = both["clean_difference_high"] - both["clean_difference_low"]
+    assert width > 2 * (alone["clean_difference_high"] - alone["clean_difference_low"])
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -314,3 +328,114 @@ def test_very_many_classes_are_shown_in_part(tmp_path):
     report = written(tmp_path, replace(given, evidence=wide, classes=names))
     assert "30 of 100 classes" in words(report)
     assert len(json.loads(report.json.read_text())["arms"][0]["classes"]) == 100
+
+
+def twelve(**changed) -> ReportInputs:
+    """Return a comparison of all arms, of which PixMix is better than DiffuseMix by far."""
+    gains = {arm: 0.4 + 0.01 * place for place, arm in enumerate(get_args(settings_module.Arm))}
+    gains |= {"pixmix": 0.95, "diffusemix": 0.7, "vanilla": 0.4}
+    arms = {arm: evidence(0.8, 0.6, gain) for arm, gain in gains.items()}
+    given = inputs(
+        evidence={(arm, 0): one for arm, one in arms.items()},
+        curves={(arm, 0): CURVE for arm in arms},
+        steps=dict.fromkeys(arms, 900),
+    )
+    return replace(given, **changed)
+
+
+@pytest.fixture(scope="module")
+def of_all_arms(tmp_path_factory) -> Report:
+    return written(tmp_path_factory.mktemp("twelve"), twelve())
+
+
+def test_every_arm_is_reported_and_a_better_rival_is_in_the_headline(of_all_arms):
+    validate(of_all_arms)
+    assert list(of_all_arms.summary.index) == list(get_args(settings_module.Arm))
+    behind = "fell behind PixMix (+12.5 points, +"
+    assert f"on the mean of clean and corrupted accuracy it {behind}" in of_all_arms.headline
+    assert "after Holm's correction for 11 arms" in words(of_all_arms)
+    names = {plot.stem for plot in of_all_arms.plots}
+    assert {"corruptions_by_arm", "corruptions_diffusemix_difference"} < names
+
+
+def test_families_that_arms_were_shown_are_named_and_left_out(of_all_arms):
+    document = json.loads(of_all_arms.json.read_text())
+    shared = document["shared_families"]
+    assert shared["left_out"] == ["contrast", "fog"]
+    assert shared["arms"]["trivialaugment"] == ["brightness", "contrast"]
+    assert "fog" in shared["prompts"]["sunset"]
+    assert "mosaic edits: pixelate" in words(of_all_arms)
+    # Where nothing is left, there are no such numbers, and all families count.
+    assert {arm["corrupted_unshared"] for arm in document["arms"]} == {None}
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_unshared_numbers_are_of_the_families_that_no_arm_was_shown(tmp_path):
+    given = inputs()
+    families = {
+        key: replace(one, corruptions=("contrast", "glass_blur"), corrupted=one.corrupted.copy())
+        for key, one in given.evidence.items()
+    }
+    families["diffusemix", 0].corrupted[0] = True  # all is gained under contrast
+    families["diffusemix", 0].corrupted[1] = families["vanilla", 0].corrupted[1]
+    report = written(tmp_path, replace(given, evidence=families))
+    vanilla, ours = json.loads(report.json.read_text())["arms"]
+    assert ours["corrupted"]["value"] == pytest.approx(0.7)
+    assert ours["corrupted_unshared"]["value"] == vanilla["corrupted_unshared"]["value"] == 0.4
+    assert ours["difference"]["corrupted"]["significant"]
+    assert not ours["difference"]["corrupted_unshared"]["significant"]
+    assert ours["overall"]["value"] == pytest.approx((0.8 + 0.4) / 2)
+    # Half of the families lost all their errors; the other half kept theirs.
+    assert ours["relative_mce"]["value"] == pytest.approx(0.5)
+    assert ours["relative_mce_unshared"]["value"] == 1
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    ("fgsm", "left", "warned"), [(0.9, 0, True), (0.9, 5, False), (0.6, 0, False)]
+)
+def test_fgsm_that_rises_alone_is_no_robustness_and_said_so(tmp_path, fgsm, left, warned):
+    given = inputs()
+    risen = replace(evidence(0.8, fgsm, 0.4), autoattack=np.arange(10) < left)
+    report = written(tmp_path, inputs(evidence={**given.evidence, ("diffusemix", 0): risen}))
+    assert ("this is not adversarial robustness" in words(report)) == warned
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_attacks_that_were_not_tried_are_not_reported(tmp_path):
+    none = np.zeros(0, bool)
+    given = {
+        key: replace(one, attacked=np.zeros(0, np.int64), pgd=none, autoattack=none)
+        for key, one in inputs().evidence.items()
+    }
+    report = written(tmp_path, inputs(evidence=given))
+    validate(report)
+    text = words(report)
+    assert "PGD" not in text.split("Settings")[0]
+    assert json.loads(report.json.read_text())["arms"][1]["pgd"] is None
+
+
+def test_proper_scores_are_those_of_the_answers(report):
+    judged = inputs().evidence["vanilla", 0]
+    own = judged.probabilities[np.arange(IMAGES), judged.labels].astype(float)
+    vanilla = json.loads(report.json.read_text())["arms"][0]
+    assert vanilla["nll"]["value"] == pytest.approx(-np.log(own).mean(), abs=1e-5)
+    truth = np.eye(4)[judged.labels]
+    brier = ((judged.probabilities - truth) ** 2).sum(axis=1).mean()
+    assert vanilla["brier"]["value"] == pytest.approx(brier, abs=1e-5)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_moves_of_answers_are_counted_by_class(tmp_path):
+    given = inputs()
+    base = given.evidence["vanilla", 0]
+    moved = base.probabilities.copy()
+    of_a = np.flatnonzero(base.labels == 0)[:10]
+    moved[of_a] = np.eye(4, dtype=np.float32)[3]
+    ours = replace(base, probabilities=moved)
+    report = written(tmp_path, inputs(evidence={**given.evidence, ("diffusemix", 0): ours}))
+    confusion = json.loads(report.json.read_text())["confusion"]
+    change = dict(zip(confusion["classes"], confusion["change"], strict=True))
+    assert change["a"][confusion["classes"].index("d")] == pytest.approx(10 / 50)
+    assert change["a"][0] == pytest.approx(-10 / 50)
+    assert "b" not in change

@@ -1,6 +1,7 @@
 """Calibration: whether a classifier that is 80 % sure is right 80 % of the time.
 
-What belongs here: binning of confidences, the expected calibration error, the reliability curve.
+What belongs here: binning of confidences, the expected calibration error, the reliability curve,
+and the two proper scores that reward calibration with accuracy.
 What does not: intervals (statistics), drawing (pictures).
 """
 
@@ -8,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 BINS = 15
+_LEAST = 1e-12  # where float32 rounds a probability to zero, its logarithm stays finite
 
 
 def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
@@ -28,6 +30,22 @@ def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray) ->
         clipped, torch.tensor(labels), num_classes=probabilities.shape[1], n_bins=BINS, norm="l1"
     )
     return float(error)
+
+
+def brier_scores(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return float64 (N,): the squared distance, 0 to 2, of each answer to the truth (Brier, 1950).
+
+    `probabilities` are float (N, classes) with rows that add up to 1, `labels` int (N,).
+    """
+    distance = probabilities.astype(np.float64)
+    distance[np.arange(len(labels)), labels] -= 1
+    return (distance**2).sum(axis=1)
+
+
+def log_losses(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return float64 (N,): each answer's negative log-likelihood of the truth, in nats."""
+    own = probabilities[np.arange(len(labels)), labels].astype(np.float64)
+    return -np.log(own.clip(min=_LEAST))
 
 
 def binned_gaps(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -1,32 +1,42 @@
-"""Evidence: what one classifier did with every test image, clean, attacked and corrupted.
+"""Evidence: what classifiers did with every test image, clean, attacked and corrupted.
 
-What belongs here: asking the classifier, and keeping its answers so that a report can be made again
-without it. What does not: what follows from them (calibration, statistics, report).
+What belongs here: asking classifiers, and keeping their answers so that a report can be made again
+without them. What does not: what follows from them (calibration, statistics, report).
 """
 
 import io
+import json
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.evaluation.attacks import fgsm
+from diffusemix_pipeline.evaluation.attacks import (
+    PGD_STEPS,
+    fgsm,
+    gradient,
+    pgd,
+    survives_autoattack,
+)
 from diffusemix_pipeline.evaluation.corruptions import corrupt
 from diffusemix_pipeline.files import write_bytes
+from diffusemix_pipeline.identity import seed_from
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Corruption, Evaluation
 from diffusemix_pipeline.training.classifier import to_tensor
-from diffusemix_pipeline.training.data import Images
+from diffusemix_pipeline.training.data import LabelledImages
 
 # Raised where the attacks or the corruptions change, so that no two codes are compared.
-CODE_VERSION = "2"
+CODE_VERSION = "3"
 FILE = "evidence.npz"
+_AUTOATTACKED_AT_ONCE = 32  # images: what a cut-off costs
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +53,14 @@ class Evidence:
     """E strengths of FGSM, in units of 1/255, rising."""
     fgsm: np.ndarray
     """bool (E, N): whether the answer was right on the attacked image."""
+    attack_epsilon: float
+    """The strength of PGD and AutoAttack, in units of 1/255; one of `epsilons`."""
+    attacked: np.ndarray
+    """int64 (M,): which images PGD attacked; AutoAttack attacked the first A of them."""
+    pgd: np.ndarray
+    """bool (M,): whether the answer was right on the attacked image."""
+    autoattack: np.ndarray
+    """bool (A,), A <= M: whether the answer stayed right under every attack of the ensemble."""
     corruptions: tuple[str, ...]
     """F families."""
     severities: tuple[int, ...]
@@ -73,69 +91,158 @@ class Evidence:
                 "classifier is then asked anew."
             ) from None
         values |= {name: tuple(values[name].tolist()) for name in _AXES}
+        values["attack_epsilon"] = float(values["attack_epsilon"])
         return cls(**values)
 
 
 _FIELDS = tuple(field.name for field in fields(Evidence))
-_AXES = tuple(field.name for field in fields(Evidence) if field.type is not np.ndarray)
+_AXES = ("ids", "epsilons", "corruptions", "severities")
 
 
 def evaluate(
-    model: nn.Module,
-    images: Images,
-    labels: np.ndarray,
-    ids: Sequence[str],
+    models: Mapping[Name, nn.Module],
+    test: LabelledImages,
     evaluation: Evaluation,
     seed: int,
     device: torch.device | str,
+    *,
+    partial: Mapping[Name, Path],
     progress: Progress = silent,
-) -> Evidence:
-    """Ask `model` about every test image: clean, under each FGSM strength and each corruption.
+) -> dict[Name, Evidence]:
+    """Ask `models` about every test image: clean, under each attack and each corruption.
 
-    `images` are uint8 (N, H, W, 3), read a batch at a time, `labels` int64 (N,), `ids` N names.
-    `model` takes float32 (N, 3, H, W) in [0, 1] and gives logits. The draws of the corruptions
-    follow from `seed` and each image's id, so every arm is asked about the same pixels.
+    A model takes float32 (N, 3, H, W) in [0, 1] and gives logits. All draws follow from `seed` and
+    images' ids, so all models are asked about the same corrupted pixels, which are made once. What
+    AutoAttack finds is kept in each model's folder of `partial`, and taken from there.
     """
-    if not len(ids):
+    if not len(test):
         raise UserError("There are no test images to evaluate on: see source.test_fraction.")
-    labels = np.asarray(labels, dtype=np.int64)
-    epsilons = tuple(sorted(set(evaluation.fgsm_epsilons)))
+    for model in models.values():
+        model.to(device).eval()
+    epsilons = tuple(sorted({*evaluation.fgsm_epsilons, evaluation.attack_epsilon}))
     families: tuple[Corruption, ...] = tuple(dict.fromkeys(evaluation.corruptions))
     severities = tuple(sorted(set(evaluation.severities)))
-    probabilities: list[np.ndarray] = []
-    attacked = np.zeros((len(epsilons), len(ids)), dtype=bool)
-    corrupted = np.zeros((len(families), len(severities), len(ids)), dtype=bool)
-    model = model.to(device).eval()
-
-    def right(pixels: Tensor, truth: np.ndarray) -> np.ndarray:
-        return _probabilities(model, pixels).argmax(axis=1) == truth
-
-    passes = 1 + len(epsilons) + len(families) * len(severities)
-    tell = _counted(progress, passes * len(ids))
-    for start in range(0, len(ids), evaluation.batch_size):
-        batch = slice(start, min(start + evaluation.batch_size, len(ids)))
-        pixels, truth = images[batch], labels[batch]
-        clean, answers = to_tensor(pixels, device), torch.from_numpy(truth).to(device)
-        probabilities.append(_probabilities(model, clean))
-        tell(len(truth))
-        for row, epsilon in enumerate(epsilons):
-            attacked[row, batch] = right(fgsm(model, clean, answers, epsilon / 255), truth)
-            tell(len(truth))
-        for row, family in enumerate(families):
-            for column, severity in enumerate(severities):
-                changed = corrupt(pixels, family, severity, ids[batch], seed)
-                corrupted[row, column, batch] = right(to_tensor(changed, device), truth)
-                tell(len(truth))
-    return Evidence(
-        ids=tuple(ids),
-        labels=labels,
-        probabilities=np.concatenate(probabilities),
-        epsilons=epsilons,
-        fgsm=attacked,
-        corruptions=families,
-        severities=severities,
-        corrupted=corrupted,
+    chosen = _chosen(test.ids, evaluation.attack_images, seed)
+    attacked = test.subset(chosen)
+    few = test.subset(chosen[: evaluation.autoattack_images])
+    passes = len(test) * (1 + len(epsilons) + len(families) * len(severities))
+    steps = len(attacked) * PGD_STEPS
+    ask = _Ask(
+        evaluation, seed, torch.device(device), _counted(progress, (passes + steps) * len(models))
     )
+    corrupted = ask.corrupted(models, test, families, severities)
+    found = {}
+    for name, model in models.items():
+        probabilities, moved = ask.clean_and_fgsm(model, test, epsilons)
+        found[name] = Evidence(
+            ids=tuple(test.ids),
+            labels=test.labels,
+            probabilities=probabilities,
+            epsilons=epsilons,
+            fgsm=moved,
+            attack_epsilon=float(evaluation.attack_epsilon),
+            attacked=chosen,
+            pgd=ask.pgd(model, attacked),
+            autoattack=ask.autoattack(model, few, partial[name], progress),
+            corruptions=families,
+            severities=severities,
+            corrupted=corrupted[name],
+        )
+    return found
+
+
+def _chosen(ids: Sequence[str], most: int, seed: int) -> np.ndarray:
+    """Choose which images costly attacks are tried on: places int64 (M,), in a drawn order."""
+    order = sorted(range(len(ids)), key=lambda place: seed_from(seed, "attacked", ids[place]))
+    return np.array(order[:most], np.int64)
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """How questions are put; `tell` counts an image's forward and gradient passes."""
+
+    evaluation: Evaluation
+    seed: int
+    device: torch.device
+    tell: Callable[[int], None]
+
+    def corrupted(
+        self,
+        models: Mapping[Name, nn.Module],
+        test: LabelledImages,
+        families: Sequence[Corruption],
+        severities: Sequence[int],
+    ) -> dict[Name, np.ndarray]:
+        """Return bool (F, S, N) of each model: whether it was right on the corrupted image."""
+        shape = (len(families), len(severities), len(test))
+        found = {name: np.zeros(shape, bool) for name in models}
+        for batch, pixels, labels in self._batches(test):
+            for row, family in enumerate(families):
+                for column, severity in enumerate(severities):
+                    changed = corrupt(pixels, family, severity, test.ids[batch], self.seed)
+                    images = to_tensor(changed, self.device)
+                    for name, model in models.items():
+                        found[name][row, column, batch] = _right(model, images, labels)
+                        self.tell(len(labels))
+        return found
+
+    def clean_and_fgsm(
+        self, model: nn.Module, test: LabelledImages, epsilons: Sequence[float]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return probabilities float32 (N, C), and bool (E, N): right on the attacked image."""
+        probabilities, found = [], np.zeros((len(epsilons), len(test)), bool)
+        for batch, pixels, labels in self._batches(test):
+            clean = to_tensor(pixels, self.device)
+            slope, logits = gradient(model, clean, labels)  # one pass for clean and all strengths
+            probabilities.append(logits.float().softmax(dim=1).cpu().numpy())
+            for row, epsilon in enumerate(epsilons):
+                found[row, batch] = _right(model, fgsm(clean, slope, epsilon / 255), labels)
+            self.tell((1 + len(epsilons)) * len(labels))
+        return np.concatenate(probabilities), found
+
+    def pgd(self, model: nn.Module, test: LabelledImages) -> np.ndarray:
+        """Return bool (M,): whether the answer was right on the attacked image."""
+        found, epsilon = np.zeros(len(test), bool), self.evaluation.attack_epsilon / 255
+        for batch, pixels, labels in self._batches(test):
+            images = to_tensor(pixels, self.device)
+            start = torch.from_numpy(self._starts(test.ids[batch], images.shape)).to(self.device)
+            found[batch] = _right(model, pgd(model, images, labels, epsilon, start), labels)
+            self.tell(PGD_STEPS * len(labels))
+        return found
+
+    def autoattack(
+        self, model: nn.Module, test: LabelledImages, kept: Path, progress: Progress
+    ) -> np.ndarray:
+        """Return bool (A,): whether the answer stayed right; `kept` holds what is known already."""
+        found = np.zeros(len(test), bool)
+        for start in range(0, len(test), _AUTOATTACKED_AT_ONCE):
+            progress("AutoAttack", start, len(test))
+            places = np.arange(start, min(start + _AUTOATTACKED_AT_ONCE, len(test)))
+            file = kept / f"autoattack-{start:06d}.json"
+            if not file.exists():
+                labels = torch.from_numpy(test.labels[places]).to(self.device)
+                images = to_tensor(test.images[places], self.device)
+                seed = seed_from(self.seed, "autoattack", [test.ids[place] for place in places])
+                epsilon = self.evaluation.attack_epsilon / 255
+                survived = survives_autoattack(model, images, labels, epsilon, seed)
+                write_bytes(file, json.dumps(survived.tolist()).encode())
+            found[places] = json.loads(file.read_bytes())
+        progress("AutoAttack", len(test), len(test))
+        return found
+
+    def _batches(self, test: LabelledImages) -> Iterator[tuple[slice, np.ndarray, Tensor]]:
+        """Yield where a batch lies, its pixels uint8 (B, H, W, 3), and its labels int64 (B,)."""
+        for start in range(0, len(test), self.evaluation.batch_size):
+            batch = slice(start, min(start + self.evaluation.batch_size, len(test)))
+            yield batch, test.images[batch], torch.from_numpy(test.labels[batch]).to(self.device)
+
+    def _starts(self, ids: Sequence[str], shape: Sequence[int]) -> np.ndarray:
+        """Return float32 `shape` in [-1, 1): where PGD begins, of each image by its id."""
+        starts = np.empty(shape, np.float32)
+        for start, image_id in zip(starts, ids, strict=True):
+            generator = np.random.default_rng(seed_from(self.seed, "pgd", image_id))
+            start[:] = 2 * generator.random(shape[1:], np.float32) - 1
+        return starts
 
 
 def _counted(progress: Progress, total: int) -> Callable[[int], None]:
@@ -150,5 +257,6 @@ def _counted(progress: Progress, total: int) -> Callable[[int], None]:
 
 
 @torch.no_grad()
-def _probabilities(model: nn.Module, pixels: Tensor) -> np.ndarray:
-    return model(pixels).float().softmax(dim=1).cpu().numpy()
+def _right(model: nn.Module, images: Tensor, labels: Tensor) -> np.ndarray:
+    """Return bool (B,): whether the model names the label."""
+    return (model(images).argmax(dim=1) == labels).cpu().numpy()

@@ -1,15 +1,15 @@
 """The report: evidence of every arm becomes a page, a JSON document and plots.
 
-What belongs here: what is compared, how it is said, and the files. What does not: computing
-evidence, drawing (pictures). The report is a function of its inputs: it holds no date, host or run
-id, so the same evidence gives the same bytes. `docs/report.md` explains every number.
+What belongs here: what is said and shown, and the files. What does not: computing evidence, the
+numbers (comparison), drawing (pictures). The report is a function of its inputs: it holds no date,
+host or run id, so the same evidence gives the same bytes. `docs/report.md` explains every number.
 """
 
 import base64
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
@@ -22,29 +22,33 @@ from PIL import Image
 
 from diffusemix_pipeline import pictures
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.evaluation.calibration import binned_gaps, reliability_curve
-from diffusemix_pipeline.evaluation.evidence import Evidence
-from diffusemix_pipeline.evaluation.statistics import (
-    Estimate,
-    calibration_difference,
-    calibration_estimate,
-    mean_estimates,
+from diffusemix_pipeline.evaluation.attacks import autoattack_attacks
+from diffusemix_pipeline.evaluation.comparison import (
+    BASELINE,
+    SUBJECTS,
+    Comparison,
+    arm_documents,
+    by_arm,
+    class_documents,
+    confusion_document,
+    reliability_document,
+    rival_documents,
+    shared_families,
 )
+from diffusemix_pipeline.evaluation.evidence import Evidence
 from diffusemix_pipeline.files import replaced_folder, write_bytes, write_json
 from diffusemix_pipeline.identity import seed_from
 from diffusemix_pipeline.settings import Arm, Settings
 
 DOCUMENT = "report.json"
 PAGE = "index.html"
-SCHEMA_VERSION = 1
-CODE_VERSION = "2"
-_ACCURACIES = ("clean", "corrupted", "fgsm")
-MEASURES = (*_ACCURACIES, "ece")
+SCHEMA_VERSION = 2
+CODE_VERSION = "3"
+MEASURES = ("clean", "corrupted", "fgsm", "ece")
 
-_BASELINE = "vanilla"
-_SUBJECT = "diffusemix"
-_FGSM_SHOWN = 2.0  # of 255: where FGSM tells classifiers apart, neither harmless nor fatal
 _CLASSES_SHOWN = 30
+_ARMS_DRAWN = 6  # as lines: more cannot be told apart
+_NEAR_ZERO = 0.05  # accuracy
 _TITLES = {
     "vanilla": "Vanilla",
     "trivialaugment": "TrivialAugment",
@@ -153,8 +157,8 @@ def _check(evidence: Mapping[tuple[Arm, int], Evidence]) -> None:
         raise UserError("There is nothing to report: no arm was evaluated.")
     (first_key, first), *others = evidence.items()
     for key, other in others:
-        for axis in ("ids", "epsilons", "corruptions", "severities"):
-            if getattr(other, axis) != getattr(first, axis):
+        for axis in ("ids", "epsilons", "corruptions", "severities", "attack_epsilon", "attacked"):
+            if not np.array_equal(getattr(other, axis), getattr(first, axis)):
                 raise UserError(
                     f"The evidence of {key[0]}, seed {key[1]}, has other {axis} than that of "
                     f"{first_key[0]}, seed {first_key[1]}: evaluate both again."
@@ -165,18 +169,40 @@ def _check(evidence: Mapping[tuple[Arm, int], Evidence]) -> None:
 
 
 def _document(inputs: ReportInputs) -> dict[str, Any]:
-    by_arm = _by_arm(inputs.evidence)
+    arms = by_arm(inputs.evidence)
     first = next(iter(inputs.evidence.values()))
-    epsilon = min(first.epsilons, key=lambda strength: abs(strength - _FGSM_SHOWN))
-    seeds = sorted({seed for _, seed in inputs.evidence})
-    arms = [_arm(arm, by_arm, epsilon, inputs) for arm in by_arm]
-    document = {
+    settings, evaluation = inputs.settings, inputs.settings.evaluation
+    shared = shared_families(list(arms), settings.editing.prompts, first.corruptions)
+    seed = seed_from(settings.seed, "bootstrap")
+    comparison = Comparison(arms, shared["left_out"], evaluation.bootstrap_samples, seed)
+    subject = next((arm for arm in SUBJECTS if arm in arms), None)
+    document: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "test_images": len(first.ids),
-        "training_seeds": seeds,
-        "fgsm_epsilon": epsilon,
-        "bootstrap_samples": inputs.settings.evaluation.bootstrap_samples,
-        "arms": arms,
+        "training_seeds": sorted({seed for _, seed in inputs.evidence}),
+        "fgsm_epsilon": comparison.epsilon,
+        "attacks": {
+            "epsilon": first.attack_epsilon,
+            "pgd_images": len(first.pgd),
+            "autoattack_images": len(first.autoattack),
+            "autoattack": list(autoattack_attacks(len(inputs.classes))),
+        },
+        "bootstrap_samples": evaluation.bootstrap_samples,
+        "shared_families": shared,
+        "arms": [
+            {
+                **document_of_arm,
+                "training_seeds": list(arms[document_of_arm["arm"]]),
+                "steps": inputs.steps[document_of_arm["arm"]],
+                "reliability": reliability_document(arms[document_of_arm["arm"]]),
+                "classes": class_documents(arms[document_of_arm["arm"]], inputs.classes),
+            }
+            for document_of_arm in arm_documents(comparison, arms)
+        ],
+        "rivals": rival_documents(comparison, list(arms), subject) if subject else [],
+        "confusion": confusion_document(arms[subject], arms[BASELINE], inputs.classes)
+        if subject and BASELINE in arms
+        else None,
         "data": {
             "classes": list(inputs.classes),
             "counts": {split: dict(of_class) for split, of_class in inputs.counts.items()},
@@ -184,145 +210,12 @@ def _document(inputs: ReportInputs) -> dict[str, Any]:
             "set_aside": [dict(image) for image in inputs.set_aside],
             "test_reads": inputs.test_reads,
         },
-        "settings": inputs.settings.model_dump(mode="json", exclude={"tracking"}),
+        "settings": settings.model_dump(mode="json", exclude={"tracking"}),
         "versions": dict(inputs.versions),
     }
     document["headline"] = _headline(document)
     document["notes"] = _notes(document)
     return document
-
-
-def _by_arm(evidence: Mapping[tuple[Arm, int], Evidence]) -> dict[Arm, dict[int, Evidence]]:
-    """Group by arm, in the order of the settings (vanilla first), and by seed, rising."""
-    order = list(get_args(Arm))
-    keys = sorted(evidence, key=lambda key: (order.index(key[0]), key[1]))
-    return {
-        arm: {seed: evidence[arm, seed] for _, seed in group}
-        for arm, group in groupby(keys, key=lambda key: key[0])
-    }
-
-
-@dataclass(frozen=True)
-class _Scores:
-    """One arm's scores on N test images; accuracies are float64 (N,), means over S seeds."""
-
-    clean: np.ndarray
-    corrupted: np.ndarray
-    """Averaged over families and severities too."""
-    by_epsilon: dict[float, np.ndarray]
-    by_corruption: dict[tuple[str, int], np.ndarray]
-    """By family and severity."""
-    gaps: np.ndarray
-    """float64 (S, N, bins): see `calibration.binned_gaps`."""
-
-    def by_name(self, epsilon: float) -> dict[Any, np.ndarray]:
-        """Return every accuracy: three by name, the rest by strength, or family and severity."""
-        three = (self.clean, self.corrupted, self.by_epsilon[epsilon])
-        named = dict(zip(_ACCURACIES, three, strict=True))
-        return {**named, **self.by_epsilon, **self.by_corruption}
-
-
-def _scores(of_seed: Mapping[int, Evidence]) -> _Scores:
-    evidence = list(of_seed.values())
-    attacked = np.mean([one.fgsm for one in evidence], axis=0)
-    corrupted = np.mean([one.corrupted for one in evidence], axis=0)
-    return _Scores(
-        clean=np.mean([one.correct for one in evidence], axis=0),
-        corrupted=corrupted.mean(axis=(0, 1)),
-        by_epsilon=dict(zip(evidence[0].epsilons, attacked, strict=True)),
-        by_corruption={
-            (family, severity): corrupted[row, column]
-            for row, family in enumerate(evidence[0].corruptions)
-            for column, severity in enumerate(evidence[0].severities)
-        },
-        gaps=np.stack([binned_gaps(one.probabilities, one.labels) for one in evidence]),
-    )
-
-
-def _arm(
-    arm: Arm, by_arm: Mapping[Arm, Mapping[int, Evidence]], epsilon: float, inputs: ReportInputs
-) -> dict[str, Any]:
-    samples = inputs.settings.evaluation.bootstrap_samples
-    seed = seed_from(inputs.settings.seed, "bootstrap")
-    scores = _scores(by_arm[arm])
-
-    estimates = mean_estimates(scores.by_name(epsilon), samples, seed)
-    difference = None
-    if arm != _BASELINE and _BASELINE in by_arm:
-        difference = _difference(scores, _scores(by_arm[_BASELINE]), epsilon, samples, seed)
-    return {
-        "arm": arm,
-        "training_seeds": list(by_arm[arm]),
-        "steps": inputs.steps[arm],
-        **{name: _numbers(estimates[name]) for name in _ACCURACIES},
-        "ece": _numbers(calibration_estimate(scores.gaps, samples, seed)),
-        "difference": difference,
-        "fgsm_by_epsilon": [
-            {"epsilon": strength, **_numbers(estimates[strength])} for strength in scores.by_epsilon
-        ],
-        "corruptions": [
-            {"family": family, "severity": severity, **_numbers(estimates[family, severity])}
-            for family, severity in scores.by_corruption
-        ],
-        "reliability": _reliability(by_arm[arm]),
-        "classes": _classes(by_arm[arm], inputs.classes),
-    }
-
-
-def _difference(
-    scores: _Scores, base: _Scores, epsilon: float, samples: int, seed: int
-) -> dict[str, Any]:
-    """Compare an arm with the baseline, image by image."""
-    ours, theirs = scores.by_name(epsilon), base.by_name(epsilon)
-    changes = {name: ours[name] - theirs[name] for name in _ACCURACIES}
-    paired = mean_estimates(changes, samples, seed, kind="difference")
-    of_error = calibration_difference(scores.gaps, base.gaps, samples, seed)
-    return {
-        **{
-            name: {**_numbers(estimate), "significant": not estimate.holds_zero}
-            for name, estimate in paired.items()
-        },
-        "ece": {**_numbers(of_error), "significant": False if of_error.holds_zero else None},
-    }
-
-
-def _numbers(estimate: Estimate) -> dict[str, float]:
-    return {name: _rounded(number) for name, number in asdict(estimate).items()}
-
-
-def _rounded(number: float) -> float:
-    """Keep what a reader can use: the last bits of a sum differ from machine to machine."""
-    return round(float(number), 6) + 0.0  # no -0.0
-
-
-def _reliability(of_seed: Mapping[int, Evidence]) -> list[dict[str, Any]]:
-    """Bin the answers of all training seeds together."""
-    probabilities = np.concatenate([one.probabilities for one in of_seed.values()])
-    labels = np.concatenate([one.labels for one in of_seed.values()])
-    bins = reliability_curve(probabilities, labels).to_dict("records")
-    return [
-        {
-            "confidence": _rounded(bin["confidence"]) if bin["images"] else None,
-            "accuracy": _rounded(bin["accuracy"]) if bin["images"] else None,
-            "images": int(bin["images"]),
-        }
-        for bin in bins
-    ]
-
-
-def _classes(of_seed: Mapping[int, Evidence], classes: Sequence[str]) -> list[dict[str, Any]]:
-    labels = next(iter(of_seed.values())).labels
-    correct = np.mean([one.correct for one in of_seed.values()], axis=0)
-    images = np.bincount(labels, minlength=len(classes))
-    right = np.bincount(labels, correct, len(classes))
-    return [
-        {
-            "class": name,
-            "images": int(images[label]),
-            "accuracy": _rounded(right[label] / images[label]) if images[label] else None,
-        }
-        for label, name in enumerate(classes)
-    ]
 
 
 def _summary(document: Mapping[str, Any]) -> pd.DataFrame:
@@ -352,7 +245,7 @@ def _headline(document: Mapping[str, Any]) -> str:
             for arm in document["arms"]
         )
         return f"There is no comparison, as vanilla or all but it is missing; on {images}: {arms}."
-    subject = next((arm for arm in compared if arm["arm"] == _SUBJECT), compared[-1])
+    subject = next((arm for arm in compared if arm["arm"] in SUBJECTS), compared[-1])
     names = {
         "clean": "clean accuracy",
         "corrupted": "accuracy under corruption",
@@ -365,9 +258,20 @@ def _headline(document: Mapping[str, Any]) -> str:
     )
     title = _TITLES[subject["arm"]]
     return (
-        f"Against vanilla, on {images}, {title} {first}, {second} and {third}; "
+        f"Against vanilla, on {images}, {title} {first}, {second} and {third}"
+        f"{_beaten_by(document['rivals'])}; "
         "in brackets, the difference and its 95 % interval."
     )
+
+
+def _beaten_by(rivals: Sequence[Mapping[str, Any]]) -> str:
+    """Say which rivals are better than the subject on the mean of clean and corrupted accuracy."""
+    better = [rival for rival in rivals if rival["significant"] and rival["value"] > 0]
+    if not better:
+        return ""
+    ordered = sorted(better, key=lambda rival: -rival["value"])
+    named = ", ".join(f"{_TITLES[rival['arm']]} ({_change(rival)})" for rival in ordered)
+    return f", while on the mean of clean and corrupted accuracy it fell behind {named}"
 
 
 def _verb(difference: Mapping[str, Any]) -> str:
@@ -382,30 +286,111 @@ def _change(difference: Mapping[str, Any]) -> str:
 
 
 def _notes(document: Mapping[str, Any]) -> list[str]:
-    return [
+    notes = [
         _seeds_note(document["training_seeds"]),
         _reads_note(document["data"]["test_reads"]),
         _steps_note({arm["arm"]: arm["steps"] for arm in document["arms"]}),
         _copies_note(document["data"]["copies_across_splits"]),
-        "Each interval is for one number. Of many numbers with 95 % intervals, about one in twenty "
-        "lies outside its own by chance.",
-        "FGSM is one step of a weak attack: accuracy under it is no measure of robustness against "
-        "an attacker, and can rise only because gradients became less useful.",
+        _holm_note(document["arms"]),
+        _masking_note(document),
+        _attacks_note(document["attacks"]),
+        _shared_note(document["shared_families"]),
         "The corruptions' families are ImageNet-C's, but their constants are this project's own: "
         "these numbers cannot be compared with a published mCE.",
         "The calibration error of a finite sample errs upwards, as it cannot be below zero, and "
         "the more so the less sure a classifier is. Its intervals are wide for that reason, and no "
         "arm is called better or worse by it.",
     ]
+    return [note for note in notes if note]
 
 
 def _seeds_note(seeds: Sequence[int]) -> str:
-    covers = (
-        "Intervals cover the sampling of test images only, not what another training run would do"
-    )
     if len(seeds) == 1:
-        return f"{covers}: every arm was trained with one seed ({seeds[0]})."
-    return f"{covers}. Numbers are means over {len(seeds)} training seeds."
+        return (
+            "Intervals cover the sampling of test images only, not what another training run would "
+            f"do: every arm was trained with one seed ({seeds[0]}). Where seeds matter, a "
+            "difference that is called significant may be one of seeds: train with at least three."
+        )
+    return (
+        f"Numbers are means over {len(seeds)} training seeds. Intervals cover the sampling of test "
+        "images and of training seeds; those of the calibration error cover test images only."
+    )
+
+
+def _holm_note(arms: Sequence[Mapping[str, Any]]) -> str:
+    compared = sum(arm["difference"] is not None for arm in arms)
+    words = (
+        "Each interval is for one number. Of many numbers with 95 % intervals, about one in twenty "
+        "lies outside its own by chance."
+    )
+    if compared > 1:
+        words += (
+            f" What is called better or worse is so after Holm's correction for {compared} arms, "
+            "so an interval that leaves zero out may still be no significant difference."
+        )
+    return words
+
+
+def _masking_note(document: Mapping[str, Any]) -> str:
+    """Warn where FGSM accuracy rose and the strongest attack taken shows that it means nothing."""
+    attacks = document["attacks"]
+    strongest = "autoattack" if attacks["autoattack_images"] else "pgd"
+    name = {"autoattack": "AutoAttack", "pgd": "PGD-20"}[strongest]
+    fooled = [
+        _TITLES[arm["arm"]]
+        for arm in document["arms"]
+        if arm["difference"]
+        and arm["difference"]["fgsm"]["significant"]
+        and arm["difference"]["fgsm"]["value"] > 0
+        and arm[strongest]
+        and arm[strongest]["value"] < _NEAR_ZERO
+    ]
+    if not fooled:
+        return ""
+    return (
+        f"WARNING: FGSM accuracy rose for {', '.join(fooled)}, while under {name} at "
+        f"{_epsilon(attacks['epsilon'])} next to nothing is left: this is not adversarial "
+        "robustness. A real attacker takes more than one step."
+    )
+
+
+def _attacks_note(attacks: Mapping[str, Any]) -> str:
+    words = (
+        "FGSM is one step of a weak attack: accuracy under it is no measure of robustness against "
+        "an attacker, and can rise only because gradients became less useful."
+    )
+    taken = []
+    if attacks["pgd_images"]:
+        taken.append(f"PGD-20 was tried on {attacks['pgd_images']:,} test images")
+    if attacks["autoattack_images"]:
+        names = ", ".join(attacks["autoattack"])
+        taken.append(f"AutoAttack ({names}) on {attacks['autoattack_images']:,}")
+    if taken:
+        words += (
+            f" {' and '.join(taken)}, drawn from the seed and the same for all arms, at "
+            f"{_epsilon(attacks['epsilon'])}."
+        )
+    return words
+
+
+def _shared_note(shared: Mapping[str, Any]) -> str:
+    if not shared["left_out"]:
+        return ""
+    by_whom = [
+        f"{_TITLES[arm]}: {', '.join(map(_spoken, families))}"
+        for arm, families in shared["arms"].items()
+    ] + [
+        f"{prompt} edits: {', '.join(map(_spoken, families))}"
+        for prompt, families in shared["prompts"].items()
+    ]
+    words = (
+        "Some arms are shown corruptions in training: "
+        f"{', '.join(map(_spoken, shared['left_out']))} ({'; '.join(by_whom)}). "
+        "Unshared numbers leave these families out, for all arms."
+    )
+    if shared["unknown_prompts"]:
+        words += f" What these prompts show is not known: {', '.join(shared['unknown_prompts'])}."
+    return words
 
 
 def _reads_note(reads: int) -> str:
@@ -462,12 +447,15 @@ def _plots(
 ) -> dict[str, _Plot]:
     """Draw the report's plots, by the names of their files."""
     arms = document["arms"]
+    drawn = _drawn(arms)
     plots = {}
     if any(arm["difference"] for arm in arms):
         plots["differences"] = _differences_plot(document, theme)
-    plots["fgsm"] = _fgsm_plot(arms, theme)
+    plots["fgsm"] = _fgsm_plot(drawn, theme)
     plots |= _corruption_plots(arms, theme)
-    plots["reliability"] = _reliability_plot(arms, theme)
+    plots["reliability"] = _reliability_plot(drawn, theme)
+    if document["confusion"] and document["confusion"]["classes"]:
+        plots["confusion"] = _confusion_plot(document["confusion"], theme)
     if inputs.curves:
         plots["learning_curves"] = _learning_plot(inputs.curves, theme)
     plots["class_counts"] = _Plot(
@@ -476,6 +464,16 @@ def _plots(
         + "; ".join(f"{split}: {sum(n.values())}" for split, n in inputs.counts.items()),
     )
     return plots
+
+
+def _drawn(arms: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the arms that are drawn as lines: vanilla, the subjects, and the best others."""
+
+    def place(arm: Mapping[str, Any]) -> tuple[bool, float]:
+        return arm["arm"] not in (BASELINE, *SUBJECTS), -arm["overall"]["value"]
+
+    chosen = [arm["arm"] for arm in sorted(arms, key=place)[:_ARMS_DRAWN]]
+    return [arm for arm in arms if arm["arm"] in chosen]
 
 
 def _differences_plot(document: Mapping[str, Any], theme: pictures.Theme) -> _Plot:
@@ -516,42 +514,72 @@ def _fgsm_plot(arms: Sequence[Mapping[str, Any]], theme: pictures.Theme) -> _Plo
 
 
 def _corruption_plots(arms: Sequence[Mapping[str, Any]], theme: pictures.Theme) -> dict[str, _Plot]:
-    """Draw a map of each arm, and of each arm's difference to vanilla."""
+    """Draw vanilla's map, that of the subject, and what each arm gained and lost by family."""
     tables = {
         arm["arm"]: pd.DataFrame(arm["corruptions"]).pivot_table(
             "value", "family", "severity", sort=False
         )
         for arm in arms
     }
-    first = next(iter(tables.values()))
-    rows = [_spoken(family) for family in first.index]
-    columns = [str(severity) for severity in first.columns]
-
-    def plot(table: pd.DataFrame, title: str, reach: float | None = None) -> _Plot:
-        number: Callable[[float], str] = _percent if reach is None else _points
-        alt = f"{title}, by family and severity. " + "; ".join(
-            f"{_spoken(family)}: {', '.join(map(number, values))}"
-            for family, values in zip(table.index, table.to_numpy(), strict=True)
-        )
-        png = pictures.heat_map(
-            table.to_numpy(), rows, columns,
-            title=title, label="severity", reach=reach, theme=theme,
-        )  # fmt: skip
-        return _Plot(png, alt)
-
+    base = tables.get(BASELINE)
+    subject = next((arm for arm in SUBJECTS if arm in tables), next(reversed(tables)))
     plots = {
-        f"corruptions_{arm}": plot(table, f"{_TITLES[arm]}: accuracy, %")
-        for arm, table in tables.items()
+        f"corruptions_{arm}": _corruption_map(tables[arm], f"{_TITLES[arm]}: accuracy, %", theme)
+        for arm in dict.fromkeys((BASELINE, subject))
+        if arm in tables
     }
-    base = tables.pop(_BASELINE, None)
-    if base is not None and tables:
-        against = {arm: table - base for arm, table in tables.items()}
-        # One scale for all arms; and differences of a few points stay pale.
-        reach = max(0.1, *(float(table.abs().to_numpy().max()) for table in against.values()))
-        for arm, table in against.items():
-            title = f"{_TITLES[arm]} less vanilla, points"
-            plots[f"corruptions_{arm}_difference"] = plot(table, title, reach)
+    if base is None or len(tables) == 1:
+        return plots
+    by_severity = tables[subject] - base
+    by_arm = pd.DataFrame(
+        {_TITLES[arm]: (t - base).mean(axis=1) for arm, t in tables.items() if arm != BASELINE}
+    )
+    # One scale for both; and differences of a few points stay pale.
+    reach = max(0.1, *(float(t.abs().to_numpy().max()) for t in (by_severity, by_arm)))
+    title = f"{_TITLES[subject]} less vanilla, points"
+    plots[f"corruptions_{subject}_difference"] = _corruption_map(by_severity, title, theme, reach)
+    if len(by_arm.columns) > 1:
+        title = "Each arm less vanilla, points, mean over severities"
+        plots["corruptions_by_arm"] = _corruption_map(by_arm, title, theme, reach)
     return plots
+
+
+def _corruption_map(
+    table: pd.DataFrame, title: str, theme: pictures.Theme, reach: float | None = None
+) -> _Plot:
+    """Draw a row a family, a column a severity or an arm."""
+    number: Callable[[float], str] = _percent if reach is None else _points
+    alt = f"{title}, by {table.columns.name or 'arm'}: {', '.join(map(str, table.columns))}. "
+    alt += "; ".join(
+        f"{_spoken(family)}: {', '.join(map(number, values))}"
+        for family, values in zip(table.index, table.to_numpy(), strict=True)
+    )
+    png = pictures.heat_map(
+        table.to_numpy(),
+        [_spoken(family) for family in table.index],
+        [str(column) for column in table.columns],
+        title=title,
+        label=table.columns.name or "",
+        reach=reach,
+        theme=theme,
+    )
+    return _Plot(png, alt)
+
+
+def _confusion_plot(confusion: Mapping[str, Any], theme: pictures.Theme) -> _Plot:
+    names, change = confusion["classes"], np.array(confusion["change"])
+    title = "Change of answers against vanilla, points"
+    moves = [
+        (abs(change[i, j]), f"{names[i]} called {names[j]} {_points(change[i, j])}")
+        for i in range(len(names))
+        for j in range(len(names))
+    ]
+    most = [words for size, words in sorted(moves, reverse=True)[:6] if size]
+    png = pictures.heat_map(
+        change, names, names,
+        title=title, label="called", reach=max(0.1, float(np.abs(change).max())), theme=theme,
+    )  # fmt: skip
+    return _Plot(png, f"{title}: rows are true classes, columns answers. {'; '.join(most)}")
 
 
 def _reliability_plot(arms: Sequence[Mapping[str, Any]], theme: pictures.Theme) -> _Plot:
@@ -566,8 +594,7 @@ def _reliability_plot(arms: Sequence[Mapping[str, Any]], theme: pictures.Theme) 
 
 def _learning_plot(curves: Mapping[tuple[Arm, int], pd.DataFrame], theme: pictures.Theme) -> _Plot:
     """Draw each arm's curve, averaged over training seeds."""
-    order = list(get_args(Arm))
-    arms = sorted({arm for arm, _ in curves}, key=order.index)
+    arms = list(dict.fromkeys(arm for arm in get_args(Arm) for key in curves if key[0] == arm))
     columns = ["train_loss", "val_accuracy"]
     averaged = {
         _TITLES[arm]: pd.concat([curve for (name, _), curve in curves.items() if name == arm])
@@ -621,6 +648,7 @@ def _page(
         dark=dark,
         stages=stages,
         epsilon=_epsilon(document["fgsm_epsilon"]),
+        light_arms=len(_drawn(document["arms"])),
         corruption_rows=_corruption_rows(document["arms"]),
         class_rows=_class_rows(document["arms"]),
         split_rows=_split_rows(document["data"]),

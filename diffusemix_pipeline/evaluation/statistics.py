@@ -1,27 +1,39 @@
-"""Statistics: how far a number could have come out otherwise with other test images.
+"""Statistics: how far a number could have come out otherwise with other images, or other seeds.
 
-The percentile bootstrap: test images are drawn anew, with replacement, many times. One call draws
-the same images for all that it compares, so a difference between two arms is paired: what makes an
-image hard for both does not widen its interval.
+Test images are drawn anew by the percentile bootstrap, many times. One call draws the same images
+for all that it compares, so a difference between two arms is paired: what makes an image hard for
+both does not widen its interval.
 
 A bootstrap alone is too sure of itself where few images tell: 4 answers mended and none broken
 would be significant, and all right would be certain. So a few made-up images join those that are
 drawn from, one or two each way, as in the intervals of Agresti and Coull (1998) for a proportion
 and of Agresti and Min (2005) for a paired difference; with many images they change nothing.
 
-Training runs are not drawn anew: with one training seed, an interval covers the sampling of test
-images only; with several, numbers are means over the seeds, and the same holds of them.
+Training seeds are drawn anew as well where there are several. Of three, only ten different samples
+can be drawn, and these vary too little: so the mean over seeds is moved by draws of Student's t
+instead, scaled by the standard error that an analysis of variance gives (`difference_spread`).
+With one training seed, an interval covers the sampling of test images only.
 """
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
 CONFIDENCE = 0.95
-# The scores of the made-up images.
-_EACH_WAY = {"score": (0.0, 0.0, 1.0, 1.0), "difference": (-1.0, 1.0)}
+Kind = Literal["score", "difference", "loss"]
+# The scores of the made-up images; a loss has no bounds that they could be at.
+_EACH_WAY: dict[Kind, tuple[float, ...]] = {
+    "score": (0.0, 0.0, 1.0, 1.0),
+    "difference": (-1.0, 1.0),
+    "loss": (),
+}
+_BOUNDS: dict[Kind, tuple[float, float]] = {
+    "score": (0, 1),
+    "difference": (-1, 1),
+    "loss": (-np.inf, np.inf),
+}
 Name = TypeVar("Name", bound=Hashable)
 _DRAWS_AT_ONCE = 4_000_000  # images drawn in one piece: what bounds the memory
 
@@ -33,11 +45,62 @@ class Estimate:
     value: float
     low: float
     high: float
+    p: float = float("nan")
+    """Two-sided p-value of the value being zero, for a difference."""
 
     @property
     def holds_zero(self) -> bool:
         """Whether 0 lies in the interval: no significant difference, for a difference."""
         return self.low <= 0 <= self.high
+
+
+class Spread(NamedTuple):
+    """How far a mean over the training seeds would come out otherwise with other seeds."""
+
+    error: float
+    """Standard error of the mean."""
+    freedom: int
+    """Degrees of freedom behind it; with none, nothing is known and nothing is added."""
+
+
+def score_spread(means: np.ndarray) -> Spread:
+    """Return the spread of any arm's mean, from `means` float (arms, seeds).
+
+    The variance between seeds is taken to be one for all arms, and pooled: three seeds alone say
+    little of it.
+    """
+    arms, seeds = means.shape
+    return _spread(means - means.mean(axis=1, keepdims=True), arms * (seeds - 1), 1 / seeds)
+
+
+def difference_spread(means: np.ndarray) -> Spread:
+    """Return the spread of the difference of any two arms' means, from `means` (arms, seeds).
+
+    What a seed does to all arms alike is taken off: arms of one seed start from the same weights.
+    The rest is the residual of a two-way analysis of variance.
+    """
+    arms, seeds = means.shape
+    left = means - means.mean(axis=1, keepdims=True) - means.mean(axis=0) + means.mean()
+    return _spread(left, (arms - 1) * (seeds - 1), 2 / seeds)
+
+
+def _spread(residuals: np.ndarray, freedom: int, share: float) -> Spread:
+    if not freedom:
+        return Spread(0.0, 0)
+    return Spread(float(np.sqrt((residuals**2).sum() / freedom * share)), freedom)
+
+
+def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
+    """Adjust p-values so that one below 0.05 is a false alarm in 1 of 20 reports, not of numbers.
+
+    Source: Holm, A Simple Sequentially Rejective Multiple Test Procedure (1979).
+    """
+    adjusted: dict[Name, float] = {}
+    highest = 0.0
+    for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[name]))
+        adjusted[name] = highest
+    return adjusted
 
 
 def resampled_sums(scores: np.ndarray, samples: int, seed: int) -> np.ndarray:
@@ -62,21 +125,62 @@ def mean_estimates(
     samples: int,
     seed: int,
     *,
-    kind: Literal["score", "difference"] = "score",
+    kind: Kind = "score",
+    spreads: Mapping[Name, Spread] | None = None,
 ) -> dict[Name, Estimate]:
     """Estimate the mean of each set of per-image scores, all (N,), from the same resamples.
 
-    A score lies in [0, 1]. A paired difference of two arms' scores lies in [-1, 1]: say so by
-    `kind`.
+    A score lies in [0, 1]. A paired difference of two arms' scores lies in [-1, 1], a loss, or a
+    difference of losses, anywhere: say so by `kind`. Scores that are means over training seeds have
+    `spreads`.
     """
     columns = np.column_stack(list(scores.values()))
     made_up = np.repeat(np.array(_EACH_WAY[kind])[:, None], columns.shape[1], axis=1)
     drawn_from = np.vstack([columns, made_up])
     means = resampled_sums(drawn_from, samples, seed) / len(drawn_from)
-    return {
-        name: _holding(float(column.mean()), *_middle(of_resamples))
-        for name, column, of_resamples in zip(scores, columns.T, means.T, strict=True)
-    }
+    estimates = {}
+    for place, name in enumerate(scores):
+        of_resamples = means[:, place]
+        if spreads:
+            of_resamples = (of_resamples + seed_draws(spreads[name], samples, seed)).clip(
+                *_BOUNDS[kind]
+            )
+        value = float(columns[:, place].mean())
+        estimates[name] = estimate_from(value, of_resamples)
+    return estimates
+
+
+def seed_draws(spread: Spread, samples: int, seed: int) -> np.ndarray:
+    """Return float64 (samples,): by how much other training seeds would have moved a mean."""
+    if not spread.freedom:
+        return np.zeros(samples)
+    drawn = np.random.default_rng([seed, spread.freedom]).standard_t(spread.freedom, samples)
+    return spread.error * drawn
+
+
+def estimate_from(value: float, resampled: np.ndarray) -> Estimate:
+    """Return a value with the middle 95 % of its resamples, widened to hold it, and its p-value."""
+    low, high = _middle(resampled)
+    rounded = resampled.round(9)
+    tail = min((rounded <= 0).sum(), (rounded >= 0).sum())
+    p = min(1.0, 2 * (float(tail) + 1) / (len(resampled) + 1))
+    return Estimate(value, min(low, value), max(high, value), p)
+
+
+def ratio_estimate(
+    errors: np.ndarray, base: np.ndarray, samples: int, seed: int, spread: Spread
+) -> Estimate:
+    """Estimate the mean over columns of how large `errors` are relative to `base`, both (N, F).
+
+    1 is as large. `spread` is that of the mean over training seeds.
+    """
+    sums = resampled_sums(np.hstack([errors, base]), samples, seed)
+    ours, theirs = np.split(sums, 2, axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = (ours / theirs).mean(axis=1)
+    value = float((errors.sum(axis=0) / base.sum(axis=0)).mean())
+    moved = ratios + seed_draws(spread, samples, seed)
+    return estimate_from(value, moved[np.isfinite(moved)])
 
 
 def calibration_estimate(gaps: np.ndarray, samples: int, seed: int) -> Estimate:
@@ -129,11 +233,6 @@ def _middle(resampled: np.ndarray) -> tuple[float, float]:
     low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     # Sums of thirds are zero but for their last bits.
     return round(float(low), 9), round(float(high), 9)
-
-
-def _holding(value: float, low: float, high: float) -> Estimate:
-    """Widen an interval that the made-up images drew past the value of a few images."""
-    return Estimate(value, min(low, value), max(high, value))
 
 
 def _reflected(value: float, resampled: np.ndarray) -> tuple[float, float]:

@@ -5,6 +5,8 @@ neither trained nor logged again, and a report is logged to the run of the model
 """
 
 import json
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,7 @@ from diffusemix_pipeline.training.arms import (
     fit_fingerprint,
 )
 from diffusemix_pipeline.training.classifier import load_classifier
-from diffusemix_pipeline.training.data import load_images
+from diffusemix_pipeline.training.data import LabelledImages, load_images
 from diffusemix_pipeline.versioning import pinned_digest
 
 _FIT_TAG = "diffusemix.fit"
@@ -134,12 +136,7 @@ def judge(project: Project, settings: Settings, progress: Progress) -> Judged:
         report = read_report(project.report)
         if report.versions == versions:
             return Judged(report, digest(versions), reused=True)
-    evidence = {
-        (fit.arm, fit.seed): _evidence(
-            project.evidence / keys[fit.arm, fit.seed], project, fit, raw, settings, progress
-        )
-        for fit in fits
-    }
+    evidence = _evidence_of(fits, keys, project, raw, settings, progress)
     inputs = ReportInputs(
         evidence=evidence,
         classes=class_names(raw.counts),
@@ -221,35 +218,57 @@ def _evidence_key(fit: Fit, raw: Stage, settings: Settings) -> str:
     return digest(EVIDENCE_VERSION, fit.fingerprint, version_of_test(raw), asked, settings.seed)
 
 
-def _evidence(
-    folder: Path,
+def _evidence_of(
+    fits: Sequence[Fit],
+    keys: Mapping[tuple[Arm, int], str],
     project: Project,
-    fit: Fit,
     raw: Stage,
     settings: Settings,
     progress: Progress,
-) -> Evidence:
-    """Return one fit's answers on the test images, asking it where `folder` has none."""
-    if folder.exists():
-        return Evidence.load(folder)
+) -> dict[tuple[Arm, int], Evidence]:
+    """Return the fits' answers on the test images, asking those that have not answered yet."""
+    folders = {key: project.evidence / name for key, name in keys.items()}
+    silent = [fit for fit in fits if not folders[fit.arm, fit.seed].exists()]
+    if silent:
+        test = load_images(
+            [raw],
+            "test",
+            class_names(raw.counts),
+            settings.size,
+            aside=project.aside,
+            progress=progress,
+        )
+        for seed in sorted({fit.seed for fit in silent}):  # arms at once, as they share the images
+            of_seed = [fit for fit in silent if fit.seed == seed]
+            _ask(of_seed, folders, project, test, settings, progress)
+    return {key: Evidence.load(folder) for key, folder in folders.items()}
+
+
+def _ask(
+    fits: Sequence[Fit],
+    folders: Mapping[tuple[Arm, int], Path],
+    project: Project,
+    test: LabelledImages,
+    settings: Settings,
+    progress: Progress,
+) -> None:
+    """Ask some fits about the test images, and keep what each answers in its folder."""
     device = choose_device(settings.device)
-    classifier = load_classifier(fit.folder, device)
-    test = load_images(
-        [raw], "test", classifier.classes, settings.size, aside=project.aside, progress=progress
-    )
-    evidence = evaluate(
-        classifier.model,
-        test.images,
-        test.labels,
-        test.ids,
+    begun = {fit.arm: project.evidence / f"{folders[fit.arm, fit.seed].name}.begun" for fit in fits}
+    found = evaluate(
+        {fit.arm: load_classifier(fit.folder, device).model for fit in fits},
+        test,
         settings.evaluation,
         seed_from(settings.seed, "corruptions"),
         device,
-        lambda what, done, total: progress(f"Judging {fit.arm}, seed {fit.seed}", done, total),
+        partial=begun,
+        progress=lambda what, done, total: progress(f"{what}, seed {fits[0].seed}", done, total),
     )
-    with replaced_folder(folder, mark=EVIDENCE_FILE, aside=project.aside) as partial:
-        evidence.save(partial)
-    return evidence
+    for fit in fits:
+        folder = folders[fit.arm, fit.seed]
+        with replaced_folder(folder, mark=EVIDENCE_FILE, aside=project.aside) as partial:
+            found[fit.arm].save(partial)
+        shutil.rmtree(begun[fit.arm], ignore_errors=True)
 
 
 def _test_metrics(evidence: Evidence) -> dict[str, float]:
@@ -259,7 +278,18 @@ def _test_metrics(evidence: Evidence) -> dict[str, float]:
     return {
         "test_clean": float(evidence.correct.mean()),
         "test_corrupted": float(evidence.corrupted.mean()),
+        **_attack_metrics(evidence),
         "test_ece": expected_calibration_error(evidence.probabilities, evidence.labels),
         **{f"test_fgsm_{epsilon:g}_255": float(share) for epsilon, share in by_epsilon},
         **{f"test_{family}": float(share) for family, share in by_family},
+    }
+
+
+def _attack_metrics(evidence: Evidence) -> dict[str, float]:
+    """Return the accuracy under the costly attacks, where any image was attacked."""
+    attacks = {"pgd_20": evidence.pgd, "autoattack": evidence.autoattack}
+    return {
+        f"test_{name}_{evidence.attack_epsilon:g}_255": float(right.mean())
+        for name, right in attacks.items()
+        if right.size
     }
