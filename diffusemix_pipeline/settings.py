@@ -63,11 +63,17 @@ Arm = Literal[
 Corruption = Literal[
     "gaussian_noise",
     "shot_noise",
+    "impulse_noise",
     "defocus_blur",
+    "glass_blur",
     "motion_blur",
+    "zoom_blur",
+    "snow",
+    "frost",
     "fog",
     "brightness",
     "contrast",
+    "elastic_transform",
     "pixelate",
     "jpeg_compression",
 ]

@@ -1,5 +1,6 @@
 """Corruptions: every family is seeded by image, grows with severity, and works at any size."""
 
+from itertools import pairwise
 from typing import get_args
 
 import numpy as np
@@ -11,7 +12,17 @@ from diffusemix_pipeline.evaluation.corruptions import corrupt
 from diffusemix_pipeline.settings import Corruption
 
 FAMILIES = get_args(Corruption)
-DRAWN = ["gaussian_noise", "shot_noise", "motion_blur", "fog"]
+DRAWN = [
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "glass_blur",
+    "motion_blur",
+    "snow",
+    "frost",
+    "fog",
+    "elastic_transform",
+]
 
 
 def picture(side: int, seed: int = 0) -> np.ndarray:
@@ -87,9 +98,51 @@ def test_a_path_has_one_direction_at_every_severity():
     assert angle(5) == pytest.approx(angle(4), abs=0.3)
 
 
+def test_impulses_and_flakes_stay_as_more_come():
+    grey, black = np.full((1, 64, 64, 3), 128, np.uint8), np.zeros((1, 64, 64, 3), np.uint8)
+    impulses = [corrupt(grey, "impulse_noise", severity, ["a"], 0) for severity in range(1, 6)]
+    flakes = [corrupt(black, "snow", severity, ["a"], 0) for severity in range(1, 6)]
+    for fewer, more in pairwise(impulses):
+        assert (more[fewer != 128] == fewer[fewer != 128]).all()
+    for fewer, more in pairwise(flakes):
+        assert (more >= fewer).all()
+
+
+def test_frost_is_thicker_at_the_rim_and_bluish():
+    black = np.zeros((8, 64, 64, 3), np.uint8)
+    ice = corrupt(black, "frost", 3, list("abcdefgh"), 0).mean(axis=0)
+    middle = ice[16:48, 16:48].mean()
+    assert ice.mean() > 1.2 * middle > 0
+    red, green, blue = ice.mean(axis=(0, 1))
+    assert red < green < blue
+
+
+def test_a_zoom_keeps_the_middle_and_blurs_the_rim():
+    stripes = np.zeros((1, 65, 65, 3), np.uint8)
+    stripes[:, :, ::4] = stripes[:, :, 1::4] = 255
+    zoomed = corrupt(stripes, "zoom_blur", 5, ["a"], 0)[0].astype(float)
+    assert zoomed[:, 29:36].std() > 2 * zoomed[:, -7:].std()
+
+
+def test_displacements_bring_in_nothing_from_outside():
+    ramp = np.broadcast_to(np.linspace(50, 200, 32)[None, :, None], (1, 32, 32, 3)).astype(np.uint8)
+    for family in ("glass_blur", "zoom_blur", "elastic_transform"):
+        changed = corrupt(ramp, family, 5, ["a"], 0)
+        assert changed.min() >= 50
+        assert changed.max() <= 200
+
+
 def test_blurs_and_blocks_keep_the_mean_and_a_flat_image():
     flat = np.full((1, 32, 32, 3), 90, np.uint8)
-    for family in ("defocus_blur", "motion_blur", "pixelate", "contrast"):
+    for family in (
+        "defocus_blur",
+        "glass_blur",
+        "motion_blur",
+        "zoom_blur",
+        "contrast",
+        "elastic_transform",
+        "pixelate",
+    ):
         assert (corrupt(flat, family, 5, ["a"], 0) == 90).all()
 
 
