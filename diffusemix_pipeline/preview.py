@@ -11,7 +11,8 @@ from tempfile import TemporaryDirectory
 
 from diffusemix_pipeline.datasets.images import UnreadableImageError, read_square
 from diffusemix_pipeline.datasets.ingest import ingest
-from diffusemix_pipeline.datasets.sources import Item, list_items
+from diffusemix_pipeline.datasets.items import Item
+from diffusemix_pipeline.datasets.sources import list_items
 from diffusemix_pipeline.devices import choose_device
 from diffusemix_pipeline.editing.generate import generate
 from diffusemix_pipeline.editing.store import EditStore

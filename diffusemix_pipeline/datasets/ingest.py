@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from diffusemix_pipeline.datasets.images import UnreadableImageError, pixels_digest
+from diffusemix_pipeline.datasets.items import Item
 from diffusemix_pipeline.datasets.manifest import Stage, finished_stage, read_stage, write_stage
-from diffusemix_pipeline.datasets.sources import DIGITS, Item, list_items, source_digest
+from diffusemix_pipeline.datasets.sources import DIGITS, list_items, source_digest
 from diffusemix_pipeline.datasets.splits import assign_splits, thin_train
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import digest
