@@ -1,4 +1,4 @@
-"""Sources of labelled images: scikit-learn's digits, and a user's folder, only ever read."""
+"""Sources of labelled images: scikit-learn's digits, published datasets, and a user's folder."""
 
 import hashlib
 import os
@@ -11,10 +11,14 @@ from PIL import Image
 
 from diffusemix_pipeline.datasets.images import png_bytes
 from diffusemix_pipeline.datasets.items import Item, file_item, visible_files, written
+from diffusemix_pipeline.datasets.published import PUBLISHED, published_items
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import digest, digest_of_text
+from diffusemix_pipeline.progress import Progress, silent
 
 DIGITS = "digits"
+NAMES = (DIGITS, *PUBLISHED)
+"""Sources that are no folder; a folder of such a name is given as ./NAME."""
 _DIGIT_SIDE = 32
 _SPLIT_FOLDERS = {
     "train": "train",
@@ -26,9 +30,19 @@ _SPLIT_FOLDERS = {
 }
 
 
-def list_items(source: str) -> list[Item]:
-    """List a source's images in a fixed order; UserError for a folder without any."""
-    return list(_digits() if source == DIGITS else _folder(Path(source).expanduser()))
+def list_items(
+    source: str, archives: Path | None = None, progress: Progress = silent
+) -> list[Item]:
+    """List a source's images in a fixed order; UserError for a folder without any.
+
+    A published dataset is read from, and where it is not there downloaded to, `archives`.
+    """
+    if source == DIGITS:
+        return list(_digits())
+    if source in PUBLISHED:
+        assert archives is not None, "a published dataset lies in a folder of archives"
+        return published_items(source, archives, progress)
+    return _folder(Path(source).expanduser())
 
 
 def source_digest(items: Iterable[Item]) -> str:
