@@ -18,15 +18,18 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import picture, quick_settings, write_classes
+from click.testing import CliRunner
+from conftest import QUICK, picture, quick_settings, write_classes
 from PIL import Image
 from scipy.io import savemat
 
+from diffusemix_pipeline.cli import main
 from diffusemix_pipeline.datasets.images import read_rgb
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.published import PUBLISHED, check_at_hand, published_items, terms
 from diffusemix_pipeline.datasets.sources import list_items
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.preflight import check_run
 
 PIXELS = 10_000_000
 
@@ -628,9 +631,41 @@ def test_a_download_with_another_checksum_is_refused(offered, tmp_path):
     assert {path.name for path in folder.iterdir()} <= {".lock"}
 
 
+# Beforehand
+
+
+def test_a_missing_archive_is_told_before_any_work(project):
+    with pytest.raises(UserError, match="lacks ILSVRC2012_devkit_t12.tar.gz"):
+        check_run(project, quick_settings("source.path=imagenet"))
+    check_run(project, quick_settings("source.path=cifar100"))
+
+
+def test_archives_do_not_lie_where_only_the_pipeline_writes(project):
+    inside = f"source.archives={project.data / 'downloads'}"
+    with pytest.raises(UserError, match="source.archives: .* Name another folder"):
+        check_run(project, quick_settings("source.path=cifar100", inside))
+
+
 def test_terms_are_told():
     for name, facts in PUBLISHED.items():
         assert facts.title in terms(name)
         assert facts.page in terms(name)
     assert "non-commercial research" in terms("imagenet")
     assert "states no licence" in terms("cifar100")
+
+
+@pytest.mark.parametrize(
+    ("data", "messages"),
+    [
+        ("stanford_cars", ["Stanford Cars: the archives state none", "lacks car_devkit.tgz"]),
+        ("./stanford_cars", ["stanford_cars does not exist. Name a folder, or one of digits"]),
+    ],
+)
+def test_the_command_line_knows_a_name_from_a_folder(data, messages, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    others = [setting for setting in QUICK if not setting.startswith("source.path")]
+    given = [part for setting in others for part in ("--set", setting)]
+    result = CliRunner().invoke(main, ["run", "--data", data, *given])
+    assert result.exit_code == 2
+    for message in messages:
+        assert message in result.output
