@@ -68,7 +68,8 @@ def test_augment_is_a_superset_of_the_official_command_line(here, weights):
 
     write_classes(here / "cifar10", ["cat", "dog"], 3)  # a folder here, whatever its name
     write_classes(here / "fractals", ["any"], 2, seed=99)
-    official = ["--train_dir", "cifar10", "--fractal_dir", "fractals", "--prompts", "sunset, autumn"]
+    official = ["--train_dir", "cifar10", "--fractal_dir", "fractals"]
+    official += ["--prompts", "sunset, autumn"]
     editor = f"editing.editor={weights}"
     all_prompts = quick(editor, "editing.prompts_per_image=all")
     result = call("augment", *official, "--out", "out", *all_prompts)
