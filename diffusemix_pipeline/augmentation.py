@@ -58,7 +58,7 @@ def augment_folder(
     work = project.state / "augment" / digest(str(out.resolve()))
     parts = work / "aside"
     raw = ingest(
-        str(train_dir),
+        str(train_dir.resolve()),  # a folder called cifar10 is no published dataset
         settings,
         work / "raw",
         aside=parts,

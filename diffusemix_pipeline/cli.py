@@ -19,6 +19,7 @@ from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.project import Project, alone_with_edits
 from diffusemix_pipeline.settings import (
     NO_PRESET,
+    Settings,
     describe,
     load_layers,
     load_settings,
@@ -78,6 +79,32 @@ def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+_data_option = click.option(
+    "--data",
+    metavar="FOLDER|NAME",
+    help="A folder of labelled images, or a published dataset: cifar100, cub200, … (source.path).",
+)
+
+
+def _settings_for(
+    data: str | None, preset: str | None, config: Path | None, overrides: Sequence[str]
+) -> Settings:
+    """Read the settings, `--data` among them; say the terms of a published dataset."""
+    from diffusemix_pipeline.datasets.published import PUBLISHED, terms
+    from diffusemix_pipeline.datasets.sources import NAMES
+
+    given = list(overrides)
+    if data:
+        source = data if data in NAMES else Path(data).resolve()
+        given.append(f"source.path={_quoted(source)}")
+    settings = load_settings(
+        Path.cwd(), preset=preset, own_images=bool(data), config=config, overrides=given
+    )
+    if settings.source.path in PUBLISHED:
+        click.echo(terms(settings.source.path))
+    return settings
+
+
 @click.group(cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="diffusemix-pipeline")
 def main() -> None:
@@ -89,23 +116,21 @@ def main() -> None:
 
 @main.command()
 @_settings_options
-@click.option("--data", type=_FOLDER, help="A folder of labelled images (source.path).")
+@_data_option
 def run(
-    preset: str | None, config: Path | None, overrides: Sequence[str], data: Path | None
+    preset: str | None, config: Path | None, overrides: Sequence[str], data: str | None
 ) -> None:
     """Run the whole pipeline here and now.
 
     \b
     diffusemix run --preset demo
     diffusemix run --data photos --set size=64
+    diffusemix run --data cifar100 --set size=32
     """
     from diffusemix_pipeline.orchestration.launch import run_here
     from diffusemix_pipeline.terminal import progress_bars
 
-    given = [*overrides, *([f"source.path={_quoted(data.resolve())}"] if data else [])]
-    settings = load_settings(
-        Path.cwd(), preset=preset, own_images=bool(data), config=config, overrides=given
-    )
+    settings = _settings_for(data, preset, config, overrides)
     project = Project(Path.cwd())
     with progress_bars() as progress:
         outcome = run_here(project, settings, progress)
@@ -159,7 +184,7 @@ def augment(
 
 @main.command()
 @_settings_options
-@click.option("--data", type=_FOLDER, help="A folder of labelled images (source.path).")
+@_data_option
 @click.option("--prompts", help='Comma-separated, e.g. "sunset, autumn" (editing.prompts).')
 @click.option("--images", type=click.IntRange(1), default=4, show_default=True, help="Rows.")
 @click.option("--out", type=_FOLDER, default=Path("preview.png"), show_default=True)
@@ -167,7 +192,7 @@ def preview(
     preset: str | None,
     config: Path | None,
     overrides: Sequence[str],
-    data: Path | None,
+    data: str | None,
     prompts: str | None,
     images: int,
     out: Path,
@@ -183,13 +208,10 @@ def preview(
     from diffusemix_pipeline.preview import preview as draw
     from diffusemix_pipeline.terminal import progress_bars
 
-    given = [*overrides, *_prompt_override(prompts)]
-    settings = load_settings(
-        Path.cwd(), preset=preset, own_images=bool(data), config=config, overrides=given
-    )
+    settings = _settings_for(data, preset, config, [*overrides, *_prompt_override(prompts)])
     project = Project(Path.cwd())
-    at_hand = project.raw if (project.raw / STAGE).exists() else DIGITS
-    source = str(data or settings.source.path or at_hand)
+    at_hand = str(project.raw) if (project.raw / STAGE).exists() else DIGITS
+    source = settings.source.path or at_hand
     with progress_bars() as progress:
         png = draw(source, settings, project, images, progress)
     write_bytes(out, png)
@@ -210,13 +232,13 @@ class _Duration(click.ParamType):
 
 @main.command()
 @_settings_options
-@click.option("--data", type=_FOLDER, help="A folder of labelled images (source.path).")
+@_data_option
 @click.option("--budget", type=_Duration(), help="Say which share of the images fits, e.g. 2h.")
 def plan(
     preset: str | None,
     config: Path | None,
     overrides: Sequence[str],
-    data: Path | None,
+    data: str | None,
     budget: float | None,
 ) -> None:
     """Say what the edits of a run will cost, from a pilot of them, which the run then has.
@@ -227,10 +249,7 @@ def plan(
     from diffusemix_pipeline.cost_plan import plan_cost
     from diffusemix_pipeline.terminal import print_table, progress_bars
 
-    given = [*overrides, *([f"source.path={_quoted(data.resolve())}"] if data else [])]
-    settings = load_settings(
-        Path.cwd(), preset=preset, own_images=bool(data), config=config, overrides=given
-    )
+    settings = _settings_for(data, preset, config, overrides)
     with progress_bars() as progress:
         planned = plan_cost(settings, Project(Path.cwd()), budget, progress)
     rows = [

@@ -75,4 +75,13 @@ def _raw(settings: Settings, project: Project, progress: Progress) -> tuple[Stag
             return there, "data/raw"
     work = project.state / "plan"
     source = settings.source.path or DIGITS
-    return ingest(source, settings, work / "raw", aside=work / "aside", progress=progress), source
+    archives = project.archives(settings.source.archives)
+    raw = ingest(
+        source,
+        settings,
+        work / "raw",
+        aside=work / "aside",
+        archives=archives,
+        progress=progress,
+    )
+    return raw, source

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from diffusemix_pipeline.datasets.manifest import STAGE
-from diffusemix_pipeline.datasets.sources import DIGITS
+from diffusemix_pipeline.datasets.published import PUBLISHED, check_at_hand
+from diffusemix_pipeline.datasets.sources import DIGITS, NAMES
 from diffusemix_pipeline.devices import choose_device
 from diffusemix_pipeline.editing.editor import check_honoured, locate_editor, locate_lora
 from diffusemix_pipeline.errors import UserError
@@ -17,8 +18,11 @@ def check_run(project: Project, settings: Settings) -> None:
     """Raise UserError for what would end a run after hours of work, or cost a person files."""
     from diffusemix_pipeline.training.classifier import check_model
 
-    if settings.source.path not in ("", DIGITS):
-        _check_source(Path(settings.source.path), project)
+    source = settings.source
+    if source.path in PUBLISHED:
+        check_at_hand(source.path, _checked_archives(project, source.archives))
+    elif source.path not in ("", DIGITS):
+        _check_source(Path(source.path), project)
     _check_data(project)
     check_model(settings.training.model, settings.size, settings.training.pretrained)
     check_augmentation(settings)
@@ -33,10 +37,21 @@ def check_outputs(project: Project) -> None:
     check_replaceable(project.report, DOCUMENT)
 
 
+def _checked_archives(project: Project, chosen: str) -> Path:
+    """Return where published datasets lie: not where DVC would take them for our own."""
+    archives = project.archives(chosen)
+    if archives.resolve().is_relative_to(project.data.resolve()):
+        raise UserError(f"source.archives: {archives} lies in {project.data}. Name another folder.")
+    return archives
+
+
 def _check_source(source: Path, project: Project) -> None:
     folder = source.expanduser().resolve()
     if not folder.is_dir():
-        raise UserError(f"source.path: the folder {source} does not exist.")
+        raise UserError(
+            f"source.path: the folder {source} does not exist. Name a folder, or one of "
+            f"{', '.join(NAMES)}."
+        )
     if any(folder.is_relative_to(own.resolve()) for own in (project.data, project.state)):
         raise UserError(
             f"source.path: {source} lies where only the pipeline writes ({project.data}). "

@@ -11,7 +11,8 @@ from tempfile import TemporaryDirectory
 
 from diffusemix_pipeline.datasets.images import UnreadableImageError, read_square
 from diffusemix_pipeline.datasets.ingest import ingest
-from diffusemix_pipeline.datasets.sources import Item, list_items
+from diffusemix_pipeline.datasets.items import Item
+from diffusemix_pipeline.datasets.sources import list_items
 from diffusemix_pipeline.devices import choose_device
 from diffusemix_pipeline.editing.generate import generate
 from diffusemix_pipeline.editing.store import EditStore
@@ -29,7 +30,7 @@ def preview(
 ) -> bytes:
     """Return a PNG: a row for each of `images` training images, a column for each prompt.
 
-    `source` is a folder as for a run, or 'digits'. Raises UserError where no image can be read.
+    `source` is a folder or a name, as for a run. Raises UserError where no image can be read.
     """
     check_augmentation(settings)
     every_prompt = settings.model_copy(
@@ -48,7 +49,8 @@ def preview(
 def _sheet(
     source: str, settings: Settings, project: Project, images: int, work: Path, progress: Progress
 ) -> bytes:
-    _copy_some(source, work / "chosen", images, settings.source.max_pixels)
+    items = list_items(source, project.archives(settings.source.archives), progress)
+    _copy_some(source, items, work / "chosen", images, settings.source.max_pixels)
     raw = ingest(
         str(work / "chosen"),
         settings,
@@ -78,10 +80,10 @@ def _sheet(
     )
 
 
-def _copy_some(source: str, folder: Path, images: int, max_pixels: int) -> None:
+def _copy_some(source: str, items: list[Item], folder: Path, images: int, max_pixels: int) -> None:
     """Copy the first readable training images, of one class after the other, into class folders."""
     by_class: defaultdict[str, list[Item]] = defaultdict(list)
-    for item in list_items(source):
+    for item in items:
         if item.split in (None, "train"):
             by_class[item.label].append(item)
     by_turns = filter(None, chain.from_iterable(zip_longest(*by_class.values())))

@@ -82,6 +82,10 @@ class Project:
     def checkpoints(self) -> Path:
         return self.state / "checkpoints"
 
+    def archives(self, chosen: str) -> Path:
+        """Where published datasets lie: what `source.archives` says, else a folder of our own."""
+        return Path(chosen).expanduser() if chosen else self.state / "published"
+
     @property
     def report(self) -> Path:
         return self.root / "outputs" / "report"

@@ -91,7 +91,14 @@ class Source(Section):
     path: str = Field(
         "",
         description="A folder of class folders, or of train[/val]/test folders of class folders; "
-        "'digits' for the bundled sample. Empty: what data.dvc pins or data/ holds, else 'digits'.",
+        "cifar10, cifar100, tiny_imagenet, imagenet, flowers102, stanford_cars, fgvc_aircraft or "
+        "cub200, as published (docs/data.md); 'digits' for the bundled sample. Empty: what "
+        "data.dvc pins or data/ holds, else 'digits'.",
+    )
+    archives: str = Field(
+        "",
+        description="Folder in which a published dataset's archives lie or are unpacked, or to "
+        "which they are downloaded; empty: .diffusemix/published.",
     )
     train_per_class: int | None = Field(
         None, gt=0, description="At most this many training images a class (few-shot); empty: all."

@@ -66,9 +66,10 @@ def test_augment_gives_an_image_folder_that_others_open(here, weights):
 def test_augment_is_a_superset_of_the_official_command_line(here, weights):
     import pandas as pd
 
-    source = write_classes(here / "photos", ["cat", "dog"], 3)
+    write_classes(here / "cifar10", ["cat", "dog"], 3)  # a folder here, whatever its name
     write_classes(here / "fractals", ["any"], 2, seed=99)
-    official = ["--train_dir", source, "--fractal_dir", "fractals", "--prompts", "sunset, autumn"]
+    official = ["--train_dir", "cifar10", "--fractal_dir", "fractals"]
+    official += ["--prompts", "sunset, autumn"]
     editor = f"editing.editor={weights}"
     all_prompts = quick(editor, "editing.prompts_per_image=all")
     result = call("augment", *official, "--out", "out", *all_prompts)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from diffusemix_pipeline.datasets.images import UnreadableImageError, pixels_digest
+from diffusemix_pipeline.datasets.items import Item
 from diffusemix_pipeline.datasets.manifest import Stage, finished_stage, read_stage, write_stage
-from diffusemix_pipeline.datasets.sources import DIGITS, Item, list_items, source_digest
+from diffusemix_pipeline.datasets.sources import NAMES, list_items, source_digest
 from diffusemix_pipeline.datasets.splits import assign_splits, thin_train
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import digest
@@ -26,6 +27,7 @@ def ingest(
     out: Path,
     *,
     aside: Path,
+    archives: Path | None = None,
     train_only: bool = False,
     progress: Progress = silent,
 ) -> Stage:
@@ -33,15 +35,17 @@ def ingest(
 
     A file that cannot be read as an image, or that repeats another of its class and split, is set
     aside: named with its reason in the stage's notes, never fatal. With `train_only` the source is
-    a folder of class folders and nothing is held out.
+    a folder of class folders and nothing is held out. `archives` is where a published dataset lies
+    or is put; no other source needs it.
     """
-    items = list_items(source)
+    items = list_items(source, archives, progress)
     if train_only and {item.split for item in items} != {None}:
         raise UserError(
             f"{source} holds train/val/test folders; give the train folder alone: "
             "val and test are never augmented."
         )
-    shape = settings.source.model_dump(exclude={"path"})  # where a source lies shapes nothing
+    where = {"path", "archives"}  # this shapes nothing
+    shape = settings.source.model_dump(exclude=where)
     content = source_digest(items)
     fingerprint = digest("raw", CODE_VERSION, train_only, settings.seed, shape, content)
     finished = finished_stage(out, fingerprint)
@@ -131,7 +135,7 @@ def _stem(item: Item) -> str:
 
 
 def _kind(source: str) -> str:
-    return source if source == DIGITS else "folder"
+    return source if source in NAMES else "folder"
 
 
 def _copies(items: Sequence[Item], split: str, others: set[str]) -> list[dict[str, str]]:

@@ -1,20 +1,24 @@
-"""Sources of labelled images: scikit-learn's digits, and a user's folder, only ever read."""
+"""Sources of labelled images: scikit-learn's digits, published datasets, and a user's folder."""
 
 import hashlib
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from diffusemix_pipeline.datasets.images import plain_rgb_suffix, png_bytes, read_rgb
+from diffusemix_pipeline.datasets.images import png_bytes
+from diffusemix_pipeline.datasets.items import Item, file_item, visible_files, written
+from diffusemix_pipeline.datasets.published import PUBLISHED, published_items
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.identity import digest, digest_of_text, file_sha256
+from diffusemix_pipeline.identity import digest, digest_of_text
+from diffusemix_pipeline.progress import Progress, silent
 
 DIGITS = "digits"
+NAMES = (DIGITS, *PUBLISHED)
+"""Sources that are no folder; a folder of such a name is given as ./NAME."""
 _DIGIT_SIDE = 32
 _SPLIT_FOLDERS = {
     "train": "train",
@@ -26,38 +30,19 @@ _SPLIT_FOLDERS = {
 }
 
 
-@dataclass(frozen=True, slots=True)  # there is one for every image of a source at once
-class Item:
-    """One labelled image before it is read. `split` is None where the source does not say."""
+def list_items(
+    source: str, archives: Path | None = None, progress: Progress = silent
+) -> list[Item]:
+    """List a source's images in a fixed order; UserError for a folder without any.
 
-    source_id: str
-    label: str
-    split: str | None
-    digest: bytes
-    """SHA-256 of the file's bytes; none of a file that cannot be read."""
-    file: "_File | _Digit"
-    pixels: bytes = b""
-    """Identifies the picture, once it was read."""
-    size: tuple[int, int] = (0, 0)
-    """Its width and height in px, once it was read."""
-
-    @property
-    def sha256(self) -> str:
-        """The digest in hexadecimal, which takes twice its memory."""
-        return self.digest.hex()
-
-    def read(self, max_pixels: int) -> Image.Image:
-        """Return the upright RGB picture, or raise UnreadableImageError."""
-        return self.file.read(max_pixels)
-
-    def stored(self, max_pixels: int) -> tuple[bytes, str]:
-        """Return the bytes and the suffix in `data/raw`."""
-        return self.file.stored(max_pixels)
-
-
-def list_items(source: str) -> list[Item]:
-    """List a source's images in a fixed order; UserError for a folder without any."""
-    return list(_digits() if source == DIGITS else _folder(Path(source).expanduser()))
+    A published dataset is read from, and where it is not there downloaded to, `archives`.
+    """
+    if source == DIGITS:
+        return list(_digits())
+    if source in PUBLISHED:
+        assert archives is not None, "a published dataset lies in a folder of archives"
+        return published_items(source, archives, progress)
+    return _folder(Path(source).expanduser())
 
 
 def source_digest(items: Iterable[Item]) -> str:
@@ -100,7 +85,7 @@ def _enlarged_digit(pixels: np.ndarray) -> np.ndarray:
     return np.repeat(np.asarray(large)[:, :, None], 3, axis=2)
 
 
-def _folder(root: Path) -> Iterable[Item]:
+def _folder(root: Path) -> list[Item]:
     if not root.is_dir():
         raise UserError(f"The image folder {root} does not exist. Give a folder of class folders.")
     top = _subfolders(root)
@@ -109,16 +94,16 @@ def _folder(root: Path) -> Iterable[Item]:
     # A class may be called train: a split holds folders.
     if any(split == "train" and _subfolders(root / name) for name, split in splits.items()):
         classes = [
-            (split, f"{folder}/{label}", _written(label))
+            (split, f"{folder}/{label}", written(label))
             for folder, split in sorted(splits.items())
             for label in _subfolders(root / folder)
         ]
     else:
-        classes = [(None, label, _written(label)) for label in top]
+        classes = [(None, label, written(label)) for label in top]
     found = [
-        _file_item(root, path, label, split)
+        file_item(root, path, label, split)
         for split, folder, label in classes
-        for path in _files(root / folder)
+        for path in visible_files(root / folder)
     ]
     if not found:
         raise UserError(
@@ -128,51 +113,5 @@ def _folder(root: Path) -> Iterable[Item]:
     return found
 
 
-def _file_item(root: Path, path: Path, label: str, split: str | None) -> Item:
-    try:
-        found = bytes.fromhex(file_sha256(path))
-    except OSError:  # reading it will fail as well, and say why
-        found = b""
-    name = path.relative_to(root).as_posix()
-    source_id = _written(name)
-    file = _File(root, source_id if source_id == name else name)
-    return Item(source_id, label, split, found, file)
-
-
-class _File(NamedTuple):
-    """An image file, in little memory: the root is shared by all, the name with `source_id`."""
-
-    root: Path
-    name: str
-
-    @property
-    def path(self) -> Path:
-        return self.root / self.name
-
-    def read(self, max_pixels: int) -> Image.Image:
-        return read_rgb(self.path, max_pixels)
-
-    def stored(self, max_pixels: int) -> tuple[bytes, str]:
-        plain = plain_rgb_suffix(self.path)
-        if plain:
-            return self.path.read_bytes(), plain
-        return png_bytes(np.asarray(self.read(max_pixels))), ".png"
-
-
-def _written(name: str) -> str:
-    """Return a file name as text that can be stored: bytes that are no UTF-8 are escaped."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
 def _subfolders(folder: Path) -> list[str]:
     return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
-
-
-def _files(folder: Path) -> list[Path]:
-    """List the files below a class folder; what is hidden, as editors' thumbnails are, is not."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )

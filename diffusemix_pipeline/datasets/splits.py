@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
-from diffusemix_pipeline.datasets.sources import Item
+from diffusemix_pipeline.datasets.items import Item
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import seed_from
 from diffusemix_pipeline.settings import Source

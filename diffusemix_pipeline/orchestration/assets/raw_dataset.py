@@ -56,6 +56,7 @@ def raw_dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
 def _bring(context: dg.AssetExecutionContext) -> "tuple[Stage, str]":
     """Return the raw stage and its origin: the source, what is pinned or there, or digits."""
     from diffusemix_pipeline.datasets.ingest import ingest
+    from diffusemix_pipeline.datasets.published import PUBLISHED, terms
     from diffusemix_pipeline.datasets.sources import DIGITS
 
     project, settings = context.resources.project, context.resources.settings
@@ -67,7 +68,17 @@ def _bring(context: dg.AssetExecutionContext) -> "tuple[Stage, str]":
             return there
         source = DIGITS
         context.log.info("No source.path is set and data/ holds no images: making the digits")
-    return ingest(source, settings, project.raw, aside=project.aside, progress=progress), source
+    if source in PUBLISHED:
+        context.log.info(terms(source))
+    stage = ingest(
+        source,
+        settings,
+        project.raw,
+        aside=project.aside,
+        archives=project.archives(settings.source.archives),
+        progress=progress,
+    )
+    return stage, source
 
 
 def _pinned(project: Project, progress: Progress) -> "tuple[Stage, str] | None":
