@@ -291,6 +291,40 @@ def _duration(seconds: float) -> str:
 
 
 @main.command()
+@click.option(
+    "--compare",
+    nargs=2,
+    metavar="RUN_A RUN_B",
+    help="Two reports: each a folder, a report.json, or the id of an MLflow run.",
+)
+def report(compare: tuple[str, str] | None) -> None:
+    """Print the last report as Markdown, or what changed from one to another.
+
+    \b
+    diffusemix report
+    diffusemix report --compare before/report outputs/report
+    """
+    import tempfile
+
+    from diffusemix_pipeline.evaluation.changes import changes, read_document
+    from diffusemix_pipeline.evaluation.report import MARKDOWN, read_report
+    from diffusemix_pipeline.tracking import open_tracking
+
+    project = Project(Path.cwd())
+    if not compare:
+        click.echo((read_report(project.report).folder / MARKDOWN).read_text(encoding="utf-8"))
+        return
+    with tempfile.TemporaryDirectory() as aside:
+        places = [Path(name) for name in compare]
+        for number, place in enumerate(places):
+            if not place.exists():  # then it is a run's id
+                tracker = open_tracking(project, load_settings(Path.cwd()).tracking)
+                (Path(aside) / str(number)).mkdir()
+                places[number] = tracker.report(str(place), Path(aside) / str(number))
+        click.echo(changes(*(read_document(place) for place in places)), nl=False)
+
+
+@main.command()
 @click.option("--port", default=3000, show_default=True)
 def ui(port: int) -> None:
     """Open Dagster's web UI on this machine, with its daemon for schedules."""

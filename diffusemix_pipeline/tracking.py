@@ -183,6 +183,17 @@ class Tracker:
         _log_metrics(self._client, logged.run_id, metrics, model_id=logged.model_id, on=dataset)
         self._client.log_artifacts(logged.run_id, str(folder), "report")
 
+    def report(self, run_id: str, folder: Path) -> Path:
+        """Bring a run's report into `folder`; UserError for a run that is not here or has none."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return Path(self._client.download_artifacts(run_id, "report/report.json", str(folder)))
+        except (MlflowException, OSError) as error:
+            raise UserError(
+                f"MLflow at {self.uri} has no report of the run {run_id}: {error}"
+            ) from None
+
     def find_run(self, tag: str, value: str) -> LoggedRun | None:
         """Return the newest FINISHED run with the tag and this model name; None without one."""
         found = self._client.search_runs(

@@ -18,6 +18,7 @@ from diffusemix_pipeline import pictures
 from diffusemix_pipeline import settings as settings_module
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.evaluation.calibration import expected_calibration_error
+from diffusemix_pipeline.evaluation.changes import changes, read_document
 from diffusemix_pipeline.evaluation.evidence import Evidence
 from diffusemix_pipeline.evaluation.report import (
     MEASURES,
@@ -439,3 +440,59 @@ def test_moves_of_answers_are_counted_by_class(tmp_path):
     assert change["a"][confusion["classes"].index("d")] == pytest.approx(10 / 50)
     assert change["a"][0] == pytest.approx(-10 / 50)
     assert "b" not in change
+
+
+def test_the_page_for_a_pull_request_says_the_same(report):
+    text = (report.folder / "report.md").read_text("utf-8")
+    assert text.startswith(f"**{report.headline}**")
+    assert "| DiffuseMix |" in text
+    assert "+30.0, better" in text
+    assert "−20.0, worse" in text
+    assert "+0.0, no significant difference" in text
+    for note in json.loads(report.json.read_text())["notes"]:
+        assert note.split(":")[0] in text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_prompt_is_no_markdown(tmp_path):
+    editing = SETTINGS.editing.model_copy(update={"prompts": ["snowy", "a|b <img> [x](y)\n# z"]})
+    given = inputs(settings=SETTINGS.model_copy(update={"editing": editing}))
+    text = (written(tmp_path, given).folder / "report.md").read_text("utf-8")
+    assert r"a\|b \<img\> \[x\](y) \# z" in text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_two_reports_are_compared_by_numbers_settings_and_test_images(tmp_path):
+    before = written(tmp_path / "before", inputs(versions={"test": "a", "code": "1"}))
+    editing = SETTINGS.editing.model_copy(update={"prompts": ["a|b"]})
+    better = {("vanilla", 0): evidence(0.9, 0.6, 0.4), ("mixup", 0): evidence(0.8, 0.4, 0.7)}
+    given = inputs(
+        evidence=better,
+        settings=SETTINGS.model_copy(update={"editing": editing}),
+        curves=dict.fromkeys(better, CURVE),
+        steps={"vanilla": 900, "mixup": 900},
+        versions={"test": "b", "code": "1"},
+    )
+    after = written(tmp_path / "after", given)
+    text = changes(read_document(before.folder), read_document(after.json))
+    assert before.headline in text
+    assert after.headline in text
+    [row] = [line for line in text.splitlines() if re.match(r"\| Vanilla +\| clean", line)]
+    assert [cell.strip() for cell in row.split("|")[3:5]] == ["80.0", "90.0"]
+    assert "+10.0 (+" in row
+    assert "In one report only: DiffuseMix, Mixup." in text
+    assert "The test images are not the same" in text
+    assert r'\["a\|b"\]' in text
+    assert "code" not in text.split("Versions that differ")[1]
+    same = changes(read_document(before.folder), read_document(before.folder))
+    assert "Settings: no difference." in same
+    assert "Versions: no difference." in same
+    assert "not the same" not in same
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"schema_version": 1}'])
+def test_what_is_no_report_is_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / "report.json").write_text(content)
+    with pytest.raises(UserError, match="no report"):
+        read_document(tmp_path)

@@ -42,6 +42,7 @@ from diffusemix_pipeline.settings import Arm, Settings
 
 DOCUMENT = "report.json"
 PAGE = "index.html"
+MARKDOWN = "report.md"
 SCHEMA_VERSION = 2
 CODE_VERSION = "3"
 MEASURES = ("clean", "corrupted", "fgsm", "ece")
@@ -112,7 +113,7 @@ class Report:
 
 
 def write_report(inputs: ReportInputs, out: Path, *, aside: Path) -> Report:
-    """Write `index.html`, `report.json` and the plots as PNG files into the folder `out`.
+    """Write `index.html`, `report.md`, `report.json` and plots as PNG files into the folder `out`.
 
     The folder is replaced as a whole. `aside` lies on the same file system, outside of anything
     versioned. Raises UserError where the evidence is empty or not all on the same test images and
@@ -125,6 +126,7 @@ def write_report(inputs: ReportInputs, out: Path, *, aside: Path) -> Report:
     page = _page(document, light, dark, inputs.stages)
     with replaced_folder(out, mark=DOCUMENT, aside=aside) as folder:
         write_bytes(folder / PAGE, page.encode("utf-8", "replace"))
+        write_bytes(folder / MARKDOWN, _markdown(document).encode())
         write_json(folder / DOCUMENT, document)
         files = {name: plot.png for name, plot in light.items()}
         if inputs.stages is not None:
@@ -433,6 +435,58 @@ def _epsilon(strength: float) -> str:
     return f"{strength:g}/255"
 
 
+def title_of(arm: str) -> str:
+    """Return an arm's name for people."""
+    return _TITLES.get(arm, arm)
+
+
+def _markdown(document: Mapping[str, Any]) -> str:
+    """Return the report for a pull request: the headline, a table, and what it does not show."""
+    columns = {
+        "Clean": "clean",
+        "Corrupted": "corrupted",
+        f"FGSM {_epsilon(document['fgsm_epsilon'])}": "fgsm",
+        "Calibration error": "ece",
+    }
+    rows = [
+        [_TITLES[arm["arm"]], *(_cell(arm, measure) for measure in columns.values())]
+        for arm in document["arms"]
+    ]
+    table = pd.DataFrame(rows, columns=["Arm", *columns])
+    notes = "\n".join(f"- {plain_markdown(note)}" for note in document["notes"])
+    return (
+        f"**{document['headline']}**\n\n{table.to_markdown(index=False, disable_numparse=True)}"
+        f"\n\nIn %, with 95 % intervals; below, the difference to vanilla in points.\n\n{notes}\n"
+    )
+
+
+def plain_markdown(text: str) -> str:
+    """Keep names and prompts from being read as Markdown or HTML, and in one line."""
+    return " ".join(text.translate(_MARKDOWN).split())
+
+
+_MARKDOWN = str.maketrans({mark: f"\\{mark}" for mark in "\\`*_[]<>|#~&!"})
+
+
+def _cell(arm: Mapping[str, Any], measure: str) -> str:
+    value, low, high = (f"{100 * number:.1f}" for number in _triple(arm[measure]))
+    shown = f"{value} ({low} to {high})"
+    if not arm["difference"]:
+        return shown
+    difference = arm["difference"][measure]
+    return f"{shown}<br>{_points(difference['value'])}{_VERDICTS[_verdict(difference)]}"
+
+
+def _verdict(difference: Mapping[str, Any]) -> int | None:
+    """Return 1 for better, -1 for worse, 0 for no significant difference, None where not judged."""
+    if difference["significant"] is None:
+        return None
+    return int(np.sign(difference["value"])) if difference["significant"] else 0
+
+
+_VERDICTS = {1: ", better", -1: ", worse", 0: ", no significant difference", None: ""}
+
+
 # The plots
 
 
@@ -638,7 +692,7 @@ def _page(
         "spoken": _spoken,
         "data_uri": _data_uri,
         "unbroken": lambda text: text.replace(" %", "\u00a0%"),
-        "title_of": _TITLES.__getitem__,
+        "title_of": title_of,
         "css_width": lambda png: _width(png) // 2,
     }
     template = resources.files(__package__).joinpath("report.html.jinja").read_text("utf-8")

@@ -126,6 +126,7 @@ def judge(project: Project, settings: Settings, progress: Progress) -> Judged:
     runs = {fit.fingerprint: _logged_run(tracker, fit) for fit in fits}
     versions = {
         "data.dvc": _data_digest(project),
+        "test": test,
         **{name: stage.version for name, stage in stages.items()},
         "fits": digest([fit.fingerprint for fit in fits]),
         "settings": digest(flatten(settings)),

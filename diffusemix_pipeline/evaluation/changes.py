@@ -1,0 +1,111 @@
+"""What changed from one report to another: two `report.json` become a page of Markdown.
+
+What belongs here: which numbers, settings and versions differ. What does not: finding the reports.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.evaluation.report import (
+    DOCUMENT,
+    MEASURES,
+    SCHEMA_VERSION,
+    plain_markdown,
+    title_of,
+)
+
+_MORE_MEASURES = ("corrupted_unshared", "pgd", "autoattack")
+
+
+def read_document(place: Path) -> dict[str, Any]:
+    """Read a report's folder, or its `report.json`; UserError where there is none that fits."""
+    path = place / DOCUMENT if place.is_dir() else place
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{place} holds no report: {error}") from None
+    if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(
+            f"{path} is no report of schema version {SCHEMA_VERSION}: make it again with this "
+            "version of the package."
+        )
+    return document
+
+
+def changes(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """Return, as Markdown, what the second report says otherwise than the first."""
+    parts = [
+        f"First: {first['headline']}",
+        f"Second: {second['headline']}",
+        *_warnings(first, second),
+        _measures(first, second),
+    ]
+    for title, key in (("Settings", "settings"), ("Versions", "versions")):
+        rows = _differing(dict(_flat(first[key])), dict(_flat(second[key])))
+        parts.append(f"{title} that differ:\n\n{rows}" if rows else f"{title}: no difference.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _warnings(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[str]:
+    if first["versions"].get("test") != second["versions"].get("test"):
+        yield "**The test images are not the same**: a difference may be theirs."
+    for what in ("corruptions", "severities", "attack_epsilon"):
+        if first["settings"]["evaluation"][what] != second["settings"]["evaluation"][what]:
+            yield f"**evaluation.{what} is not the same**: what depends on it does not compare."
+    if first["fgsm_epsilon"] != second["fgsm_epsilon"]:
+        yield "**The FGSM strengths are not the same**."
+
+
+def _measures(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    ours, theirs = ({arm["arm"]: arm for arm in document["arms"]} for document in (first, second))
+    rows = []
+    for arm in theirs:
+        for measure in (*MEASURES, *_MORE_MEASURES):
+            before, after = ours.get(arm, {}).get(measure), theirs[arm][measure]
+            if before and after:
+                rows.append([title_of(arm), measure, *_change(before, after)])
+    if not rows:
+        return "No arm is in both reports."
+    missing = sorted(ours.keys() ^ theirs.keys())
+    table = pd.DataFrame(
+        rows, columns=["arm", "measure", "first, %", "second, %", "change, points"]
+    )
+    only = f"\n\nIn one report only: {', '.join(map(title_of, missing))}." if missing else ""
+    return f"{table.to_markdown(index=False, disable_numparse=True)}{only}"
+
+
+def _change(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
+    """Return both values and their difference, whose interval takes them to be independent.
+
+    Both were mostly taken on the same test images, so the interval errs on the wide side.
+    """
+    difference = after["value"] - before["value"]
+    down = math.hypot(after["value"] - after["low"], before["high"] - before["value"])
+    up = math.hypot(after["high"] - after["value"], before["value"] - before["low"])
+    shown = f"{100 * difference:+.1f} ({100 * (difference - down):+.1f} to "
+    shown += f"{100 * (difference + up):+.1f})"
+    return [f"{100 * each['value']:.1f}" for each in (before, after)] + [shown]
+
+
+def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    rows = [
+        [plain_markdown(key), *(plain_markdown(json.dumps(v.get(key))) for v in (first, second))]
+        for key in sorted(first.keys() | second.keys())
+        if first.get(key) != second.get(key)
+    ]
+    table = pd.DataFrame(rows, columns=["what", "first", "second"])
+    return table.to_markdown(index=False, disable_numparse=True) if rows else ""
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
