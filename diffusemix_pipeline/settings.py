@@ -60,6 +60,7 @@ Arm = Literal[
     "diffusemix_online",
     "diffusemix+cutmix",
 ]
+Optimizer = Literal["adamw", "sgd"]
 Corruption = Literal[
     "gaussian_noise",
     "shot_noise",
@@ -277,15 +278,27 @@ class Training(Section):
         description="What is trained: originals alone, with a rival augmentation, or with one of "
         "the three stages; diffusemix_online draws masks and fractals anew for every batch.",
     )
-    model: str = Field("resnet10t", min_length=1, description="A timm model's name.")
+    model: str = Field(
+        "resnet10t",
+        min_length=1,
+        description="A timm model's name, or preact_resnet18, which is for images of 32 to 64 px.",
+    )
     pretrained: bool = Field(False, description="Start from timm's pretrained weights.")
     seeds: list[Annotated[int, Field(ge=0)]] = Field(
         [0], min_length=1, description="One classifier an arm and seed."
     )
     steps: int = Field(900, gt=0, description="Optimiser steps, the same for every arm.")
     batch_size: int = Field(48, gt=0, description="Images a step.")
-    learning_rate: float = Field(2e-3, gt=0, description="Peak rate of AdamW.")
-    weight_decay: float = Field(0.05, ge=0, description="Weight decay of AdamW.")
+    optimizer: Optimizer | None = Field(
+        None, description="adamw, or sgd with Nesterov's momentum; empty: what suits the model."
+    )
+    learning_rate: float | None = Field(
+        None, gt=0, description="Peak rate; empty: what suits model, optimizer and batch_size."
+    )
+    weight_decay: float | None = Field(None, ge=0, description="Empty: what suits the model.")
+    label_smoothing: float = Field(
+        0, ge=0, lt=1, description="Share of each label that goes to all classes."
+    )
     crop_padding: int = Field(4, ge=0, description="Random crop after reflecting so many px.")
     flip: bool = Field(True, description="Mirror half of the training images.")
     validations: int = Field(10, gt=0, description="How often val is read; the best weights stay.")

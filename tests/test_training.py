@@ -21,8 +21,10 @@ from diffusemix_pipeline.training.classifier import (
     build_classifier,
     check_model,
     load_classifier,
+    save_classifier,
 )
 from diffusemix_pipeline.training.data import DecodedImages, LabelledImages, load_images
+from diffusemix_pipeline.training.recipes import recipe_of
 
 
 @pytest.fixture(scope="module")
@@ -263,3 +265,41 @@ def test_crops_shift_and_flips_mirror():
     assert spots == {(y, x) for y in (3, 4, 5) for x in (1, 2, 3, 4, 5, 6)}
     still = quick_settings("training.crop_padding=0", "training.flip=false").training
     assert np.array_equal(loop._crop_and_flip(images, still, np.random.default_rng(0)), images)
+
+
+def test_preact_resnet18_keeps_the_size_of_small_images(tmp_path):
+    check_model("preact_resnet18", 32, pretrained=False)
+    with pytest.raises(UserError, match="no weights of preact_resnet18 exist"):
+        check_model("preact_resnet18", 32, pretrained=True)
+    classifier = build_classifier("preact_resnet18", ["a", "b", "c"], 32)
+    features = classifier.model.backbone.forward_features(torch.zeros(1, 3, 32, 32))
+    assert features.shape == (1, 512, 4, 4)  # three strides of two, as in the paper
+    assert 11.1e6 < sum(p.numel() for p in classifier.model.parameters()) < 11.3e6
+    save_classifier(classifier, tmp_path)
+    again = load_classifier(tmp_path)
+    image = np.zeros((1, 32, 32, 3), np.uint8)
+    assert np.array_equal(again.predict_proba(image), classifier.predict_proba(image))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "recipe"),
+    [
+        ([], ("adamw", 2e-3, 0.05)),
+        (["training.model=preact_resnet18", "training.batch_size=128"], ("sgd", 0.1, 1e-4)),
+        (["training.model=resnet50", "training.batch_size=64"], ("sgd", 0.025, 5e-4)),
+        (["training.model=vit_small_patch16_224"], ("adamw", 5e-4, 0.05)),
+        (["training.model=resnet50", "training.pretrained=true"], ("sgd", 0.1 * 8 / 2560, 5e-4)),
+        (["training.model=resnet50", "training.learning_rate=1"], ("sgd", 1, 5e-4)),
+        (["training.optimizer=sgd", "training.weight_decay=0"], ("sgd", 0.2 * 8 / 256, 0)),
+    ],
+)
+def test_the_recipe_follows_from_the_model_where_settings_leave_it_open(overrides, recipe):
+    found = recipe_of(quick_settings(*overrides).training)
+    assert found.optimizer == recipe[0]
+    assert found[1:] == pytest.approx(recipe[1:])
+
+
+@pytest.mark.parametrize("model", ["resnet18", "vit_tiny_patch16_224", "preact_resnet18"])
+def test_each_kind_of_model_is_trained_by_its_recipe(raw, tmp_path, model):
+    fit = fitted(raw, tmp_path, f"training.model={model}", "training.label_smoothing=0.1")
+    assert fit.curve["train_loss"].notna().all()

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import timm
@@ -76,8 +76,8 @@ class Classifier:
 
 def check_model(name: str, size: int, pretrained: bool) -> None:
     """Raise UserError for a model that timm does not know, fetch, or build for `size`."""
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+    if name not in _OWN and not timm.is_model(name):
+        near = difflib.get_close_matches(name, [*_OWN, *timm.list_models()], n=3)
         hint = f"Did you mean {' or '.join(near)}?" if near else "See timm.list_models()."
         raise UserError(f"training.model: timm has no model '{name}'. {hint}")
     try:
@@ -90,6 +90,8 @@ def check_model(name: str, size: int, pretrained: bool) -> None:
             "Choose another model or a larger size."
         ) from None
     if pretrained:
+        if name in _OWN:
+            raise UserError(f"training.pretrained: no weights of {name} exist: set it to false.")
         try:
             timm.create_model(name, pretrained=True)
         except (OSError, RuntimeError) as error:
@@ -102,12 +104,31 @@ def check_model(name: str, size: int, pretrained: bool) -> None:
 def build_classifier(
     name: str, classes: Sequence[str], size: int, *, pretrained: bool = False
 ) -> Classifier:
-    """Build a timm model by name for `classes`; see `check_model` for what cannot be built."""
-    fixed = {"img_size": size} if _takes_image_size(name) else {}
-    backbone = timm.create_model(name, pretrained=pretrained, num_classes=len(classes), **fixed)
+    """Build a model by name for `classes`; see `check_model` for what cannot be built."""
+    backbone: Any
+    if name in _OWN:
+        backbone = _OWN[name](len(classes))
+    else:
+        fixed = {"img_size": size} if _takes_image_size(name) else {}
+        backbone = timm.create_model(name, pretrained=pretrained, num_classes=len(classes), **fixed)
     config = backbone.pretrained_cfg
     model = NormalizedModel(backbone, config["mean"], config["std"])
     return Classifier(model, name, tuple(classes), size)
+
+
+def _preact_resnet18(classes: int) -> nn.Module:
+    """Build ResNet-18 with pre-activation for small images: no stride and no pooling in its stem.
+
+    Source: He et al., Identity Mappings in Deep Residual Networks (2016), section 4 and appendix.
+    """
+    backbone = timm.create_model("resnetv2_18", num_classes=classes)
+    backbone.stem = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(backbone.stem.weight, mode="fan_out", nonlinearity="relu")
+    return backbone
+
+
+# The models that timm does not have under a name of their own.
+_OWN = {"preact_resnet18": _preact_resnet18}
 
 
 def save_classifier(classifier: Classifier, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The training loop: AdamW, a cosine with warm-up, random crop and flip, best weights on val.
+"""The training loop: a cosine with warm-up, random crop and flip, best weights on val.
 
 Everything random in a step follows from the seed and the step's number, so that batches may be made
 ahead by other processes.
@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,8 +23,10 @@ from diffusemix_pipeline.settings import Training
 from diffusemix_pipeline.training.augmentations import NONE, Augmentation
 from diffusemix_pipeline.training.classifier import Classifier, to_tensor
 from diffusemix_pipeline.training.data import LabelledImages
+from diffusemix_pipeline.training.recipes import Recipe, recipe_of
 
 _WARM_UP = 0.05  # share of the steps
+_MOMENTUM = 0.9
 _MOST_READERS = 8
 
 
@@ -47,9 +50,8 @@ def fit(
     from `seed`.
     """
     model = classifier.model.to(device).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
-    )
+    recipe = recipe_of(training)
+    optimizer = _optimizer(model, recipe)
     on_gpu = torch.device(device).type == "cuda"  # elsewhere autocast is slower or not exact
     every = max(1, training.steps // training.validations)
     points, losses = [], []
@@ -57,7 +59,7 @@ def fit(
 
     batches = _Batches(train, training, augmentation, seed)
     for step, (pixels, labels) in enumerate(_read_ahead(batches, on_gpu), 1):
-        rate = training.learning_rate * _schedule(step / training.steps)
+        rate = recipe.learning_rate * _schedule(step / training.steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
         images, targets = to_tensor(pixels, device), labels.to(device, non_blocking=True)
@@ -66,7 +68,9 @@ def fit(
             if augmentation.batch:
                 images, targets = augmentation.batch(images, targets)
             with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
-                loss = functional.cross_entropy(model(images), targets)
+                loss = functional.cross_entropy(
+                    model(images), targets, label_smoothing=training.label_smoothing
+                )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -91,6 +95,13 @@ def fit(
     model.load_state_dict(best_weights)
     model.eval()
     return pd.DataFrame(points)
+
+
+def _optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    how: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), momentum=_MOMENTUM, nesterov=True, **how)
+    return torch.optim.AdamW(model.parameters(), **how)
 
 
 def _schedule(done: float) -> float:

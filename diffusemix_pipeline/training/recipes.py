@@ -1,0 +1,46 @@
+"""The recipe table: which optimiser suits which model, where the settings leave it open."""
+
+from fnmatch import fnmatch
+from typing import NamedTuple
+
+from diffusemix_pipeline.settings import Optimizer, Training
+
+_PRETRAINED = 0.1  # of the learning rate from nothing
+
+
+class Recipe(NamedTuple):
+    """An optimiser, its peak learning rate and its weight decay."""
+
+    optimizer: Optimizer
+    learning_rate: float
+    weight_decay: float
+
+
+# By the model's name; the first pattern that fits. SGD's rates are for 256 images a step.
+_RECIPES = {
+    # What the paper's baselines were trained with on CIFAR-100, as GuidedMixup's code has it.
+    "preact_resnet18": Recipe("sgd", 0.2, 1e-4),
+    # The authors' script for Stanford Cars: 0.025 with 64 images.
+    "resnet[0-9]*0": Recipe("sgd", 0.1, 5e-4),
+    "resnet18": Recipe("sgd", 0.1, 5e-4),
+    # Ours: the paper's is not known.
+    "vit_*": Recipe("adamw", 5e-4, 0.05),
+    "deit*": Recipe("adamw", 5e-4, 0.05),
+    "*": Recipe("adamw", 2e-3, 0.05),
+}
+
+
+def recipe_of(training: Training) -> Recipe:
+    """Return what `training` says, and from the table by its model what it leaves open."""
+    suited = next(recipe for name, recipe in _RECIPES.items() if fnmatch(training.model, name))
+    optimizer = training.optimizer or suited.optimizer
+    if optimizer != suited.optimizer:  # the table's rates are of its own optimiser
+        suited = next(recipe for recipe in _RECIPES.values() if recipe.optimizer == optimizer)
+    rate = suited.learning_rate * (training.batch_size / 256 if optimizer == "sgd" else 1)
+    rate *= _PRETRAINED if training.pretrained else 1
+    given, decay = training.learning_rate, training.weight_decay
+    return Recipe(
+        optimizer,
+        rate if given is None else given,
+        suited.weight_decay if decay is None else decay,
+    )
