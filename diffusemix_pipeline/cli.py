@@ -291,6 +291,27 @@ def _duration(seconds: float) -> str:
 
 
 @main.command()
+@click.argument("image_ids", metavar="IMAGE_ID...", nargs=-1, required=True)
+def drop(image_ids: Sequence[str]) -> None:
+    """Take images out of the dataset: sources with all that was made of them, or single edits.
+
+    \b
+    diffusemix drop train/cat/0421-1b2c3d4e cat/0007-5f6a7b8c.sunset.0.9d0e1f2a
+
+    The next run makes a new version of the dataset, without a new edit.
+    """
+    from diffusemix_pipeline.datasets.dropped import drop as add
+
+    project = Project(Path.cwd())
+    stages = (project.raw, project.generated, project.hybrid, project.augmented)
+    for line in (added := add(project.dropped, image_ids, stages)):
+        kind, _, image_id = line.split(" ", 2)
+        click.echo(f"Dropped the {kind} {image_id}")
+    where = f"{project.dropped.name}: commit it; who deletes a line has the image back"
+    click.echo(f"Written to {where}." if added else f"All of them are in {project.dropped.name}.")
+
+
+@main.command()
 @click.option(
     "--compare",
     nargs=2,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from diffusemix_pipeline.datasets.dropped import read_dropped
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import STAGE, Stage, read_stage
 from diffusemix_pipeline.datasets.sources import DIGITS
@@ -47,7 +48,7 @@ def plan_cost(
     check_augmentation(settings)
     device, store = choose_device(settings.device), EditStore(project.edits)
     raw, origin = _raw(settings, project, progress)
-    plan = plan_edits(raw, settings)
+    plan = plan_edits(raw, settings, read_dropped(project.dropped))
     gate = None
     if plan.gate:  # what lies in `project.aside` goes when a run begins
         aside = project.state / "plan" / "aside"
@@ -82,6 +83,7 @@ def _raw(settings: Settings, project: Project, progress: Progress) -> tuple[Stag
         work / "raw",
         aside=work / "aside",
         archives=archives,
+        dropped=read_dropped(project.dropped),
         progress=progress,
     )
     return raw, source

@@ -43,6 +43,11 @@ class Project:
         return self.data / "settings.yaml"
 
     @property
+    def dropped(self) -> Path:
+        """The images and edits that a person took out: committed, like the settings."""
+        return self.root / "dropped.txt"
+
+    @property
     def state(self) -> Path:
         return self.root / ".diffusemix"
 

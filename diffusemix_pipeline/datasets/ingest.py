@@ -3,17 +3,25 @@
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from diffusemix_pipeline.datasets.dropped import NOTHING, Dropped
 from diffusemix_pipeline.datasets.images import UnreadableImageError, pixels_digest
 from diffusemix_pipeline.datasets.items import Item
-from diffusemix_pipeline.datasets.manifest import Stage, finished_stage, read_stage, write_stage
+from diffusemix_pipeline.datasets.manifest import (
+    SPLITS,
+    Stage,
+    finished_stage,
+    read_stage,
+    write_stage,
+)
 from diffusemix_pipeline.datasets.sources import NAMES, list_items, source_digest
 from diffusemix_pipeline.datasets.splits import assign_splits, thin_train
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.files import link_or_copy
 from diffusemix_pipeline.identity import digest
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings
@@ -28,6 +36,7 @@ def ingest(
     *,
     aside: Path,
     archives: Path | None = None,
+    dropped: Dropped = NOTHING,
     train_only: bool = False,
     progress: Progress = silent,
 ) -> Stage:
@@ -36,7 +45,8 @@ def ingest(
     A file that cannot be read as an image, or that repeats another of its class and split, is set
     aside: named with its reason in the stage's notes, never fatal. With `train_only` the source is
     a folder of class folders and nothing is held out. `archives` is where a published dataset lies
-    or is put; no other source needs it.
+    or is put; no other source needs it. What is `dropped` is left out last: no other image moves to
+    another split, or takes its place.
     """
     items = list_items(source, archives, progress)
     if train_only and {item.split for item in items} != {None}:
@@ -47,7 +57,8 @@ def ingest(
     where = {"path", "archives"}  # this shapes nothing
     shape = settings.source.model_dump(exclude=where)
     content = source_digest(items)
-    fingerprint = digest("raw", CODE_VERSION, train_only, settings.seed, shape, content)
+    left_out = sorted(dropped.sources & {item.sha256 for item in items})
+    fingerprint = digest("raw", CODE_VERSION, train_only, settings.seed, shape, content, left_out)
     finished = finished_stage(out, fingerprint)
     if finished:
         return finished
@@ -57,9 +68,12 @@ def ingest(
         used = thin_train(list(for_training), settings.source.train_per_class, settings.seed)
     else:
         used = assign_splits(readable, settings.source, settings.seed)
+    left_out_by_train_per_class = len(readable) - len(used)
+    used, notes_of_dropped = _without(used, dropped)
     with write_stage(out, name="raw", fingerprint=fingerprint, aside=aside) as stage:
         stage.notes["set_aside"] = set_aside
-        stage.notes["left_out_by_train_per_class"] = len(readable) - len(used)
+        stage.notes["dropped"] = notes_of_dropped
+        stage.notes["left_out_by_train_per_class"] = left_out_by_train_per_class
         stage.notes["copies_across_splits"] = [
             *_copies(used, "train", {"val", "test"}),
             *_copies(used, "val", {"test"}),
@@ -106,6 +120,48 @@ def _readable(
             f"the first: {set_aside[0]['source_id']}: {set_aside[0]['reason']}."
         )
     return kept, set_aside
+
+
+def _without(items: list[Item], dropped: Dropped) -> tuple[list[Item], list[dict[str, str]]]:
+    """Leave out what was dropped; return the rest, and the rows of what was left out."""
+    kept = [item for item in items if item.sha256 not in dropped.sources]
+    notes = [
+        {"label": item.label, "split": item.split or "", "sha256": item.sha256}
+        for item in items
+        if item.sha256 in dropped.sources
+    ]
+    check_left({item.label for item in items}, [(i.split or "", i.label) for i in kept])
+    return kept, notes
+
+
+def leave_out(stage: Stage, dropped: Dropped, *, aside: Path) -> Stage:
+    """Return a raw stage that came from elsewhere, written anew where it holds what was dropped."""
+    rows = stage.manifest()
+    gone = rows["source_sha256"].isin(dropped.sources)
+    if not gone.any():
+        return stage
+    check_left(set(rows["label"]), rows.loc[~gone, ["split", "label"]].itertuples(index=False))
+    fingerprint = digest("raw", stage.fingerprint, sorted(rows.loc[gone, "source_sha256"]))
+    with write_stage(stage.folder, name="raw", fingerprint=fingerprint, aside=aside) as written:
+        columns = ["label", "split", "sha256"]
+        notes = rows.loc[gone, columns].to_dict("records")
+        written.notes |= stage.notes | {"dropped": [*stage.notes.get("dropped", []), *notes]}
+        for row in rows[~gone].to_dict("records"):
+            target = written.folder / row["file_name"]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(stage.folder / row["file_name"], target)
+            written.add(row)
+    return read_stage(stage.folder)
+
+
+def check_left(labels: set[str], left: Iterable[tuple[str, str]]) -> None:
+    """Raise UserError for a class that is dropped whole from train, and for an empty split."""
+    present = set(left)
+    bare = sorted(label for label in labels if ("train", label) not in present)
+    empty = [split for split in SPLITS if not any(split == where for where, _ in present)]
+    if bare or (empty and empty != ["val", "test"]):
+        what = f"class {bare[0]} without a training image" if bare else f"{empty[0]} without images"
+        raise UserError(f"What was dropped leaves {what}: take a line out of the file of it.")
 
 
 def _copied(item: Item, folder: Path, max_pixels: int) -> dict[str, Any]:

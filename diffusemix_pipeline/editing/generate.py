@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from diffusemix_pipeline.datasets.dropped import NOTHING, Dropped
 from diffusemix_pipeline.datasets.images import read_square
 from diffusemix_pipeline.datasets.manifest import (
     REJECTED,
@@ -72,6 +73,7 @@ def generate(
     store: EditStore,
     aside: Path,
     device: str,
+    dropped: Dropped = NOTHING,
     fit_gate: Callable[[Plan], LabelGate] | None = None,
     progress: Progress = silent,
 ) -> Generated:
@@ -79,7 +81,7 @@ def generate(
 
     `fit_gate` is asked for the label gate where it is on and there is something to do.
     """
-    plan = plan_edits(raw, settings)
+    plan = plan_edits(raw, settings, dropped)
     finished = finished_stage(out, plan.fingerprint)
     if finished:
         return Generated(finished, 0)
@@ -151,7 +153,8 @@ def make_edits(
         if gate is None:
             break
         rejected = judge_edits(plan, wanted, judged, store, gate, progress)
-        wanted = [plan.next_attempt(edit) for edit in rejected if _may_try_again(plan, edit)]
+        again = (plan.next_attempt(edit) for edit in rejected if _may_try_again(plan, edit))
+        wanted = [edit for edit in again if edit.key not in plan.dropped]
         del rejected  # not to be held while the next ones are made
     return made
 
@@ -170,11 +173,14 @@ def collect_edits(
     others. Raises UserError where nothing was accepted.
     """
     judged = verdicts_by_case(verdicts) if verdicts else {}
-    accepted, rejected = 0, []
+    accepted, dropped, rejected = 0, 0, []
     records = store.records()
     with write_stage(out, name="generated", fingerprint=plan.fingerprint, aside=aside) as stage:
         for done, first in enumerate(plan, start=1):
             for edit in attempts(plan, first, judged):
+                if edit.key in plan.dropped:
+                    dropped += 1
+                    continue
                 verdict = judged[edit.case] if verdicts else None
                 row = _row(edit, verdict, plan.settings.size)
                 if verdict in (None, ACCEPTED):
@@ -191,6 +197,7 @@ def collect_edits(
                 "preview`, choose other prompts, or change editing.gate."
             )
         stage.notes["editor"] = plan.weights
+        stage.notes["dropped"] = dropped
         if verdicts:
             stage.notes["gate"] = plan.gate
             table = pd.DataFrame(rejected, columns=_REJECTED_COLUMNS)
@@ -310,7 +317,7 @@ def open_edits(plan: Plan, judged: Mapping[str, str]) -> Iterator[PlannedEdit]:
     """Give the edits without a verdict: first attempts, or the ones after what was rejected."""
     for first in plan:
         *_, edit = attempts(plan, first, judged)
-        if edit.case not in judged:
+        if edit.case not in judged and edit.key not in plan.dropped:
             yield edit
 
 

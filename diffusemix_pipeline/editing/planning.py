@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from diffusemix_pipeline.datasets.dropped import NOTHING, Dropped
 from diffusemix_pipeline.datasets.manifest import Stage, class_names
 from diffusemix_pipeline.editing.editor import editor_fingerprint, locate_editor, locate_lora
 from diffusemix_pipeline.files import Ledger
@@ -78,6 +79,8 @@ class Plan:
     settings: Settings
     gate: str | None
     """Identifies the label gate whose verdicts count; None where it is off."""
+    dropped: frozenset[str]
+    """Keys of edits that a person took out: they are neither made nor used."""
     _folder: Path
     _sources: pd.DataFrame
     """The training images that are edited, with the columns of `Source` but for the folder."""
@@ -118,10 +121,14 @@ class Shard:
     of: int
 
     def __iter__(self) -> Iterator[PlannedEdit]:
-        return (edit for edit in self.plan if int(edit.key, 16) % self.of == self.number)
+        return (
+            edit
+            for edit in self.plan
+            if int(edit.key, 16) % self.of == self.number and edit.key not in self.plan.dropped
+        )
 
 
-def plan_edits(raw: Stage, settings: Settings) -> Plan:
+def plan_edits(raw: Stage, settings: Settings, dropped: Dropped = NOTHING) -> Plan:
     """List the edits that the training images of `raw` want."""
     editing = settings.editing
     folder = locate_editor(editing.editor, editing.revision)
@@ -130,13 +137,13 @@ def plan_edits(raw: Stage, settings: Settings) -> Plan:
     shape = editing.model_dump(exclude={*PLACE_OR_SPEED, "gate"})
     columns = ["image_id", "label", "file_name", "sha256", "source_sha256"]
     train = raw.manifest([*columns, "split"]).query("split == 'train'")[columns]
-    gate = _gate_version(train, class_names(raw.counts), settings)
+    gate = _gate_version(raw, train, settings)
     gated = [gate, editing.gate.max_attempts] if gate else None
-    fingerprint = digest(
-        "generated", CODE_VERSION, raw.version, settings.seed, settings.size, shape, weights, gated
-    )
+    left_out = sorted(dropped.edits)
+    asked = [raw.version, settings.seed, settings.size, shape, weights, gated, left_out]
+    fingerprint = digest("generated", CODE_VERSION, *asked)
     sources = _share(train, editing.share, settings.seed)
-    return Plan(fingerprint, folder, weights, settings, gate, raw.folder, sources)
+    return Plan(fingerprint, folder, weights, settings, gate, dropped.edits, raw.folder, sources)
 
 
 def _share(sources: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
@@ -178,12 +185,21 @@ def _planned(
     return PlannedEdit(key, source, prompt, told, copy, attempt, seed)
 
 
-def _gate_version(train: pd.DataFrame, classes: list[str], settings: Settings) -> str | None:
-    """Identify the gate by all that its teachers and its rules follow from."""
+def _gate_version(raw: Stage, train: pd.DataFrame, settings: Settings) -> str | None:
+    """Identify the gate by all that its teachers and its rules follow from.
+
+    An image that was dropped counts as if it was there: it is not worth judging all edits anew.
+    """
     gate = settings.editing.gate
     if not gate.enabled:
         return None
-    seen = sorted(zip(train["label"], train["sha256"], strict=True))
+    dropped = [
+        (row["label"], row["sha256"])
+        for row in raw.notes.get("dropped", [])
+        if row["split"] == "train"
+    ]
+    seen = sorted([*zip(train["label"], train["sha256"], strict=True), *dropped])
+    classes = class_names(raw.counts)
     rules = gate.model_dump(exclude={"max_attempts"})
     return digest("gate", teacher_recipe(settings), classes, seen, rules)
 

@@ -123,10 +123,11 @@ def collect_edits(
 
 
 def _plan(project: Project, settings: Settings) -> "Plan":
+    from diffusemix_pipeline.datasets.dropped import read_dropped
     from diffusemix_pipeline.datasets.manifest import read_stage
     from diffusemix_pipeline.editing.planning import plan_edits
 
-    return plan_edits(read_stage(project.raw), settings)
+    return plan_edits(read_stage(project.raw), settings, read_dropped(project.dropped))
 
 
 def _gate(context: dg.OpExecutionContext, plan: "Plan") -> "LabelGate | None":

@@ -45,6 +45,7 @@ def raw_dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
             "classes": len(stage.counts["by_split"]["train"]),
             "set_aside": len(set_aside),
             "first_set_aside": "; ".join(f"{x['source_id']}: {x['reason']}" for x in set_aside[:3]),
+            "dropped": len(stage.notes.get("dropped", [])),
             "left_out_by_train_per_class": stage.notes["left_out_by_train_per_class"],
             "copies_across_splits": len(stage.notes["copies_across_splits"]),
             "class_histogram": picture(histogram, "images a class and split"),
@@ -55,17 +56,20 @@ def raw_dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
 
 def _bring(context: dg.AssetExecutionContext) -> "tuple[Stage, str]":
     """Return the raw stage and its origin: the source, what is pinned or there, or digits."""
-    from diffusemix_pipeline.datasets.ingest import ingest
+    from diffusemix_pipeline.datasets.dropped import read_dropped
+    from diffusemix_pipeline.datasets.ingest import ingest, leave_out
     from diffusemix_pipeline.datasets.published import PUBLISHED, terms
     from diffusemix_pipeline.datasets.sources import DIGITS
 
     project, settings = context.resources.project, context.resources.settings
     progress = context.resources.progress(context.log)
     source = settings.source.path
+    dropped = read_dropped(project.dropped)
     if not source:
         there = _pinned(project, progress)
         if there:
-            return there
+            stage, origin = there
+            return leave_out(stage, dropped, aside=project.aside), origin
         source = DIGITS
         context.log.info("No source.path is set and data/ holds no images: making the digits")
     if source in PUBLISHED:
@@ -76,6 +80,7 @@ def _bring(context: dg.AssetExecutionContext) -> "tuple[Stage, str]":
         project.raw,
         aside=project.aside,
         archives=project.archives(settings.source.archives),
+        dropped=dropped,
         progress=progress,
     )
     return stage, source

@@ -1,0 +1,76 @@
+"""Tombstones: the images and edits that a person took out of the dataset.
+
+They lie in a text file in the project's root, a line each, to be committed with the settings:
+`source SHA256 IMAGE_ID` or `edit KEY IMAGE_ID`. Who wants one back deletes its line. What does not
+belong here: leaving them out, which is the stages' business.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from diffusemix_pipeline.datasets.manifest import STAGE, read_manifest
+from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.files import write_bytes
+
+_LINE = re.compile(r"(source|edit) ([0-9a-f]{16,64}) ?(.*)")
+
+
+class Dropped(NamedTuple):
+    """What is left out: sources by the SHA-256 of their files, edits by their keys."""
+
+    sources: frozenset[str] = frozenset()
+    edits: frozenset[str] = frozenset()
+
+
+NOTHING = Dropped()
+
+
+def read_dropped(path: Path) -> Dropped:
+    """Read the tombstones; none where there is no file. UserError names a line that is none."""
+    kinds: Mapping[str, set[str]] = {"source": set(), "edit": set()}
+    for number, line in enumerate(_lines(path), 1):
+        if not line or line.startswith("#"):
+            continue
+        found = _LINE.fullmatch(line)
+        if not found:
+            raise UserError(f"{path}, line {number}: write 'source SHA256' or 'edit KEY'.")
+        kinds[found[1]].add(found[2])
+    return Dropped(frozenset(kinds["source"]), frozenset(kinds["edit"]))
+
+
+def drop(path: Path, image_ids: Iterable[str], stages: Iterable[Path]) -> list[str]:
+    """Add a tombstone for each image of the stage folders; return the new lines.
+
+    An image of `raw` is a source, which goes with all that was made of it; any other is an edit.
+    UserError names an image that no stage has: nothing is written then.
+    """
+    known = _lines(path)
+    tables = [
+        read_manifest(folder, ["image_id", "source_sha256", "edit_key"]).set_index("image_id")
+        for folder in stages
+        if (folder / STAGE).exists()
+    ]
+    added: list[str] = []
+    for image_id in image_ids:
+        table = next((table for table in tables if image_id in table.index), None)
+        if table is None:
+            raise UserError(
+                f"No stage in data/ has an image '{image_id}'. An image_id is a file's path below "
+                "its stage folder, without the suffix: it is in the stage's manifest.parquet."
+            )
+        row = table.loc[image_id]
+        is_edit = isinstance(row["edit_key"], str)
+        kind, key = ("edit", row["edit_key"]) if is_edit else ("source", row["source_sha256"])
+        if not any(line.startswith(f"{kind} {key}") for line in (*known, *added)):
+            added.append(f"{kind} {key} {image_id}")
+    if added:
+        write_bytes(path, "".join(f"{line}\n" for line in (*known, *added)).encode())
+    return added
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
