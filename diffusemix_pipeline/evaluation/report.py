@@ -23,6 +23,7 @@ from PIL import Image
 from diffusemix_pipeline import pictures
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.evaluation.attacks import autoattack_attacks
+from diffusemix_pipeline.evaluation.audit import Audit
 from diffusemix_pipeline.evaluation.comparison import (
     BASELINE,
     SUBJECTS,
@@ -33,6 +34,7 @@ from diffusemix_pipeline.evaluation.comparison import (
     confusion_document,
     reliability_document,
     rival_documents,
+    rounded,
     shared_families,
 )
 from diffusemix_pipeline.evaluation.evidence import Evidence
@@ -89,6 +91,8 @@ class ReportInputs:
     """Pictures of train or val that a held-out split has too: `split`, `image`, `held_out`."""
     set_aside: Sequence[Mapping[str, str]] = ()
     """Source images that were not used: `source_id` and `reason`."""
+    audit: Audit | None = None
+    """The surest wrong answers of the subject's first seed, and what may have led to them."""
     stages: bytes | None = None
     """A PNG of example images: original, edit, hybrid, augmented."""
 
@@ -123,7 +127,7 @@ def write_report(inputs: ReportInputs, out: Path, *, aside: Path) -> Report:
     document = _document(inputs)
     light = _plots(inputs, document, pictures.LIGHT)
     dark = _plots(inputs, document, pictures.DARK)
-    page = _page(document, light, dark, inputs.stages)
+    page = _page(document, light, dark, inputs)
     with replaced_folder(out, mark=DOCUMENT, aside=aside) as folder:
         write_bytes(folder / PAGE, page.encode("utf-8", "replace"))
         write_bytes(folder / MARKDOWN, _markdown(document).encode())
@@ -131,6 +135,8 @@ def write_report(inputs: ReportInputs, out: Path, *, aside: Path) -> Report:
         files = {name: plot.png for name, plot in light.items()}
         if inputs.stages is not None:
             files["stages"] = inputs.stages
+        if inputs.audit:
+            files["audit"] = inputs.audit.sheet
         for name, png in files.items():
             write_bytes(folder / f"{name}.png", png)
     return read_report(out)
@@ -205,6 +211,7 @@ def _document(inputs: ReportInputs) -> dict[str, Any]:
         "confusion": confusion_document(arms[subject], arms[BASELINE], inputs.classes)
         if subject and BASELINE in arms
         else None,
+        "audit": [_rounded_case(case) for case in inputs.audit.cases] if inputs.audit else [],
         "data": {
             "classes": list(inputs.classes),
             "counts": {split: dict(of_class) for split, of_class in inputs.counts.items()},
@@ -218,6 +225,11 @@ def _document(inputs: ReportInputs) -> dict[str, Any]:
     document["headline"] = _headline(document)
     document["notes"] = _notes(document)
     return document
+
+
+def _rounded_case(case: Mapping[str, Any]) -> dict[str, Any]:
+    nearest = [{**near, "similarity": rounded(near["similarity"])} for near in case["nearest"]]
+    return {**case, "confidence": rounded(case["confidence"]), "nearest": nearest}
 
 
 def _summary(document: Mapping[str, Any]) -> pd.DataFrame:
@@ -681,7 +693,7 @@ def _page(
     document: Mapping[str, Any],
     light: Mapping[str, _Plot],
     dark: Mapping[str, _Plot],
-    stages: bytes | None,
+    inputs: ReportInputs,
 ) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -700,7 +712,8 @@ def _page(
         document,
         light=light,
         dark=dark,
-        stages=stages,
+        stages=inputs.stages,
+        audit_sheet=inputs.audit.sheet if inputs.audit else None,
         epsilon=_epsilon(document["fgsm_epsilon"]),
         light_arms=len(_drawn(document["arms"])),
         corruption_rows=_corruption_rows(document["arms"]),

@@ -14,7 +14,9 @@ from typing import Any
 from diffusemix_pipeline.datasets.manifest import Stage, class_names, read_stage
 from diffusemix_pipeline.devices import choose_device
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.evaluation.audit import Audit, audit
 from diffusemix_pipeline.evaluation.calibration import expected_calibration_error
+from diffusemix_pipeline.evaluation.comparison import SUBJECTS
 from diffusemix_pipeline.evaluation.evidence import CODE_VERSION as EVIDENCE_VERSION
 from diffusemix_pipeline.evaluation.evidence import FILE as EVIDENCE_FILE
 from diffusemix_pipeline.evaluation.evidence import Evidence, evaluate
@@ -149,6 +151,7 @@ def judge(project: Project, settings: Settings, progress: Progress) -> Judged:
         versions=versions,
         copies=raw.notes["copies_across_splits"],
         set_aside=raw.notes["set_aside"],
+        audit=_audited(project, fits, evidence, stages, settings, progress),
         stages=stages_picture(stages),
     )
     report = write_report(inputs, project.report, aside=project.aside)
@@ -270,6 +273,30 @@ def _ask(
         with replaced_folder(folder, mark=EVIDENCE_FILE, aside=project.aside) as partial:
             found[fit.arm].save(partial)
         shutil.rmtree(begun[fit.arm], ignore_errors=True)
+
+
+def _audited(
+    project: Project,
+    fits: Sequence[Fit],
+    evidence: Mapping[tuple[Arm, int], Evidence],
+    stages: Mapping[str, Stage],
+    settings: Settings,
+    progress: Progress,
+) -> Audit | None:
+    """Trace the wrong answers of the first fit of the report's subject."""
+    fit = next((fit for fit in fits if fit.arm in SUBJECTS), None)
+    if fit is None:
+        return None
+    device, raw = choose_device(settings.device), stages["raw"]
+    classifier = load_classifier(fit.folder, device)
+    size, classes, aside = settings.size, classifier.classes, project.aside
+    train, test = (
+        load_images([raw], split, classes, size, aside=aside, progress=progress)
+        for split in ("train", "test")
+    )
+    answers = evidence[fit.arm, fit.seed].probabilities
+    augmented = stages["augmented"]
+    return audit(classifier, answers, test, train, raw, augmented, device=device, progress=progress)
 
 
 def _test_metrics(evidence: Evidence) -> dict[str, float]:

@@ -62,6 +62,14 @@ class Classifier:
             image = read_rgb(Path(image), MAX_PIXELS)
         return to_square(image.convert("RGB"), self.size)
 
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """Return what the last layer sees, float32 (N, F), of uint8 (N, size, size, 3) images."""
+        backbone: Any = self.model.backbone
+        with torch.inference_mode():
+            pixels = to_tensor(images, self.model.mean.device)
+            found = backbone.forward_features((pixels - self.model.mean) / self.model.std)
+            return backbone.forward_head(found, pre_logits=True).float().cpu().numpy()
+
     def predict_proba(self, images: "Images", batch_size: int = 256) -> np.ndarray:
         """Return class probabilities float32 (N, K) of uint8 (N, size, size, 3) images."""
         device = self.model.mean.device

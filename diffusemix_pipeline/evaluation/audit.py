@@ -1,0 +1,136 @@
+"""Audit by sample: from a wrong answer on test to the training images that it may come from.
+
+What belongs here: which wrong answers, which training images are nearest to each in the
+classifier's own eyes, and what was made of these. What does not: taking them out (`drop`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffusemix_pipeline.datasets.images import read_square
+from diffusemix_pipeline.datasets.manifest import Stage
+from diffusemix_pipeline.pictures import contact_sheet
+from diffusemix_pipeline.progress import Progress, silent
+from diffusemix_pipeline.training.classifier import Classifier
+from diffusemix_pipeline.training.data import LabelledImages, ordered_rows
+
+_SPLITS = ("train", "test")
+_MOST = 6
+_NEAREST = 3
+_MADE_SHOWN = 2  # of each nearest image
+_CELL = 64  # px
+_BATCH = 256
+_LEAST = 1e-12
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Wrong answers, the surest first, and a picture of them."""
+
+    cases: list[dict[str, Any]]
+    """A case has image, label, answer and confidence, and under nearest, for each of the nearest
+    training images: image, label, similarity (cosine, -1 to 1), and made: ids of its images."""
+    sheet: bytes
+    """A PNG: a row a case, of the test image, then each nearest image and some made of it."""
+
+
+def audit(
+    classifier: Classifier,
+    probabilities: np.ndarray,
+    test: LabelledImages,
+    train: LabelledImages,
+    raw: Stage,
+    augmented: Stage,
+    *,
+    device: str,
+    progress: Progress = silent,
+) -> Audit | None:
+    """Trace the six surest wrong answers; None where all are right.
+
+    `probabilities` float (N, C) are the classifier's on `test`; `train` holds the original training
+    images, in the order of `load_images`. Nearness is the cosine of the features before the last
+    layer.
+    """
+    answers = probabilities.argmax(axis=1)
+    wrong = np.flatnonzero(answers != test.labels)
+    wrong = wrong[np.argsort(-probabilities[wrong].max(axis=1), kind="stable")][:_MOST]
+    if not len(wrong):
+        return None
+    classifier.model.to(device).eval()
+    near, alike = _nearest(classifier, test.images[wrong], train, progress)
+    names = [list(ordered_rows(raw, split, ["image_id"])["image_id"]) for split in _SPLITS]
+    made = augmented.manifest(["image_id", "source_id", "file_name"]).set_index("image_id")
+    made_of = made.groupby("source_id").groups
+    cases = [
+        {
+            "image": names[1][place],
+            "label": classifier.classes[test.labels[place]],
+            "answer": classifier.classes[answers[place]],
+            "confidence": float(probabilities[place].max()),
+            "nearest": [
+                {
+                    "image": names[0][neighbour],
+                    "label": classifier.classes[train.labels[neighbour]],
+                    "similarity": float(similarity),
+                    "made": list(made_of.get(names[0][neighbour], [])),
+                }
+                for neighbour, similarity in zip(near[row], alike[row], strict=True)
+            ],
+        }
+        for row, place in enumerate(wrong)
+    ]
+    files = {name: augmented.folder / file for name, file in made["file_name"].items()}
+    return Audit(cases, _sheet(cases, test.images[wrong], train, near, files))
+
+
+def _nearest(
+    classifier: Classifier, images: np.ndarray, train: LabelledImages, progress: Progress
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the places int (W, n) of the training images nearest to W images, and the cosines."""
+    asked = _directions(classifier, images)
+    alike: np.ndarray = np.empty((len(images), 0), np.float32)
+    places: np.ndarray = np.empty((len(images), 0), np.int64)
+    for start in range(0, len(train), _BATCH):
+        batch = _directions(classifier, train.images[start : start + _BATCH])
+        alike = np.hstack([alike, asked @ batch.T])
+        ours = np.tile(np.arange(start, start + len(batch)), (len(images), 1))
+        places = np.hstack([places, ours])
+        best = np.argsort(-alike, axis=1, kind="stable")[:, :_NEAREST]
+        alike, places = (np.take_along_axis(each, best, 1) for each in (alike, places))
+        progress("Tracing wrong answers", min(start + _BATCH, len(train)), len(train))
+    return places, alike
+
+
+def _directions(classifier: Classifier, images: np.ndarray) -> np.ndarray:
+    """Return the features float32 (N, F) of uint8 (N, S, S, 3) images, each of length 1."""
+    features = classifier.features(images)
+    return features / np.linalg.norm(features, axis=1, keepdims=True).clip(min=_LEAST)
+
+
+def _sheet(
+    cases: Sequence[dict[str, Any]],
+    images: np.ndarray,
+    train: LabelledImages,
+    near: np.ndarray,
+    files: Mapping[str, Path],
+) -> bytes:
+    blank = np.full((1, 1, 3), 255, np.uint8)
+    rows = []
+    for case, image, places in zip(cases, images, near, strict=True):
+        row = [image]
+        for neighbour, pixels in zip(case["nearest"], train.images[places], strict=True):
+            shown = [read_square(files[n], len(image)) for n in neighbour["made"][:_MADE_SHOWN]]
+            row += [pixels, *shown, *[blank] * (_MADE_SHOWN - len(shown))]
+        rows.append(row)
+    made = ["made of it"] * _MADE_SHOWN
+    titles = [title for n, _ in enumerate(near[0], 1) for title in (f"nearest {n}", *made)]
+    return contact_sheet(
+        rows,
+        row_labels=[f"{c['label']}, taken for {c['answer']}" for c in cases],
+        column_labels=["test image", *titles],
+        cell=_CELL,
+    )
