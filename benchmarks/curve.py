@@ -46,7 +46,7 @@ from diffusemix_pipeline.files import replaced_folder
 from diffusemix_pipeline.mixing.stages import make_augmented
 from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.settings import Settings, load_settings
-from diffusemix_pipeline.training.arms import fit_arm
+from diffusemix_pipeline.training.arms import Wanted, fit_arm
 from diffusemix_pipeline.training.classifier import load_classifier
 from diffusemix_pipeline.training.data import load_images
 
@@ -287,8 +287,7 @@ def _answers(bench: Bench, settings: Settings, *, augmented: bool) -> list[Evide
     answers = []
     for seed in SEEDS:
         fit = fit_arm(
-            "diffusemix" if augmented else "vanilla",
-            seed,
+            Wanted("diffusemix" if augmented else "vanilla", seed),
             stages,
             settings,
             checkpoints=folder / "checkpoints",

@@ -287,6 +287,11 @@ class Training(Section):
     seeds: list[Annotated[int, Field(ge=0)]] = Field(
         [0], min_length=1, description="One classifier an arm and seed."
     )
+    few_images: list[Annotated[int, Field(gt=0)]] = Field(
+        [],
+        description="Train vanilla and DiffuseMix with so many training images a class as well, "
+        "for a curve of accuracy against their number.",
+    )
     steps: int = Field(900, gt=0, description="Optimiser steps, the same for every arm.")
     batch_size: int = Field(48, gt=0, description="Images a step.")
     optimizer: Optimizer | None = Field(

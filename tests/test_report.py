@@ -72,6 +72,7 @@ def inputs(**changed) -> ReportInputs:
         counts={"train": dict.fromkeys("abcd", 30), "test": dict.fromkeys("abcd", 50)},
         curves={("vanilla", 0): CURVE, ("diffusemix", 0): CURVE},
         steps={"vanilla": 900, "diffusemix": 900},
+        few_images={},
         test_reads=3,
         versions={"data.dvc": "0123456789abcdef.dir"},
     )
@@ -496,3 +497,25 @@ def test_what_is_no_report_is_named(tmp_path, content):
         (tmp_path / "report.json").write_text(content)
     with pytest.raises(UserError, match="no report"):
         read_document(tmp_path)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_accuracy_over_the_number_of_images_ends_with_all_of_them(tmp_path):
+    few = {
+        (arm, number, seed): evidence(0.3 + number / 100 + seed / 50, 0.1, 0.1)
+        for arm in ("vanilla", "diffusemix")
+        for number in (5, 10)
+        for seed in (0, 1)
+    }
+    given = inputs()
+    both = {(arm, seed): one for (arm, _), one in given.evidence.items() for seed in (0, 1)}
+    report = written(tmp_path, replace(given, evidence=both, few_images=few))
+    validate(report)
+    points = json.loads(report.json.read_text())["few_images"]
+    assert [(p["arm"], p["per_class"]) for p in points] == [
+        (arm, number) for arm in ("vanilla", "diffusemix") for number in (5, 10, 30)
+    ]
+    assert [p["value"] for p in points[:3]] == pytest.approx([0.36, 0.41, 0.8], abs=0.005)
+    assert all(p["low"] < p["value"] < p["high"] for p in points)
+    assert "With fewer training images" in words(report)
+    assert (report.folder / "few_images.png").exists()

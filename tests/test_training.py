@@ -16,7 +16,15 @@ from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import Stage
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.training import arms, loop
-from diffusemix_pipeline.training.arms import Fit, finished_fit, fit_arm, fit_fingerprint
+from diffusemix_pipeline.training.arms import (
+    Fit,
+    Wanted,
+    all_fits,
+    few_image_fits,
+    finished_fit,
+    fit_arm,
+    fit_fingerprint,
+)
 from diffusemix_pipeline.training.classifier import (
     build_classifier,
     check_model,
@@ -42,12 +50,17 @@ def generated(raw, tmp_path_factory) -> Stage:
 
 
 def fitted(
-    raw: Stage, tmp_path, *overrides: str, arm: str = "vanilla", edits=None, on_point=None
+    raw: Stage,
+    tmp_path,
+    *overrides: str,
+    arm: str = "vanilla",
+    per_class=None,
+    edits=None,
+    on_point=None,
 ) -> Fit:
     edits = edits or raw
     return fit_arm(
-        arm,
-        0,
+        Wanted(arm, 0, per_class),
         {"raw": raw, "generated": edits, "hybrid": edits, "augmented": edits},
         quick_settings(*overrides),
         checkpoints=tmp_path / "checkpoints",
@@ -86,7 +99,7 @@ def test_a_fit_cut_off_leaves_nothing_that_looks_finished(raw, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         fitted(raw, tmp_path, on_point=stop)
-    fingerprint = fit_fingerprint("vanilla", 0, {"raw": raw}, quick_settings())
+    fingerprint = fit_fingerprint(Wanted("vanilla", 0), {"raw": raw}, quick_settings())
     assert finished_fit(tmp_path / "checkpoints", fingerprint) is None
 
 
@@ -113,7 +126,9 @@ def test_what_is_drawn_while_training_shapes_the_fits_that_draw_it(raw, generate
     def fingerprints(*overrides: str) -> dict[str, str]:
         stages = {"raw": raw, "generated": generated, "augmented": generated}
         drawing = ("mixup", "pixmix", "diffusemix", "diffusemix_online")
-        return {a: fit_fingerprint(a, 0, stages, quick_settings(*overrides)) for a in drawing}
+        return {
+            a: fit_fingerprint(Wanted(a, 0), stages, quick_settings(*overrides)) for a in drawing
+        }
 
     before = fingerprints()
 
@@ -140,12 +155,14 @@ def test_what_is_drawn_while_training_shapes_the_fits_that_draw_it(raw, generate
 )
 def test_a_fit_is_known_by_what_shapes_it(override, same, raw):
     stages = {"raw": raw}
-    before = fit_fingerprint("vanilla", 0, stages, quick_settings())
-    assert (fit_fingerprint("vanilla", 0, stages, quick_settings(override)) == before) == same
+    before = fit_fingerprint(Wanted("vanilla", 0), stages, quick_settings())
+    assert (
+        fit_fingerprint(Wanted("vanilla", 0), stages, quick_settings(override)) == before
+    ) == same
 
 
 def test_a_new_test_image_asks_for_no_training(raw, tmp_path):
-    before = fit_fingerprint("vanilla", 0, {"raw": raw}, quick_settings())
+    before = fit_fingerprint(Wanted("vanilla", 0), {"raw": raw}, quick_settings())
     shutil.copytree(raw.folder, tmp_path / "raw")
     rows = raw.manifest()
     of_split = {split: rows.index[rows["split"] == split][0] for split in ("train", "val", "test")}
@@ -153,7 +170,7 @@ def test_a_new_test_image_asks_for_no_training(raw, tmp_path):
     def without(split: str) -> str:
         rows.drop(of_split[split]).to_parquet(tmp_path / "raw" / "manifest.parquet")
         stages = {"raw": replace(raw, folder=tmp_path / "raw")}
-        return fit_fingerprint("vanilla", 0, stages, quick_settings())
+        return fit_fingerprint(Wanted("vanilla", 0), stages, quick_settings())
 
     assert without("test") == before
     assert before not in (without("train"), without("val"))
@@ -303,3 +320,43 @@ def test_the_recipe_follows_from_the_model_where_settings_leave_it_open(override
 def test_each_kind_of_model_is_trained_by_its_recipe(raw, tmp_path, model):
     fit = fitted(raw, tmp_path, f"training.model={model}", "training.label_smoothing=0.1")
     assert fit.curve["train_loss"].notna().all()
+
+
+def test_fewer_images_keep_their_own_edits_and_are_among_the_more(raw, generated, tmp_path):
+    images = load_images([raw, generated], "train", ["cat", "dog", "emu"], 32, aside=tmp_path)
+    sources = arms._sources_of_edits(raw, generated)
+    kept = {}
+    for number in (2, 5, 1000):
+        few, of_edits = arms._few(images, sources, number, seed=0)
+        originals = len(few) - len(of_edits)
+        counts = np.bincount(few.labels[:originals])
+        assert (counts == np.minimum(number, np.bincount(images.labels[: -len(sources)]))).all()
+        assert np.array_equal(few.images[of_edits], 255 - few.images[originals : len(few)])
+        kept[number] = set(few.ids[:originals])
+    assert kept[2] < kept[5] < kept[1000]
+    other, _ = arms._few(images, sources, 2, seed=1)
+    assert set(other.ids[: len(kept[2])]) != kept[2]
+
+
+@pytest.mark.parametrize("arm", ["vanilla", "diffusemix", "diffusemix_online"])
+def test_a_fit_of_few_images_is_another_fit(raw, generated, tmp_path, arm):
+    fits = [
+        fitted(raw, tmp_path, arm=arm, per_class=number, edits=generated) for number in (2, None)
+    ]
+    assert fits[0].images == (6 if arm == "vanilla" else 12)
+    assert fits[0].per_class == 2
+    assert fits[0].steps == fits[1].steps
+    assert fits[0].fingerprint != fits[1].fingerprint
+
+
+def test_the_curve_over_images_is_of_vanilla_and_diffusemix(raw):
+    chosen = "training.arms=[vanilla, mixup, diffusemix]"
+    asked = quick_settings(chosen, "training.seeds=[0, 1]", "training.few_images=[3, 2, 500]")
+    few = few_image_fits(asked, raw)
+    assert {fit.arm for fit in few} == {"vanilla", "diffusemix"}
+    assert {(fit.seed, fit.per_class) for fit in few} == {(0, 2), (0, 3), (1, 2), (1, 3)}
+    assert len(all_fits(asked)) == 6
+    stages = {"raw": raw}
+    assert fit_fingerprint(Wanted("vanilla", 0), stages, asked) == fit_fingerprint(
+        Wanted("vanilla", 0), stages, quick_settings()
+    )

@@ -31,10 +31,8 @@ from diffusemix_pipeline.evaluation.statistics import (
     score_spread,
 )
 from diffusemix_pipeline.settings import Arm
+from diffusemix_pipeline.training.arms import BASELINE, SUBJECTS
 
-BASELINE: Arm = "vanilla"
-SUBJECTS: tuple[Arm, ...] = ("diffusemix", "diffusemix_online")
-"""The arms that a report is about; the first that was trained is its subject."""
 SIGNIFICANT = 0.05  # a p-value below it, adjusted by Holm for the number of arms
 
 ACCURACIES = (
@@ -369,3 +367,32 @@ def _confusion(of_seed: Mapping[int, Evidence], classes: int) -> np.ndarray:
     for one in of_seed.values():
         np.add.at(counts, (one.labels, one.probabilities.argmax(axis=1)), 1)
     return counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+
+
+def few_images_document(
+    few: Mapping[tuple[Arm, int, int], Evidence],
+    arms: Mapping[Arm, Mapping[int, Evidence]],
+    train: Mapping[str, int],
+    samples: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Return clean accuracy by arm and training images a class, all of them last."""
+    every = round(sum(train.values()) / len(train))
+    scores: dict[tuple[Arm, int], list[np.ndarray]] = {}
+    for (arm, number, _), one in few.items():
+        scores.setdefault((arm, number), []).append(one.correct)
+    for arm in dict.fromkeys(arm for arm, _ in scores):
+        scores[arm, every] = [one.correct for one in arms[arm].values()]
+    stacked = {key: np.stack(of_seeds).astype(np.float64) for key, of_seeds in scores.items()}
+    spreads = {
+        key: score_spread(
+            np.stack([s.mean(axis=1) for other, s in stacked.items() if other[1] == key[1]])
+        )
+        for key in stacked
+    }
+    means = {key: score.mean(axis=0) for key, score in stacked.items()}
+    found = mean_estimates(means, samples, seed, spreads=spreads) if means else {}
+    return [
+        {"arm": arm, "per_class": number, **numbers(found[arm, number])}
+        for arm, number in sorted(found, key=lambda key: (list(arms).index(key[0]), key[1]))
+    ]

@@ -32,6 +32,7 @@ from diffusemix_pipeline.evaluation.comparison import (
     by_arm,
     class_documents,
     confusion_document,
+    few_images_document,
     reliability_document,
     rival_documents,
     rounded,
@@ -83,6 +84,8 @@ class ReportInputs:
     """(arm, training seed) -> columns step, train_loss, val_accuracy."""
     steps: Mapping[str, int]
     """Arm -> optimiser steps."""
+    few_images: Mapping[tuple[Arm, int, int], Evidence]
+    """(arm, training images a class, training seed) -> answers on the clean test images."""
     test_reads: int
     """How often this version of the test images was read on this machine, with these."""
     versions: Mapping[str, str]
@@ -182,7 +185,8 @@ def _document(inputs: ReportInputs) -> dict[str, Any]:
     settings, evaluation = inputs.settings, inputs.settings.evaluation
     shared = shared_families(list(arms), settings.editing.prompts, first.corruptions)
     seed = seed_from(settings.seed, "bootstrap")
-    comparison = Comparison(arms, shared["left_out"], evaluation.bootstrap_samples, seed)
+    drawn = (evaluation.bootstrap_samples, seed)
+    comparison = Comparison(arms, shared["left_out"], *drawn)
     subject = next((arm for arm in SUBJECTS if arm in arms), None)
     document: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -211,6 +215,7 @@ def _document(inputs: ReportInputs) -> dict[str, Any]:
         "confusion": confusion_document(arms[subject], arms[BASELINE], inputs.classes)
         if subject and BASELINE in arms
         else None,
+        "few_images": few_images_document(inputs.few_images, arms, inputs.counts["train"], *drawn),
         "audit": [_rounded_case(case) for case in inputs.audit.cases] if inputs.audit else [],
         "data": {
             "classes": list(inputs.classes),
@@ -522,6 +527,8 @@ def _plots(
     plots["reliability"] = _reliability_plot(drawn, theme)
     if document["confusion"] and document["confusion"]["classes"]:
         plots["confusion"] = _confusion_plot(document["confusion"], theme)
+    if document["few_images"]:
+        plots["few_images"] = _few_images_plot(document["few_images"], theme)
     if inputs.curves:
         plots["learning_curves"] = _learning_plot(inputs.curves, theme)
     plots["class_counts"] = _Plot(
@@ -577,6 +584,21 @@ def _fgsm_plot(arms: Sequence[Mapping[str, Any]], theme: pictures.Theme) -> _Plo
     )
     label = "FGSM strength ε, in 1/255 (0: clean)"
     return _Plot(pictures.accuracy_curves(strengths, accuracies, label=label, theme=theme), alt)
+
+
+def _few_images_plot(few: Sequence[Mapping[str, Any]], theme: pictures.Theme) -> _Plot:
+    numbers = sorted({point["per_class"] for point in few})
+    curves = {
+        _TITLES[arm]: [_triple(point) for point in points]
+        for arm, points in groupby(few, key=lambda point: point["arm"])
+    }
+    alt = "Clean accuracy over training images a class. " + "; ".join(
+        f"{arm}: "
+        + ", ".join(f"{n} {_percent(p[0])}" for n, p in zip(numbers, points, strict=True))
+        for arm, points in curves.items()
+    )
+    label = "training images a class"
+    return _Plot(pictures.accuracy_curves(numbers, curves, label=label, theme=theme), alt)
 
 
 def _corruption_plots(arms: Sequence[Mapping[str, Any]], theme: pictures.Theme) -> dict[str, _Plot]:

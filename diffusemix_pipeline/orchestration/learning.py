@@ -16,7 +16,6 @@ from diffusemix_pipeline.devices import choose_device
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.evaluation.audit import Audit, audit
 from diffusemix_pipeline.evaluation.calibration import expected_calibration_error
-from diffusemix_pipeline.evaluation.comparison import SUBJECTS
 from diffusemix_pipeline.evaluation.evidence import CODE_VERSION as EVIDENCE_VERSION
 from diffusemix_pipeline.evaluation.evidence import FILE as EVIDENCE_FILE
 from diffusemix_pipeline.evaluation.evidence import Evidence, evaluate
@@ -39,8 +38,11 @@ from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Arm, Settings, flatten
 from diffusemix_pipeline.tracking import Dataset, LoggedRun, Tracker, open_tracking
 from diffusemix_pipeline.training.arms import (
+    SUBJECTS,
     Fit,
-    all_arms,
+    Wanted,
+    all_fits,
+    few_image_fits,
     finished_fit,
     fit_arm,
     fit_fingerprint,
@@ -79,24 +81,22 @@ def train_arms(
     stages = _stages(project)
     dataset = Dataset("fractal_augmented_dataset", "data", _data_digest(project))
     fits, urls, reused = [], {}, True
-    for arm, seed in all_arms(settings):
-        fingerprint = fit_fingerprint(arm, seed, stages, settings)
-        name = f"{arm}, seed {seed}"
+    for wanted in (*all_fits(settings), *few_image_fits(settings, stages["raw"])):
+        fingerprint = fit_fingerprint(wanted, stages, settings)
         fit = finished_fit(project.checkpoints, fingerprint)
         logged = tracker.find_run(_FIT_TAG, fingerprint)
         if fit is None or logged is None:
             reused = False
             tags = {
                 _FIT_TAG: fingerprint,
-                "diffusemix.arm": arm,
-                "diffusemix.seed": str(seed),
+                "diffusemix.arm": wanted.arm,
+                "diffusemix.seed": str(wanted.seed),
                 "dagster.run_id": dagster_run_id,
                 "dvc.data": dataset.digest,
             }
-            with tracker.training_run(name, flatten(settings), dataset, tags) as run:
+            with tracker.training_run(str(wanted), flatten(settings), dataset, tags) as run:
                 fit = fit_arm(
-                    arm,
-                    seed,
+                    wanted,
                     stages,
                     settings,
                     checkpoints=project.checkpoints,
@@ -106,10 +106,14 @@ def train_arms(
                     on_point=run.log_curve,
                     progress=progress,
                 )
-                run.log_bytes("figures/learning_curve.png", learning_curves({name: fit.curve}))
-                logged = run.log_classifier(fit.folder, alias=arm.replace("+", "-with-"))
+                curve = learning_curves({str(wanted): fit.curve})
+                run.log_bytes("figures/learning_curve.png", curve)
+                logged = LoggedRun(run.run_id, None, None)
+                if wanted.per_class is None:  # the others are no models to be used
+                    alias = wanted.arm.replace("+", "-with-")
+                    logged = run.log_classifier(fit.folder, alias=alias)
         fits.append(fit)
-        urls[name] = tracker.run_url(logged.run_id)
+        urls[str(wanted)] = tracker.run_url(logged.run_id)
     return Trained(fits, urls, reused)
 
 
@@ -120,9 +124,14 @@ def judge(project: Project, settings: Settings, progress: Progress) -> Judged:
     """
     stages = _stages(project)
     raw = stages["raw"]
-    fits = [_expected_fit(project, arm, seed, stages, settings) for arm, seed in all_arms(settings)]
-    keys = {(fit.arm, fit.seed): _evidence_key(fit, raw, settings) for fit in fits}
+    fits = [_expected_fit(project, wanted, stages, settings) for wanted in all_fits(settings)]
+    few = [
+        _expected_fit(project, wanted, stages, settings) for wanted in few_image_fits(settings, raw)
+    ]
     test = version_of_test(raw)
+    clean = _clean_alone(settings)
+    asked = [*((fit, settings) for fit in fits), *((fit, clean) for fit in few)]
+    keys = {fit.fingerprint: _evidence_key(fit, raw, how) for fit, how in asked}
     reads = [record_read(project.state / "test_reads.json", test, key) for key in keys.values()][-1]
     tracker = open_tracking(project, settings.tracking)
     runs = {fit.fingerprint: _logged_run(tracker, fit) for fit in fits}
@@ -130,7 +139,7 @@ def judge(project: Project, settings: Settings, progress: Progress) -> Judged:
         "data.dvc": _data_digest(project),
         "test": test,
         **{name: stage.version for name, stage in stages.items()},
-        "fits": digest([fit.fingerprint for fit in fits]),
+        "fits": digest([fit.fingerprint for fit in (*fits, *few)]),
         "settings": digest(flatten(settings)),
         "report": CODE_VERSION,
     }
@@ -139,7 +148,9 @@ def judge(project: Project, settings: Settings, progress: Progress) -> Judged:
         report = read_report(project.report)
         if report.versions == versions:
             return Judged(report, digest(versions), reused=True)
-    evidence = _evidence_of(fits, keys, project, raw, settings, progress)
+    found = _evidence_of(fits, keys, project, raw, settings, progress)
+    evidence = {(fit.arm, fit.seed): found[fit.fingerprint] for fit in fits}
+    found = _evidence_of(few, keys, project, raw, clean, progress)
     inputs = ReportInputs(
         evidence=evidence,
         classes=class_names(raw.counts),
@@ -147,6 +158,11 @@ def judge(project: Project, settings: Settings, progress: Progress) -> Judged:
         counts=raw.counts["by_split"],
         curves={(fit.arm, fit.seed): fit.curve for fit in fits},
         steps={fit.arm: fit.steps for fit in fits},
+        few_images={
+            (fit.arm, fit.per_class, fit.seed): found[fit.fingerprint]
+            for fit in few
+            if fit.per_class is not None
+        },
         test_reads=reads,
         versions=versions,
         copies=raw.notes["copies_across_splits"],
@@ -205,12 +221,12 @@ def _data_digest(project: Project) -> str:
 
 
 def _expected_fit(
-    project: Project, arm: Arm, seed: int, stages: dict[str, Stage], settings: Settings
+    project: Project, wanted: Wanted, stages: dict[str, Stage], settings: Settings
 ) -> Fit:
-    fit = finished_fit(project.checkpoints, fit_fingerprint(arm, seed, stages, settings))
+    fit = finished_fit(project.checkpoints, fit_fingerprint(wanted, stages, settings))
     if fit is None:
         raise UserError(
-            f"The arm {arm}, seed {seed}, is not trained with these data and settings: "
+            f"The arm {wanted} is not trained with these data and settings: "
             "materialize trained_classifier first."
         )
     return fit
@@ -222,17 +238,27 @@ def _evidence_key(fit: Fit, raw: Stage, settings: Settings) -> str:
     return digest(EVIDENCE_VERSION, fit.fingerprint, version_of_test(raw), asked, settings.seed)
 
 
+def _clean_alone(settings: Settings) -> Settings:
+    """Return settings under which classifiers are asked about the clean images alone."""
+    none = {"fgsm_epsilons": [], "corruptions": [], "attack_images": 0, "autoattack_images": 0}
+    evaluation = settings.evaluation.model_copy(update=none)
+    return settings.model_copy(update={"evaluation": evaluation})
+
+
 def _evidence_of(
     fits: Sequence[Fit],
-    keys: Mapping[tuple[Arm, int], str],
+    keys: Mapping[str, str],
     project: Project,
     raw: Stage,
     settings: Settings,
     progress: Progress,
-) -> dict[tuple[Arm, int], Evidence]:
-    """Return the fits' answers on the test images, asking those that have not answered yet."""
-    folders = {key: project.evidence / name for key, name in keys.items()}
-    silent = [fit for fit in fits if not folders[fit.arm, fit.seed].exists()]
+) -> dict[str, Evidence]:
+    """Return the answers on the test images by fit, asking those that have not answered yet.
+
+    A fit is known by its fingerprint, its answers by `keys`.
+    """
+    folders = {fit.fingerprint: project.evidence / keys[fit.fingerprint] for fit in fits}
+    silent = [fit for fit in fits if not folders[fit.fingerprint].exists()]
     if silent:
         test = load_images(
             [raw],
@@ -250,7 +276,7 @@ def _evidence_of(
 
 def _ask(
     fits: Sequence[Fit],
-    folders: Mapping[tuple[Arm, int], Path],
+    folders: Mapping[str, Path],
     project: Project,
     test: LabelledImages,
     settings: Settings,
@@ -258,9 +284,11 @@ def _ask(
 ) -> None:
     """Ask some fits about the test images, and keep what each answers in its folder."""
     device = choose_device(settings.device)
-    begun = {fit.arm: project.evidence / f"{folders[fit.arm, fit.seed].name}.begun" for fit in fits}
+    begun = {
+        fit.fingerprint: project.evidence / f"{folders[fit.fingerprint].name}.begun" for fit in fits
+    }
     found = evaluate(
-        {fit.arm: load_classifier(fit.folder, device).model for fit in fits},
+        {fit.fingerprint: load_classifier(fit.folder, device).model for fit in fits},
         test,
         settings.evaluation,
         seed_from(settings.seed, "corruptions"),
@@ -269,10 +297,10 @@ def _ask(
         progress=lambda what, done, total: progress(f"{what}, seed {fits[0].seed}", done, total),
     )
     for fit in fits:
-        folder = folders[fit.arm, fit.seed]
+        folder = folders[fit.fingerprint]
         with replaced_folder(folder, mark=EVIDENCE_FILE, aside=project.aside) as partial:
-            found[fit.arm].save(partial)
-        shutil.rmtree(begun[fit.arm], ignore_errors=True)
+            found[fit.fingerprint].save(partial)
+        shutil.rmtree(begun[fit.fingerprint], ignore_errors=True)
 
 
 def _audited(

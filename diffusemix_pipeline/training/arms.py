@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -38,6 +38,9 @@ _ADDED_STAGE: dict[Arm, str] = {
 }
 # The arms that use fractals while they train.
 _USES_FRACTALS: tuple[Arm, ...] = ("pixmix", "diffusemix_online")
+BASELINE: Arm = "vanilla"
+SUBJECTS: tuple[Arm, ...] = ("diffusemix", "diffusemix_online")
+"""The arms that a comparison is about."""
 _CURVE = "curve.csv"
 _FIT = "fit.json"
 
@@ -53,6 +56,8 @@ class Fit:
     curve: pd.DataFrame
     images: int
     steps: int
+    per_class: int | None = None
+    """The originals a class that it was limited to, with what was made of them."""
 
     @property
     def best(self) -> dict[str, float]:
@@ -61,21 +66,34 @@ class Fit:
         return {name: float(value) for name, value in row.items()}
 
 
-def fit_fingerprint(arm: Arm, seed: int, stages: Mapping[str, Stage], settings: Settings) -> str:
+class Wanted(NamedTuple):
+    """A fit that is wanted: an arm, a training seed, and the originals a class; None: all."""
+
+    arm: Arm
+    seed: int
+    per_class: int | None = None
+
+    def __str__(self) -> str:
+        few = "" if self.per_class is None else f", {self.per_class} a class"
+        return f"{self.arm}, seed {self.seed}{few}"
+
+
+def fit_fingerprint(wanted: Wanted, stages: Mapping[str, Stage], settings: Settings) -> str:
     """Identify a fit by the images it sees and everything that shapes the training.
 
     Test images are not among them: a new one costs a reading, not a training.
     """
+    arm, seed, per_class = wanted
     added = _ADDED_STAGE.get(arm)
     versions = [_version_of_seen(stages["raw"]), stages[added].version if added else None]
-    recipe = settings.training.model_dump(exclude={"arms", "seeds"})
+    recipe = settings.training.model_dump(exclude={"arms", "seeds", "few_images"})
     drawn: list[Any] = []
     if arm in _USES_FRACTALS:
         drawn.append(fractals_version(settings.mixing, settings.seed))
     if arm == "diffusemix_online":
         drawn.append(settings.mixing.model_dump(include={"masks", "seam", "lam"}))
     of_run = [settings.size, settings.seed, recipe, drawn]
-    return digest("fit", CODE_VERSION, arm, seed, versions, *of_run)
+    return digest("fit", CODE_VERSION, arm, seed, per_class, versions, *of_run)
 
 
 def _version_of_seen(raw: Stage) -> str:
@@ -94,8 +112,7 @@ def finished_fit(checkpoints: Path, fingerprint: str) -> Fit | None:
 
 
 def fit_arm(
-    arm: Arm,
-    seed: int,
+    wanted: Wanted,
     stages: Mapping[str, Stage],
     settings: Settings,
     *,
@@ -110,7 +127,8 @@ def fit_arm(
 
     `stages` maps raw, generated, hybrid and augmented to their stages.
     """
-    fingerprint = fit_fingerprint(arm, seed, stages, settings)
+    arm, seed, per_class = wanted
+    fingerprint = fit_fingerprint(wanted, stages, settings)
     finished = finished_fit(checkpoints, fingerprint)
     if finished:
         for point in finished.curve.to_dict("records"):
@@ -120,13 +138,16 @@ def fit_arm(
     parts = [raw, stages[added]] if added else [raw]
     classes = class_names(raw.counts)
     train = load_images(parts, "train", classes, settings.size, aside=aside, progress=progress)
+    sources = _sources_of_edits(raw, stages[added]) if added else np.empty(0, np.int64)
+    if per_class is not None:
+        train, sources = _few(train, sources, per_class, settings.seed)
     val = load_images([raw], "val", classes, settings.size, aside=aside)
     fractals = {}
     if arm in _USES_FRACTALS:
         mixing = settings.mixing
         fractals = load_fractals(mixing, settings.seed, settings.size, fractal_cache, progress)
     augmentation = _augmentation(
-        arm, len(classes), [fractals[name] for name in sorted(fractals)], train, stages, settings
+        arm, len(classes), [fractals[name] for name in sorted(fractals)], train, sources, settings
     )
     # Every arm of a seed starts from the same weights.
     torch.manual_seed(seed_from(settings.seed, "weights", seed))
@@ -140,14 +161,13 @@ def fit_arm(
         settings.training,
         seed=seed_from(settings.seed, "batches", seed),
         device=device,
-        describe=f"Training {arm}, seed {seed}",
+        describe=f"Training {wanted}",
         augmentation=augmentation,
         on_point=on_point,
         progress=progress,
     )
     facts = {
-        "arm": arm,
-        "seed": seed,
+        **wanted._asdict(),
         "fingerprint": fingerprint,
         "images": len(train),
         "steps": settings.training.steps,
@@ -166,10 +186,10 @@ def _augmentation(
     classes: int,
     fractals: Sequence[np.ndarray],
     train: LabelledImages,
-    stages: Mapping[str, Stage],
+    sources: np.ndarray,
     settings: Settings,
 ) -> Augmentation:
-    """Return what an arm draws anew for every batch."""
+    """Return what an arm draws anew for every batch; `sources` are the edits' originals' places."""
     match arm:
         case "trivialaugment":
             return augmentations.trivialaugment()
@@ -186,7 +206,6 @@ def _augmentation(
         case "diffusemix_online":
             mixing, size = settings.mixing, settings.size
             masks = [half_mask(m, size, size, mixing.seam) for m in sorted(mixing.masks)]
-            sources = _sources_of_edits(stages["raw"], stages["generated"])
             return augmentations.diffusemix_redrawn(
                 train.images, sources, masks, fractals, mixing.lam
             )
@@ -202,6 +221,36 @@ def _sources_of_edits(raw: Stage, generated: Stage) -> np.ndarray:
     return places
 
 
-def all_arms(settings: Settings) -> Sequence[tuple[Arm, int]]:
-    """List the arms and seeds that the settings ask for."""
-    return [(arm, seed) for arm in settings.training.arms for seed in settings.training.seeds]
+def _few(
+    train: LabelledImages, sources: np.ndarray, per_class: int, seed: int
+) -> tuple[LabelledImages, np.ndarray]:
+    """Keep `per_class` originals of each class, and what was made of them.
+
+    `train` holds originals first. A larger number keeps all that a smaller one does. Returns the
+    places of the kept edits' originals, too.
+    """
+    originals = len(train) - len(sources)
+    drawn = pd.Series([seed_from(seed, "few", name) for name in train.ids[:originals]])
+    kept = (drawn.groupby(train.labels[:originals]).rank(method="first") <= per_class).to_numpy()
+    with_edits = np.concatenate([kept, kept[sources]])
+    new_place = np.cumsum(kept) - 1
+    return train.subset(np.flatnonzero(with_edits)), new_place[sources[kept[sources]]]
+
+
+def all_fits(settings: Settings) -> list[Wanted]:
+    """List the fits of a comparison: every arm, every seed, all training images."""
+    training = settings.training
+    return [Wanted(arm, seed) for arm in training.arms for seed in training.seeds]
+
+
+def few_image_fits(settings: Settings, raw: Stage) -> list[Wanted]:
+    """List the fits of the curve over the number of images; all images are in `all_fits`."""
+    training, most = settings.training, max(raw.counts["by_split"]["train"].values())
+    arms = [arm for arm in training.arms if arm == BASELINE or arm in SUBJECTS]
+    return [
+        Wanted(arm, seed, number)
+        for arm in arms
+        for number in sorted(set(training.few_images))
+        for seed in training.seeds
+        if number < most
+    ]

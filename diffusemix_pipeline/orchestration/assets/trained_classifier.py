@@ -29,7 +29,7 @@ def trained_classifier(context: dg.AssetExecutionContext) -> dg.MaterializeResul
     progress = context.resources.progress(context.log)
     project, settings = context.resources.project, context.resources.settings
     trained = train_arms(project, settings, context.run.run_id, progress)
-    names = [f"{fit.arm}, seed {fit.seed}" for fit in trained.fits]
+    names = list(trained.run_urls)
     curves = {name: fit.curve for name, fit in zip(names, trained.fits, strict=True)}
     return dg.MaterializeResult(
         data_version=dg.DataVersion(digest([fit.fingerprint for fit in trained.fits])),
