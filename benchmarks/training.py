@@ -1,0 +1,124 @@
+"""How near training comes to the speed of its model alone.
+
+    python -m benchmarks.training [--json]
+
+Prints the ratio of the training loop's speed (images read from the decoded file, cropped, flipped,
+scheduled, logged) to that of the same model and optimiser on batches that are already tensors in
+memory: 1 would be a loop that costs nothing. Both run in turns within one process. Beside it, what
+making the batches takes by itself, as a share of the model's time.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from diffusemix_pipeline.settings import Training
+from diffusemix_pipeline.training import loop
+from diffusemix_pipeline.training.augmentations import NONE
+from diffusemix_pipeline.training.classifier import Classifier, build_classifier, to_tensor
+from diffusemix_pipeline.training.data import DecodedImages, LabelledImages
+from diffusemix_pipeline.training.recipes import recipe_of
+
+IMAGES = 2000
+CLASSES = 10
+STEPS = 20
+PAIRS = 11
+
+
+def compare(size: int, batch_size: int, device: str) -> dict[str, float]:
+    """Return the median ratio of speeds in pairs, its range, and the loop's images a second."""
+    training = Training(
+        model="resnet10t", batch_size=batch_size, steps=STEPS, validations=1, crop_padding=4
+    )
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (IMAGES, size, size, 3), dtype=np.uint8)
+    names = [str(number) for number in range(IMAGES)]
+    with tempfile.TemporaryDirectory() as folder:
+        decoded = DecodedImages(pixels, size, Path(folder))
+        train = LabelledImages(decoded, np.arange(IMAGES) % CLASSES, names)
+        val = train.subset(np.arange(CLASSES))
+        classifier = build_classifier("resnet10t", [str(n) for n in range(CLASSES)], size)
+        ready = _ready(train, training, device)
+        _alone(classifier, ready, training, device)  # the first calls of anything are slower
+        batches = loop._Batches(train, training, NONE, seed=0)
+        made = _timed(lambda: [batches[step] for step in range(STEPS)])
+        making = made / _timed(lambda: _alone(classifier, ready, training, device))
+        ratios, speeds = [], []
+        for _ in range(PAIRS):
+            alone = _timed(lambda: _alone(classifier, ready, training, device))
+            whole = _timed(
+                lambda: loop.fit(classifier, train, val, training, seed=0, device=device)
+            )
+            ratios.append(alone / whole)
+            speeds.append(STEPS * batch_size / whole)
+    return {
+        "ratio": statistics.median(ratios),
+        "lowest": min(ratios),
+        "highest": max(ratios),
+        "making": making,
+        "images_per_second": statistics.median(speeds),
+    }
+
+
+def _ready(
+    train: LabelledImages, training: Training, device: str
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return batches as tensors on the device."""
+    batches = []
+    for step in range(STEPS):
+        places = loop.places_of_step(step, training.batch_size, len(train), 0)
+        labels = torch.from_numpy(train.labels[places]).to(device)
+        batches.append((to_tensor(train.images[places], device), labels))
+    return batches
+
+
+def _alone(
+    classifier: Classifier,
+    ready: list[tuple[torch.Tensor, torch.Tensor]],
+    training: Training,
+    device: str,
+) -> None:
+    """Train on ready batches: forward, backward and the optimiser's step, and nothing else."""
+    model = classifier.model.to(device).to(memory_format=torch.channels_last).train()
+    optimizer = loop._optimizer(model, recipe_of(training))
+    for images, labels in ready:
+        with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
+            loss = functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _timed(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = ((32, 64), (64, 48))
+    found = {f"{size} px, {batch} a step": compare(size, batch, device) for size, batch in sizes}
+    if options.json:
+        print(json.dumps({"device": device, **found}))
+    else:
+        for name, of in found.items():
+            spread = f"{of['lowest']:.3f} to {of['highest']:.3f}"
+            print(
+                f"{name}: {of['ratio']:.3f} ({spread}), {of['images_per_second']:.0f} images/s; "
+                f"making batches takes {of['making']:.1%} of the model's time"
+            )
