@@ -332,6 +332,11 @@ class Evaluation(Section):
     severities: list[Annotated[int, Field(ge=1, le=5)]] = Field(
         [1, 3, 5], min_length=1, description="Corruption severities, 1 to 5."
     )
+    corrupted_sets: str = Field(
+        "",
+        description="A folder of published corrupted test images as ImageNet-C or CIFAR-10-C has "
+        "them, on which all arms are judged as well; empty: none.",
+    )
     bootstrap_samples: int = Field(2000, ge=500, description="Resamples for each 95 % interval.")
     batch_size: int = Field(256, gt=0, description="Images a forward pass.")
 

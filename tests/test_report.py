@@ -57,6 +57,8 @@ def evidence(clean: float, fgsm: float, corrupted: float, seed: int = 0) -> Evid
         corruptions=("contrast", "fog"),
         severities=(1, 5),
         corrupted=np.broadcast_to(np.arange(IMAGES) < corrupted * IMAGES, (2, 2, IMAGES)),
+        published_sets=(),
+        published=np.zeros((0, 0), bool),
     )
 
 
@@ -519,3 +521,22 @@ def test_accuracy_over_the_number_of_images_ends_with_all_of_them(tmp_path):
     assert all(p["low"] < p["value"] < p["high"] for p in points)
     assert "With fewer training images" in words(report)
     assert (report.folder / "few_images.png").exists()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_published_sets_are_one_more_accuracy(tmp_path):
+    given = {
+        key: replace(
+            one,
+            published_sets=("fog/1", "fog/2"),
+            published=np.stack([np.arange(60) < 60 * share, np.arange(60) < 30]),
+        )
+        for (key, one), share in zip(inputs().evidence.items(), (0.3, 0.9), strict=True)
+    }
+    report = written(tmp_path, inputs(evidence=given))
+    validate(report)
+    vanilla, ours = json.loads(report.json.read_text())["arms"]
+    assert vanilla["published"]["value"] == pytest.approx(0.4)
+    assert ours["difference"]["published"]["value"] == pytest.approx(0.3)
+    assert ours["difference"]["published"]["significant"]
+    assert "2 published sets of corrupted images" in words(report)

@@ -206,7 +206,8 @@ def _gate_version(raw: Stage, train: pd.DataFrame, settings: Settings) -> str | 
 
 def teacher_recipe(settings: Settings) -> list[Any]:
     """Return what shapes every teacher of the gate beside the images that it sees."""
-    recipe = settings.training.model_dump(exclude={"arms", "seeds", "validations"})
+    of_arms = {"arms", "seeds", "few_images", "validations"}
+    recipe = settings.training.model_dump(exclude=of_arms)
     return [GATE_VERSION, settings.size, settings.seed, recipe]
 
 

@@ -36,7 +36,8 @@ from diffusemix_pipeline.training.arms import BASELINE, SUBJECTS
 SIGNIFICANT = 0.05  # a p-value below it, adjusted by Holm for the number of arms
 
 ACCURACIES = (
-    "clean", "corrupted", "corrupted_unshared", "overall", "fgsm", "pgd", "autoattack",
+    "clean", "corrupted", "corrupted_unshared", "overall", "published",
+    "fgsm", "pgd", "autoattack",
 )  # fmt: skip
 LOSSES = ("brier", "nll")
 _KINDS: dict[str, Kind] = {"accuracies": "score", "losses": "loss"}
@@ -144,6 +145,8 @@ class Comparison:
         if self._partly:
             named["corrupted_unshared"] = unseen
         named |= {"overall": (clean + unseen) / 2, "fgsm": attacked[self.epsilon]}
+        if first.published.size:
+            named["published"] = np.stack([one.published.mean(axis=0) for one in evidence])
         named |= {
             name: np.stack([getattr(one, name) for one in evidence])
             for name in ("pgd", "autoattack")

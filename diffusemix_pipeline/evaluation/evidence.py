@@ -25,6 +25,7 @@ from diffusemix_pipeline.evaluation.attacks import (
     survives_autoattack,
 )
 from diffusemix_pipeline.evaluation.corruptions import corrupt
+from diffusemix_pipeline.evaluation.published_corruptions import CorruptedSet
 from diffusemix_pipeline.files import write_bytes
 from diffusemix_pipeline.identity import seed_from
 from diffusemix_pipeline.progress import Progress, silent
@@ -67,6 +68,10 @@ class Evidence:
     """S severities, rising."""
     corrupted: np.ndarray
     """bool (F, S, N): whether the answer was right on the corrupted image."""
+    published_sets: tuple[str, ...]
+    """P published sets of corrupted images, as family/severity."""
+    published: np.ndarray
+    """bool (P, M'): whether the answer was right on each set's own images, which are not the N."""
 
     @property
     def correct(self) -> np.ndarray:
@@ -96,7 +101,7 @@ class Evidence:
 
 
 _FIELDS = tuple(field.name for field in fields(Evidence))
-_AXES = ("ids", "epsilons", "corruptions", "severities")
+_AXES = ("ids", "epsilons", "corruptions", "severities", "published_sets")
 
 
 def evaluate(
@@ -107,6 +112,7 @@ def evaluate(
     device: torch.device | str,
     *,
     partial: Mapping[Name, Path],
+    sets: Sequence[CorruptedSet] = (),
     progress: Progress = silent,
 ) -> dict[Name, Evidence]:
     """Ask `models` about every test image: clean, under each attack and each corruption.
@@ -126,10 +132,11 @@ def evaluate(
     attacked = test.subset(chosen)
     few = test.subset(chosen[: evaluation.autoattack_images])
     passes = len(test) * (1 + len(epsilons) + len(families) * len(severities))
-    steps = len(attacked) * PGD_STEPS
+    steps = len(attacked) * PGD_STEPS + sum(len(one.labels) for one in sets)
     ask = _Ask(
         evaluation, seed, torch.device(device), _counted(progress, (passes + steps) * len(models))
     )
+    published = ask.published(models, sets, test.images[:1].shape[1])
     corrupted = ask.corrupted(models, test, families, severities)
     found = {}
     for name, model in models.items():
@@ -147,6 +154,8 @@ def evaluate(
             corruptions=families,
             severities=severities,
             corrupted=corrupted[name],
+            published_sets=tuple(one.name for one in sets),
+            published=published[name],
         )
     return found
 
@@ -184,6 +193,23 @@ class _Ask:
                     for name, model in models.items():
                         found[name][row, column, batch] = _right(model, images, labels)
                         self.tell(len(labels))
+        return found
+
+    def published(
+        self, models: Mapping[Name, nn.Module], sets: Sequence[CorruptedSet], size: int
+    ) -> dict[Name, np.ndarray]:
+        """Return bool (P, M') of each model: whether it was right on the published images."""
+        shape = (len(sets), len(sets[0].labels) if sets else 0)
+        found = {name: np.zeros(shape, bool) for name in models}
+        for row, one in enumerate(sets):
+            for start in range(0, shape[1], self.evaluation.batch_size):
+                batch = slice(start, min(start + self.evaluation.batch_size, shape[1]))
+                pixels = one.read(batch.start, batch.stop, size)
+                images = to_tensor(pixels, self.device)
+                labels = torch.from_numpy(one.labels[batch]).to(self.device)
+                for name, model in models.items():
+                    found[name][row, batch] = _right(model, images, labels)
+                    self.tell(len(labels))
         return found
 
     def clean_and_fgsm(

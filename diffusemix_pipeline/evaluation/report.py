@@ -168,7 +168,10 @@ def _check(evidence: Mapping[tuple[Arm, int], Evidence]) -> None:
         raise UserError("There is nothing to report: no arm was evaluated.")
     (first_key, first), *others = evidence.items()
     for key, other in others:
-        for axis in ("ids", "epsilons", "corruptions", "severities", "attack_epsilon", "attacked"):
+        for axis in (
+            "ids", "epsilons", "corruptions", "severities", "attack_epsilon", "attacked",
+            "published_sets",
+        ):  # fmt: skip
             if not np.array_equal(getattr(other, axis), getattr(first, axis)):
                 raise UserError(
                     f"The evidence of {key[0]}, seed {key[1]}, has other {axis} than that of "
@@ -201,6 +204,7 @@ def _document(inputs: ReportInputs) -> dict[str, Any]:
         },
         "bootstrap_samples": evaluation.bootstrap_samples,
         "shared_families": shared,
+        "published_sets": list(first.published_sets),
         "arms": [
             {
                 **document_of_arm,

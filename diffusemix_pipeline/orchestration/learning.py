@@ -19,6 +19,11 @@ from diffusemix_pipeline.evaluation.calibration import expected_calibration_erro
 from diffusemix_pipeline.evaluation.evidence import CODE_VERSION as EVIDENCE_VERSION
 from diffusemix_pipeline.evaluation.evidence import FILE as EVIDENCE_FILE
 from diffusemix_pipeline.evaluation.evidence import Evidence, evaluate
+from diffusemix_pipeline.evaluation.published_corruptions import (
+    CorruptedSet,
+    corrupted_sets_version,
+    read_corrupted_sets,
+)
 from diffusemix_pipeline.evaluation.readings import record_read, version_of_test
 from diffusemix_pipeline.evaluation.report import (
     CODE_VERSION,
@@ -234,15 +239,24 @@ def _expected_fit(
 
 def _evidence_key(fit: Fit, raw: Stage, settings: Settings) -> str:
     """Identify a fit's answers: by the test images, and all that is done to them."""
-    asked = settings.evaluation.model_dump(exclude={"bootstrap_samples", "batch_size"})
+    elsewhere = {"bootstrap_samples", "batch_size", "corrupted_sets"}
+    asked = settings.evaluation.model_dump(exclude=elsewhere)
+    if sets := settings.evaluation.corrupted_sets:
+        asked["corrupted_sets"] = corrupted_sets_version(Path(sets).expanduser())
     return digest(EVIDENCE_VERSION, fit.fingerprint, version_of_test(raw), asked, settings.seed)
 
 
 def _clean_alone(settings: Settings) -> Settings:
     """Return settings under which classifiers are asked about the clean images alone."""
-    none = {"fgsm_epsilons": [], "corruptions": [], "attack_images": 0, "autoattack_images": 0}
+    none: dict[str, Any] = {"fgsm_epsilons": [], "corruptions": [], "corrupted_sets": ""}
+    none |= {"attack_images": 0, "autoattack_images": 0}
     evaluation = settings.evaluation.model_copy(update=none)
     return settings.model_copy(update={"evaluation": evaluation})
+
+
+def _corrupted_sets(settings: Settings, classes: Sequence[str]) -> list[CorruptedSet]:
+    folder = settings.evaluation.corrupted_sets
+    return read_corrupted_sets(Path(folder).expanduser(), classes) if folder else []
 
 
 def _evidence_of(
@@ -294,6 +308,7 @@ def _ask(
         seed_from(settings.seed, "corruptions"),
         device,
         partial=begun,
+        sets=_corrupted_sets(settings, class_names(read_stage(project.raw).counts)),
         progress=lambda what, done, total: progress(f"{what}, seed {fits[0].seed}", done, total),
     )
     for fit in fits:
@@ -338,6 +353,7 @@ def _test_metrics(evidence: Evidence) -> dict[str, float]:
         "test_ece": expected_calibration_error(evidence.probabilities, evidence.labels),
         **{f"test_fgsm_{epsilon:g}_255": float(share) for epsilon, share in by_epsilon},
         **{f"test_{family}": float(share) for family, share in by_family},
+        **({"test_published": float(evidence.published.mean())} if evidence.published.size else {}),
     }
 
 

@@ -1,0 +1,138 @@
+"""Published sets of corrupted test images, read from a folder: what others' numbers were taken on.
+
+Two layouts are known: ImageNet-C's, `<family>/<severity>/<class>/<image>`, and CIFAR-10-C's,
+`<family>.npy` of all severities in turn beside `labels.npy`. What does not belong here: corrupting
+images (`corruptions`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from diffusemix_pipeline.datasets.images import read_square, to_square
+from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.identity import digest
+
+_SEVERITIES = range(1, 6)
+_LABELS = "labels.npy"
+
+
+class CorruptedSet(Protocol):
+    """One family at one severity."""
+
+    @property
+    def name(self) -> str:
+        """Family and severity, as fog/3."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 (N,)."""
+
+    def read(self, start: int, end: int, size: int) -> np.ndarray:
+        """Return some images as uint8 (n, size, size, 3)."""
+
+
+@dataclass(frozen=True)
+class _Files:
+    name: str
+    labels: np.ndarray
+    paths: Sequence[Path]
+
+    def read(self, start: int, end: int, size: int) -> np.ndarray:
+        return np.stack([read_square(path, size) for path in self.paths[start:end]])
+
+
+@dataclass(frozen=True)
+class _Rows:
+    name: str
+    labels: np.ndarray
+    pixels: np.ndarray
+
+    def read(self, start: int, end: int, size: int) -> np.ndarray:
+        pictures = (Image.fromarray(np.ascontiguousarray(each)) for each in self.pixels[start:end])
+        return np.stack([to_square(picture, size) for picture in pictures])
+
+
+def read_corrupted_sets(folder: Path, classes: Sequence[str]) -> list[CorruptedSet]:
+    """List a folder's sets, by name; all have images of the same number, in the same order.
+
+    A class folder is known by its class's whole name, or its first word: ImageNet's are synsets.
+    Labels in an array count the classes in the order of their names. Raises UserError for a folder
+    without sets, and for what is not laid out so.
+    """
+    if not folder.is_dir():
+        raise UserError(f"evaluation.corrupted_sets: the folder {folder} does not exist.")
+    sets = _arrays(folder, classes) if (folder / _LABELS).exists() else _folders(folder, classes)
+    if not sets:
+        raise UserError(
+            f"evaluation.corrupted_sets: {folder} holds neither FAMILY/SEVERITY/CLASS/IMAGE nor "
+            f"FAMILY.npy beside {_LABELS}."
+        )
+    for one in sets[1:]:
+        if not np.array_equal(one.labels, sets[0].labels):
+            raise UserError(
+                f"evaluation.corrupted_sets: {one.name} has other images than {sets[0].name}: "
+                "every family and severity must show the same ones."
+            )
+    return sets
+
+
+def corrupted_sets_version(folder: Path) -> str:
+    """Identify the sets by the names and sizes of their files: reading them would take hours."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return digest([[str(path.relative_to(folder)), path.stat().st_size] for path in files])
+
+
+def _folders(folder: Path, classes: Sequence[str]) -> list[CorruptedSet]:
+    label_of = {name.split()[0]: label for label, name in enumerate(classes)}
+    label_of |= {name: label for label, name in enumerate(classes)}
+    sets: list[CorruptedSet] = []
+    for family in sorted(path for path in folder.iterdir() if path.is_dir()):
+        for severity in _SEVERITIES:
+            paths = sorted((family / str(severity)).glob("*/*"))
+            if not paths:
+                continue
+            unknown = sorted({path.parent.name for path in paths} - label_of.keys())
+            if unknown:
+                raise UserError(
+                    f"evaluation.corrupted_sets: {family.name}/{severity} has the class "
+                    f"{unknown[0]}, which the classifiers do not know."
+                )
+            labels = np.array([label_of[path.parent.name] for path in paths], np.int64)
+            sets.append(_Files(f"{family.name}/{severity}", labels, paths))
+    return sets
+
+
+def _arrays(folder: Path, classes: Sequence[str]) -> list[CorruptedSet]:
+    every = _array(folder / _LABELS).astype(np.int64)
+    if every.ndim != 1 or not len(every) or len(every) % 5 or every.max() >= len(classes):
+        raise UserError(
+            f"evaluation.corrupted_sets: {folder / _LABELS} must hold labels below {len(classes)}, "
+            "those of five severities in turn."
+        )
+    count = len(every) // len(_SEVERITIES)
+    sets: list[CorruptedSet] = []
+    for path in sorted(folder.glob("*.npy")):
+        if path.name == _LABELS:
+            continue
+        pixels = _array(path)
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or len(pixels) != len(every):
+            raise UserError(
+                f"evaluation.corrupted_sets: {path} is {pixels.dtype} {pixels.shape}; it must be "
+                f"uint8 ({len(every)}, height, width, 3)."
+            )
+        for severity in _SEVERITIES:
+            part = slice((severity - 1) * count, severity * count)
+            sets.append(_Rows(f"{path.stem}/{severity}", every[part], pixels[part]))
+    return sets
+
+
+def _array(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"evaluation.corrupted_sets: {path} cannot be read: {error}") from None
