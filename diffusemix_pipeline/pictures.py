@@ -273,7 +273,7 @@ def heat_map(
     for (row, column), value in np.ndenumerate(values):
         red, green, blue, _ = colours(norm(value))
         bright = 0.3 * red + 0.59 * green + 0.11 * blue > 0.5
-        text = f"{100 * value:.0f}" if reach is None else f"{100 * value:+.{digits}f}"
+        text = f"{100 * value:.0f}" if reach is None else f"{100 * value:+z.{digits}f}"
         ink = LIGHT.ink if bright else DARK.ink
         axes.text(
             column, row, text.replace("-", "−"), color=ink, ha="center", va="center", size=size

@@ -631,7 +631,7 @@ def _corruption_plots(arms: Sequence[Mapping[str, Any]], theme: pictures.Theme) 
     title = f"{_TITLES[subject]} less vanilla, points"
     plots[f"corruptions_{subject}_difference"] = _corruption_map(by_severity, title, theme, reach)
     if len(by_arm.columns) > 1:
-        title = "Each arm less vanilla, points, mean over severities"
+        title = "Arms less vanilla, points"
         plots["corruptions_by_arm"] = _corruption_map(by_arm, title, theme, reach)
     return plots
 
