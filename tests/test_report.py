@@ -400,7 +400,9 @@ def test_unshared_numbers_are_of_the_families_that_no_arm_was_shown(tmp_path):
 )
 def test_fgsm_that_rises_alone_is_no_robustness_and_said_so(tmp_path, fgsm, left, warned):
     given = inputs()
-    risen = replace(evidence(0.8, fgsm, 0.4), autoattack=np.arange(10) < left)
+    attacked = given.evidence["vanilla", 0].fgsm.copy()
+    attacked[2] = np.arange(IMAGES) < (fgsm - 0.6) * IMAGES  # at the strength of AutoAttack
+    risen = replace(evidence(0.8, 0.9, 0.4), fgsm=attacked, autoattack=np.arange(10) < left)
     report = written(tmp_path, inputs(evidence={**given.evidence, ("diffusemix", 0): risen}))
     assert ("this is not adversarial robustness" in words(report)) == warned
 

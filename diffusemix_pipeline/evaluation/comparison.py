@@ -37,7 +37,7 @@ SIGNIFICANT = 0.05  # a p-value below it, adjusted by Holm for the number of arm
 
 ACCURACIES = (
     "clean", "corrupted", "corrupted_unshared", "overall", "published",
-    "fgsm", "pgd", "autoattack",
+    "fgsm", "fgsm_attack", "pgd", "autoattack",
 )  # fmt: skip
 LOSSES = ("brier", "nll")
 _KINDS: dict[str, Kind] = {"accuracies": "score", "losses": "loss"}
@@ -145,6 +145,7 @@ class Comparison:
         if self._partly:
             named["corrupted_unshared"] = unseen
         named |= {"overall": (clean + unseen) / 2, "fgsm": attacked[self.epsilon]}
+        named["fgsm_attack"] = attacked[first.attack_epsilon]
         if first.published.size:
             named["published"] = np.stack([one.published.mean(axis=0) for one in evidence])
         named |= {

@@ -363,16 +363,16 @@ def _masking_note(document: Mapping[str, Any]) -> str:
         _TITLES[arm["arm"]]
         for arm in document["arms"]
         if arm["difference"]
-        and arm["difference"]["fgsm"]["significant"]
-        and arm["difference"]["fgsm"]["value"] > 0
+        and arm["difference"]["fgsm_attack"]["significant"]
+        and arm["difference"]["fgsm_attack"]["value"] > 0
         and arm[strongest]
         and arm[strongest]["value"] < _NEAR_ZERO
     ]
     if not fooled:
         return ""
     return (
-        f"WARNING: FGSM accuracy rose for {', '.join(fooled)}, while under {name} at "
-        f"{_epsilon(attacks['epsilon'])} next to nothing is left: this is not adversarial "
+        f"WARNING: FGSM accuracy at {_epsilon(attacks['epsilon'])} rose for {', '.join(fooled)}, "
+        f"while under {name} of the same strength next to nothing is left: this is not adversarial "
         "robustness. A real attacker takes more than one step."
     )
 
