@@ -300,7 +300,7 @@ def _answers(bench: Bench, settings: Settings, *, augmented: bool) -> list[Evide
         if not kept.exists():
             classifier = load_classifier(fit.folder, device)
             test = load_images([raw], "test", classifier.classes, settings.size, aside=aside)
-            evidence = evaluate(
+            [(_, evidence)] = evaluate(
                 {kept: classifier.model},
                 test,
                 settings.evaluation,
@@ -309,7 +309,7 @@ def _answers(bench: Bench, settings: Settings, *, augmented: bool) -> list[Evide
                 partial={kept: kept.with_name(f"{kept.name}.begun")},
             )
             with replaced_folder(kept, mark=FILE, aside=aside) as partial:
-                evidence[kept].save(partial)
+                evidence.save(partial)
         answers.append(Evidence.load(kept))
     return answers
 

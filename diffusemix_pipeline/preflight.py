@@ -16,6 +16,7 @@ from diffusemix_pipeline.settings import Settings
 
 def check_run(project: Project, settings: Settings) -> None:
     """Raise UserError for what would end a run after hours of work, or cost a person files."""
+    from diffusemix_pipeline.evaluation.published_corruptions import check_corrupted_sets
     from diffusemix_pipeline.training.classifier import check_model
 
     source = settings.source
@@ -25,6 +26,7 @@ def check_run(project: Project, settings: Settings) -> None:
         _check_source(Path(source.path), project)
     _check_data(project)
     check_model(settings.training.model, settings.size, settings.training.pretrained)
+    check_corrupted_sets(settings.evaluation.corrupted_sets)
     check_augmentation(settings)
 
 

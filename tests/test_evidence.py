@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -47,15 +48,10 @@ def ask(tmp_path):
 
     def asked(evaluation: Evaluation = EVALUATION, models=None, **more):
         partial = {name: tmp_path / name for name in models or ["it"]}
-        found = evaluate(
-            models or {"it": digits_model()},
-            judged(),
-            evaluation,
-            3,
-            "cpu",
-            partial=partial,
-            **more,
-        )
+        given = models or {"it": digits_model()}
+        found = dict(evaluate(given, judged(), evaluation, 3, "cpu", partial=partial, **more))
+        for folder in partial.values():
+            shutil.rmtree(folder, ignore_errors=True)  # as whoever has the answers does
         return found if models else found["it"]
 
     return asked
@@ -128,6 +124,26 @@ def test_what_autoattack_found_before_a_cut_off_is_not_asked_again(ask, monkeypa
     assert np.array_equal(resumed.autoattack, undisturbed.autoattack)
 
 
+def test_families_that_were_asked_about_before_a_cut_off_are_not_asked_again(ask, monkeypatch):
+    undisturbed = ask()
+    seen = []
+
+    def cut_off_at_contrast(images, family, *given):
+        if family == "contrast" and "cut off" not in seen:
+            seen.append("cut off")
+            raise KeyboardInterrupt
+        seen.append(family)
+        return corrupt(images, family, *given)
+
+    monkeypatch.setattr(evidence_module, "corrupt", cut_off_at_contrast)
+    with pytest.raises(KeyboardInterrupt):
+        ask()
+    resumed = ask()
+    assert set(seen[: seen.index("cut off")]) == {"gaussian_noise"}
+    assert set(seen[seen.index("cut off") + 1 :]) == {"contrast"}
+    assert np.array_equal(resumed.corrupted, undisturbed.corrupted)
+
+
 def test_batches_change_no_answer(ask):
     whole, small = ask(), ask(EVALUATION.model_copy(update={"batch_size": 7}))
     assert (whole.fgsm == small.fgsm).all()
@@ -176,4 +192,4 @@ def test_missing_torn_and_pickled_evidence_is_refused(ask, tmp_path):
 
 def test_no_test_images_is_an_error_that_names_the_setting():
     with pytest.raises(UserError, match="test_fraction"):
-        evaluate({}, judged(0), EVALUATION, 0, "cpu", partial={})
+        list(evaluate({}, judged(0), EVALUATION, 0, "cpu", partial={}))

@@ -9,6 +9,7 @@ from trained_digits import SIDE, digits, digits_model
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.evaluation.evidence import evaluate
 from diffusemix_pipeline.evaluation.published_corruptions import (
+    check_corrupted_sets,
     corrupted_sets_version,
     read_corrupted_sets,
 )
@@ -41,7 +42,7 @@ def write_folders(folder) -> None:
 
 def test_arrays_hold_severities_in_turn(tmp_path):
     write_arrays(tmp_path)
-    sets = read_corrupted_sets(tmp_path, CLASSES)
+    sets = read_corrupted_sets(str(tmp_path), CLASSES)
     assert [one.name for one in sets[:6]] == [f"fog/{s}" for s in range(1, 6)] + ["snow/1"]
     third = sets[2].read(1, 3, 32)
     assert third.shape == (2, 32, 32, 3)
@@ -53,42 +54,53 @@ def test_arrays_hold_severities_in_turn(tmp_path):
 
 def test_folders_are_known_by_class_or_synset(tmp_path):
     write_folders(tmp_path)
-    sets = read_corrupted_sets(tmp_path, CLASSES)
+    sets = read_corrupted_sets(str(tmp_path), CLASSES)
     assert [one.name for one in sets] == ["fog/1", "fog/3"]
     assert sets[0].labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert sets[1].read(2, 5, 24).shape == (3, 24, 24, 3)
-    assert len(read_corrupted_sets(tmp_path, ["n01", "n02", "n03"])) == 2
+    assert len(read_corrupted_sets(str(tmp_path), ["n01", "n02", "n03"])) == 2
 
 
 def test_what_is_laid_out_otherwise_is_named(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
-        read_corrupted_sets(tmp_path / "nowhere", CLASSES)
-    with pytest.raises(UserError, match="holds neither"):
-        read_corrupted_sets(tmp_path, CLASSES)
+        read_corrupted_sets(str(tmp_path / "nowhere"), CLASSES)
+    with pytest.raises(UserError, match="does not exist"):
+        check_corrupted_sets(str(tmp_path / "nowhere"))
+    for refuse in (check_corrupted_sets, lambda place: read_corrupted_sets(place, CLASSES)):
+        with pytest.raises(UserError, match="holds neither"):
+            refuse(str(tmp_path))
     write_folders(tmp_path)
+    check_corrupted_sets(str(tmp_path))
     with pytest.raises(UserError, match="fog/1 has the class n02"):
-        read_corrupted_sets(tmp_path, ["n01"])
+        read_corrupted_sets(str(tmp_path), ["n01"])
     next((tmp_path / "fog" / "3" / "n01").iterdir()).unlink()
     with pytest.raises(UserError, match="fog/3 has other images than fog/1"):
-        read_corrupted_sets(tmp_path, CLASSES)
+        read_corrupted_sets(str(tmp_path), CLASSES)
     arrays = tmp_path / "arrays"
     write_arrays(arrays)
     np.save(arrays / "snow.npy", np.zeros((3, 32, 32, 3), np.uint8))
     with pytest.raises(UserError, match=r"snow.npy is uint8 \(3, 32, 32, 3\)"):
-        read_corrupted_sets(arrays, CLASSES)
+        read_corrupted_sets(str(arrays), CLASSES)
     with pytest.raises(UserError, match="labels below 1"):
-        read_corrupted_sets(arrays, ["n01"])
+        read_corrupted_sets(str(arrays), ["n01"])
     np.save(arrays / "snow.npy", np.array([{}], dtype=object))
     with pytest.raises(UserError, match="cannot be read"):
-        read_corrupted_sets(arrays, CLASSES)
+        read_corrupted_sets(str(arrays), CLASSES)
 
 
 def test_the_version_follows_from_the_files(tmp_path):
     write_arrays(tmp_path)
-    before = corrupted_sets_version(tmp_path)
-    assert corrupted_sets_version(tmp_path) == before
+    before = corrupted_sets_version(str(tmp_path))
+    assert corrupted_sets_version(str(tmp_path)) == before
+    labels = np.load(tmp_path / "labels.npy")
+    np.save(tmp_path / "labels.npy", 1 - labels)  # as long as before
+    assert corrupted_sets_version(str(tmp_path)) != before
+    np.save(tmp_path / "labels.npy", labels)
+    assert corrupted_sets_version(str(tmp_path)) == before
     write_arrays(tmp_path, 5)
-    assert corrupted_sets_version(tmp_path) != before
+    assert corrupted_sets_version(str(tmp_path)) != before
+    assert corrupted_sets_version("") == ""
+    assert read_corrupted_sets("", CLASSES) == []
 
 
 def test_classifiers_are_asked_about_every_set(tmp_path):
@@ -103,7 +115,7 @@ def test_classifiers_are_asked_about_every_set(tmp_path):
     test = LabelledImages(
         DecodedImages(clean, SIDE, tmp_path), labels.numpy(), list(map(str, range(40)))
     )
-    found = evaluate(
+    answers = evaluate(
         {"it": digits_model()},
         test,
         Evaluation(
@@ -112,8 +124,9 @@ def test_classifiers_are_asked_about_every_set(tmp_path):
         0,
         "cpu",
         partial={"it": tmp_path / "partial"},
-        sets=read_corrupted_sets(folder, names),
-    )["it"]
+        sets=read_corrupted_sets(str(folder), names),
+    )
+    found = dict(answers)["it"]
     assert found.published_sets == tuple(f"dark/{severity}" for severity in range(1, 6))
     assert np.array_equal(found.published[0], found.correct)
     with torch.no_grad():

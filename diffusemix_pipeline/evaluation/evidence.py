@@ -114,12 +114,13 @@ def evaluate(
     partial: Mapping[Name, Path],
     sets: Sequence[CorruptedSet] = (),
     progress: Progress = silent,
-) -> dict[Name, Evidence]:
-    """Ask `models` about every test image: clean, under each attack and each corruption.
+) -> Iterator[tuple[Name, Evidence]]:
+    """Ask `models` about every test image, and give each one's name and answers when it is through.
 
     A model takes float32 (N, 3, H, W) in [0, 1] and gives logits. All draws follow from `seed` and
     images' ids, so all models are asked about the same corrupted pixels, which are made once. What
-    AutoAttack finds is kept in each model's folder of `partial`, and taken from there.
+    is known before a model is through, of a family of corruption or of AutoAttack, is kept in its
+    folder of `partial`, and taken from there: a cut-off costs little.
     """
     if not len(test):
         raise UserError("There are no test images to evaluate on: see source.test_fraction.")
@@ -136,28 +137,29 @@ def evaluate(
     ask = _Ask(
         evaluation, seed, torch.device(device), _counted(progress, (passes + steps) * len(models))
     )
-    published = ask.published(models, sets, test.images[:1].shape[1])
-    corrupted = ask.corrupted(models, test, families, severities)
-    found = {}
+    published = ask.published(models, sets, test.images[:1].shape[1], partial)
+    corrupted = ask.corrupted(models, test, families, severities, partial)
     for name, model in models.items():
         probabilities, moved = ask.clean_and_fgsm(model, test, epsilons)
-        found[name] = Evidence(
-            ids=tuple(test.ids),
-            labels=test.labels,
-            probabilities=probabilities,
-            epsilons=epsilons,
-            fgsm=moved,
-            attack_epsilon=float(evaluation.attack_epsilon),
-            attacked=chosen,
-            pgd=ask.pgd(model, attacked),
-            autoattack=ask.autoattack(model, few, partial[name], progress),
-            corruptions=families,
-            severities=severities,
-            corrupted=corrupted[name],
-            published_sets=tuple(one.name for one in sets),
-            published=published[name],
+        yield (
+            name,
+            Evidence(
+                ids=tuple(test.ids),
+                labels=test.labels,
+                probabilities=probabilities,
+                epsilons=epsilons,
+                fgsm=moved,
+                attack_epsilon=float(evaluation.attack_epsilon),
+                attacked=chosen,
+                pgd=ask.pgd(model, attacked),
+                autoattack=ask.autoattack(model, few, partial[name], progress),
+                corruptions=families,
+                severities=severities,
+                corrupted=corrupted[name],
+                published_sets=tuple(one.name for one in sets),
+                published=published[name],
+            ),
         )
-    return found
 
 
 def _chosen(ids: Sequence[str], most: int, seed: int) -> np.ndarray:
@@ -181,35 +183,56 @@ class _Ask:
         test: LabelledImages,
         families: Sequence[Corruption],
         severities: Sequence[int],
+        partial: Mapping[Name, Path],
     ) -> dict[Name, np.ndarray]:
         """Return bool (F, S, N) of each model: whether it was right on the corrupted image."""
-        shape = (len(families), len(severities), len(test))
-        found = {name: np.zeros(shape, bool) for name in models}
-        for batch, pixels, labels in self._batches(test):
-            for row, family in enumerate(families):
-                for column, severity in enumerate(severities):
-                    changed = corrupt(pixels, family, severity, test.ids[batch], self.seed)
-                    images = to_tensor(changed, self.device)
-                    for name, model in models.items():
-                        found[name][row, column, batch] = _right(model, images, labels)
-                        self.tell(len(labels))
+        found = {
+            name: np.zeros((len(families), len(severities), len(test)), bool) for name in models
+        }
+        for row, family in enumerate(families):
+            files = {name: folder / f"{family}.npy" for name, folder in partial.items()}
+
+            def ask(family: Corruption = family) -> dict[Name, np.ndarray]:
+                right = {name: np.zeros((len(severities), len(test)), bool) for name in models}
+                for batch, pixels, labels in self._batches(test):
+                    for column, severity in enumerate(severities):
+                        changed = corrupt(pixels, family, severity, test.ids[batch], self.seed)
+                        images = to_tensor(changed, self.device)
+                        for name, model in models.items():
+                            right[name][column, batch] = _right(model, images, labels)
+                return right
+
+            for name, right in _kept(files, ask).items():
+                found[name][row] = right
+            self.tell(len(models) * len(severities) * len(test))
         return found
 
     def published(
-        self, models: Mapping[Name, nn.Module], sets: Sequence[CorruptedSet], size: int
+        self,
+        models: Mapping[Name, nn.Module],
+        sets: Sequence[CorruptedSet],
+        size: int,
+        partial: Mapping[Name, Path],
     ) -> dict[Name, np.ndarray]:
         """Return bool (P, M') of each model: whether it was right on the published images."""
-        shape = (len(sets), len(sets[0].labels) if sets else 0)
-        found = {name: np.zeros(shape, bool) for name in models}
+        count, step = len(sets[0].labels) if sets else 0, self.evaluation.batch_size
+        found = {name: np.zeros((len(sets), count), bool) for name in models}
         for row, one in enumerate(sets):
-            for start in range(0, shape[1], self.evaluation.batch_size):
-                batch = slice(start, min(start + self.evaluation.batch_size, shape[1]))
-                pixels = one.read(batch.start, batch.stop, size)
-                images = to_tensor(pixels, self.device)
-                labels = torch.from_numpy(one.labels[batch]).to(self.device)
-                for name, model in models.items():
-                    found[name][row, batch] = _right(model, images, labels)
-                    self.tell(len(labels))
+            files = {name: folder / f"published-{row:04d}.npy" for name, folder in partial.items()}
+
+            def ask(one: CorruptedSet = one) -> dict[Name, np.ndarray]:
+                right = {name: np.zeros(count, bool) for name in models}
+                for start in range(0, count, step):
+                    batch = slice(start, min(start + step, count))
+                    images = to_tensor(one.read(batch.start, batch.stop, size), self.device)
+                    labels = torch.from_numpy(one.labels[batch]).to(self.device)
+                    for name, model in models.items():
+                        right[name][batch] = _right(model, images, labels)
+                return right
+
+            for name, right in _kept(files, ask).items():
+                found[name][row] = right
+            self.tell(len(models) * count)
         return found
 
     def clean_and_fgsm(
@@ -269,6 +292,18 @@ class _Ask:
             generator = np.random.default_rng(seed_from(self.seed, "pgd", image_id))
             start[:] = 2 * generator.random(shape[1:], np.float32) - 1
         return starts
+
+
+def _kept(
+    files: Mapping[Name, Path], ask: Callable[[], dict[Name, np.ndarray]]
+) -> dict[Name, np.ndarray]:
+    """Return the arrays that lie in `files`, after asking for them where one is missing."""
+    if not all(file.exists() for file in files.values()):
+        for name, right in ask().items():
+            buffer = io.BytesIO()
+            np.save(buffer, right)
+            write_bytes(files[name], buffer.getvalue())
+    return {name: np.load(file, allow_pickle=False) for name, file in files.items()}
 
 
 def _counted(progress: Progress, total: int) -> Callable[[int], None]:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from diffusemix_pipeline.datasets.images import read_square, to_square
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.identity import digest
+from diffusemix_pipeline.identity import digest, file_sha256
 
 _SEVERITIES = range(1, 6)
 _LABELS = "labels.npy"
@@ -57,21 +57,35 @@ class _Rows:
         return np.stack([to_square(picture, size) for picture in pictures])
 
 
-def read_corrupted_sets(folder: Path, classes: Sequence[str]) -> list[CorruptedSet]:
-    """List a folder's sets, by name; all have images of the same number, in the same order.
+def check_corrupted_sets(place: str) -> None:
+    """Raise UserError for a folder that cannot hold sets; none is named by an empty `place`."""
+    folder = Path(place).expanduser()
+    if not place:
+        return
+    if not folder.is_dir():
+        raise UserError(f"evaluation.corrupted_sets: the folder {folder} does not exist.")
+    of_severity = (folder.glob(f"*/{severity}") for severity in _SEVERITIES)
+    if not (folder / _LABELS).exists() and not any(map(any, of_severity)):
+        raise UserError(
+            f"evaluation.corrupted_sets: {folder} holds neither FAMILY/SEVERITY/CLASS/IMAGE nor "
+            f"FAMILY.npy beside {_LABELS}."
+        )
+
+
+def read_corrupted_sets(place: str, classes: Sequence[str]) -> list[CorruptedSet]:
+    """List the sets of the folder `place`, by name; none where it is empty.
+
+    All have as many images, in the same order.
 
     A class folder is known by its class's whole name, or its first word: ImageNet's are synsets.
     Labels in an array count the classes in the order of their names. Raises UserError for a folder
     without sets, and for what is not laid out so.
     """
-    if not folder.is_dir():
-        raise UserError(f"evaluation.corrupted_sets: the folder {folder} does not exist.")
+    check_corrupted_sets(place)
+    if not place:
+        return []
+    folder = Path(place).expanduser()
     sets = _arrays(folder, classes) if (folder / _LABELS).exists() else _folders(folder, classes)
-    if not sets:
-        raise UserError(
-            f"evaluation.corrupted_sets: {folder} holds neither FAMILY/SEVERITY/CLASS/IMAGE nor "
-            f"FAMILY.npy beside {_LABELS}."
-        )
     for one in sets[1:]:
         if not np.array_equal(one.labels, sets[0].labels):
             raise UserError(
@@ -81,10 +95,18 @@ def read_corrupted_sets(folder: Path, classes: Sequence[str]) -> list[CorruptedS
     return sets
 
 
-def corrupted_sets_version(folder: Path) -> str:
-    """Identify the sets by the names and sizes of their files: reading them would take hours."""
+def corrupted_sets_version(place: str) -> str:
+    """Identify the sets of a folder by their labels, and by the names and sizes of all files.
+
+    Reading millions of images would take hours. Empty where none is named.
+    """
+    if not place:
+        return ""
+    folder = Path(place).expanduser()
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return digest([[str(path.relative_to(folder)), path.stat().st_size] for path in files])
+    labels = folder / _LABELS
+    told = file_sha256(labels) if labels.exists() else ""
+    return digest(told, [[str(path.relative_to(folder)), path.stat().st_size] for path in files])
 
 
 def _folders(folder: Path, classes: Sequence[str]) -> list[CorruptedSet]:

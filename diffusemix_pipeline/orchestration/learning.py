@@ -20,7 +20,6 @@ from diffusemix_pipeline.evaluation.evidence import CODE_VERSION as EVIDENCE_VER
 from diffusemix_pipeline.evaluation.evidence import FILE as EVIDENCE_FILE
 from diffusemix_pipeline.evaluation.evidence import Evidence, evaluate
 from diffusemix_pipeline.evaluation.published_corruptions import (
-    CorruptedSet,
     corrupted_sets_version,
     read_corrupted_sets,
 )
@@ -96,6 +95,7 @@ def train_arms(
                 _FIT_TAG: fingerprint,
                 "diffusemix.arm": wanted.arm,
                 "diffusemix.seed": str(wanted.seed),
+                "diffusemix.images_a_class": str(wanted.per_class or "all"),
                 "dagster.run_id": dagster_run_id,
                 "dvc.data": dataset.digest,
             }
@@ -135,8 +135,9 @@ def judge(project: Project, settings: Settings, progress: Progress) -> Judged:
     ]
     test = version_of_test(raw)
     clean = _clean_alone(settings)
-    asked = [*((fit, settings) for fit in fits), *((fit, clean) for fit in few)]
-    keys = {fit.fingerprint: _evidence_key(fit, raw, how) for fit, how in asked}
+    sets = corrupted_sets_version(settings.evaluation.corrupted_sets)
+    keys = {fit.fingerprint: _evidence_key(fit, test, settings, sets) for fit in fits}
+    keys |= {fit.fingerprint: _evidence_key(fit, test, clean, "") for fit in few}
     reads = [record_read(project.state / "test_reads.json", test, key) for key in keys.values()][-1]
     tracker = open_tracking(project, settings.tracking)
     runs = {fit.fingerprint: _logged_run(tracker, fit) for fit in fits}
@@ -145,6 +146,7 @@ def judge(project: Project, settings: Settings, progress: Progress) -> Judged:
         "test": test,
         **{name: stage.version for name, stage in stages.items()},
         "fits": digest([fit.fingerprint for fit in (*fits, *few)]),
+        "evidence": digest(sorted(keys.values())),
         "settings": digest(flatten(settings)),
         "report": CODE_VERSION,
     }
@@ -237,26 +239,20 @@ def _expected_fit(
     return fit
 
 
-def _evidence_key(fit: Fit, raw: Stage, settings: Settings) -> str:
-    """Identify a fit's answers: by the test images, and all that is done to them."""
+def _evidence_key(fit: Fit, test: str, settings: Settings, sets: str) -> str:
+    """Identify a fit's answers: by the versions of the test images, all that is done to them, and
+    of the published sets."""
     elsewhere = {"bootstrap_samples", "batch_size", "corrupted_sets"}
     asked = settings.evaluation.model_dump(exclude=elsewhere)
-    if sets := settings.evaluation.corrupted_sets:
-        asked["corrupted_sets"] = corrupted_sets_version(Path(sets).expanduser())
-    return digest(EVIDENCE_VERSION, fit.fingerprint, version_of_test(raw), asked, settings.seed)
+    return digest(EVIDENCE_VERSION, fit.fingerprint, test, asked, sets, settings.seed)
 
 
 def _clean_alone(settings: Settings) -> Settings:
     """Return settings under which classifiers are asked about the clean images alone."""
     none: dict[str, Any] = {"fgsm_epsilons": [], "corruptions": [], "corrupted_sets": ""}
-    none |= {"attack_images": 0, "autoattack_images": 0}
+    none |= {"attack_epsilon": 1, "attack_images": 0, "autoattack_images": 0, "severities": [1]}
     evaluation = settings.evaluation.model_copy(update=none)
     return settings.model_copy(update={"evaluation": evaluation})
-
-
-def _corrupted_sets(settings: Settings, classes: Sequence[str]) -> list[CorruptedSet]:
-    folder = settings.evaluation.corrupted_sets
-    return read_corrupted_sets(Path(folder).expanduser(), classes) if folder else []
 
 
 def _evidence_of(
@@ -298,24 +294,25 @@ def _ask(
 ) -> None:
     """Ask some fits about the test images, and keep what each answers in its folder."""
     device = choose_device(settings.device)
+    classifiers = {fit.fingerprint: load_classifier(fit.folder, device) for fit in fits}
+    classes = classifiers[fits[0].fingerprint].classes
     begun = {
         fit.fingerprint: project.evidence / f"{folders[fit.fingerprint].name}.begun" for fit in fits
     }
-    found = evaluate(
-        {fit.fingerprint: load_classifier(fit.folder, device).model for fit in fits},
+    answers = evaluate(
+        {name: classifier.model for name, classifier in classifiers.items()},
         test,
         settings.evaluation,
         seed_from(settings.seed, "corruptions"),
         device,
         partial=begun,
-        sets=_corrupted_sets(settings, class_names(read_stage(project.raw).counts)),
+        sets=read_corrupted_sets(settings.evaluation.corrupted_sets, classes),
         progress=lambda what, done, total: progress(f"{what}, seed {fits[0].seed}", done, total),
     )
-    for fit in fits:
-        folder = folders[fit.fingerprint]
-        with replaced_folder(folder, mark=EVIDENCE_FILE, aside=project.aside) as partial:
-            found[fit.fingerprint].save(partial)
-        shutil.rmtree(begun[fit.fingerprint], ignore_errors=True)
+    for name, evidence in answers:
+        with replaced_folder(folders[name], mark=EVIDENCE_FILE, aside=project.aside) as partial:
+            evidence.save(partial)
+        shutil.rmtree(begun[name], ignore_errors=True)
 
 
 def _audited(
