@@ -307,7 +307,7 @@ def drop(image_ids: Sequence[str]) -> None:
     for line in (added := add(project.dropped, image_ids, stages)):
         kind, _, image_id = line.split(" ", 2)
         click.echo(f"Dropped the {kind} {image_id}")
-    where = f"{project.dropped.name}: commit it; who deletes a line has the image back"
+    where = f"{project.dropped.name}: commit it; without its line, an image comes back"
     click.echo(f"Written to {where}." if added else f"All of them are in {project.dropped.name}.")
 
 

@@ -306,6 +306,15 @@ class Training(Section):
     )
     crop_padding: int = Field(4, ge=0, description="Random crop after reflecting so many px.")
     flip: bool = Field(True, description="Mirror half of the training images.")
+
+    @field_validator("arms", "seeds")
+    @classmethod
+    def _each_once(cls, values: list[Any]) -> list[Any]:
+        twice = sorted({str(value) for value in values if values.count(value) > 1})
+        if twice:
+            raise ValueError(f"named twice: {', '.join(twice)}")
+        return values
+
     validations: int = Field(10, gt=0, description="How often val is read; the best weights stay.")
 
 

@@ -37,7 +37,7 @@ PHASES = {
     "hybrid": ["Mixing hybrid images"],
     "augmented": ["Making fractals", "Mixing augmented images", "Pinning data/ with DVC"],
     "training": ["Training vanilla", "Training diffusemix"],
-    "report": ["Judging"],
+    "report": ["Evaluating test images", "AutoAttack"],
 }
 MADE = {
     "raw": ["data/raw"],

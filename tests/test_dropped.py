@@ -5,6 +5,7 @@ import shutil
 import pytest
 from click.testing import CliRunner
 from conftest import quick_settings, tiny_editor, write_classes
+from PIL import Image
 
 from diffusemix_pipeline.cli import main
 from diffusemix_pipeline.datasets.dropped import NOTHING, Dropped, drop, read_dropped
@@ -28,6 +29,10 @@ def raw_of(source, folder, dropped: Dropped = NOTHING, *overrides: str) -> Stage
     return ingest(str(source), settings, folder, aside=folder.parent / "aside", dropped=dropped)
 
 
+def tombstone(row) -> tuple[str, str]:
+    return row["source_sha256"], f"{row['split']}/{row['label']}"
+
+
 def a_train_row(raw: Stage, number: int = 0) -> dict:
     return raw.manifest().query("split == 'train'").iloc[number].to_dict()
 
@@ -35,7 +40,7 @@ def a_train_row(raw: Stage, number: int = 0) -> dict:
 def test_a_dropped_source_goes_and_no_other_image_moves(source, tmp_path):
     before = raw_of(source, tmp_path / "raw")
     rows, gone = before.manifest(), a_train_row(before)
-    after = raw_of(source, tmp_path / "raw", Dropped(frozenset({gone["source_sha256"]})))
+    after = raw_of(source, tmp_path / "raw", Dropped(frozenset({tombstone(gone)})))
     left = rows.query("image_id != @gone['image_id']")
     assert after.manifest().equals(left.reset_index(drop=True))
     assert after.version != before.version
@@ -49,24 +54,26 @@ def test_where_images_a_class_are_limited_none_takes_the_place_of_a_dropped_one(
     limit = "source.train_per_class=3"
     before = raw_of(source, tmp_path / "raw", NOTHING, limit).manifest()
     gone = before.query("split == 'train'").iloc[0]
-    dropped = Dropped(frozenset({gone["source_sha256"]}))
+    dropped = Dropped(frozenset({tombstone(gone)}))
     after = raw_of(source, tmp_path / "raw", dropped, limit).manifest()
     assert len(after) == len(before) - 1
 
 
 def test_what_is_dropped_but_not_there_changes_nothing(source, tmp_path):
     before = raw_of(source, tmp_path / "raw")
-    again = raw_of(source, tmp_path / "raw", Dropped(frozenset({"0" * 64})))
+    again = raw_of(source, tmp_path / "raw", Dropped(frozenset({("0" * 64, "train/cat")})))
     assert again.reused
     assert again.version == before.version
 
 
 def test_a_class_cannot_be_dropped_whole(source, tmp_path):
     rows = raw_of(source, tmp_path / "raw").manifest()
-    cats = frozenset(rows.query("label == 'cat' and split == 'train'")["source_sha256"])
+    is_cat = (rows["label"] == "cat") & (rows["split"] == "train")
+    cats = frozenset(tombstone(row) for _, row in rows[is_cat].iterrows())
     with pytest.raises(UserError, match="class cat without a training image"):
         raw_of(source, tmp_path / "raw", Dropped(cats))
-    test = frozenset(rows.query("split == 'test'")["source_sha256"])
+    of_test = rows[rows["split"] == "test"]
+    test = frozenset(tombstone(row) for _, row in of_test.iterrows())
     with pytest.raises(UserError, match="test without images"):
         raw_of(source, tmp_path / "raw", Dropped(test))
 
@@ -74,7 +81,7 @@ def test_a_class_cannot_be_dropped_whole(source, tmp_path):
 def test_images_that_come_pinned_lose_what_was_dropped_as_well(source, tmp_path):
     raw = raw_of(source, tmp_path / "raw")
     gone = a_train_row(raw)
-    dropped = Dropped(frozenset({gone["source_sha256"]}))
+    dropped = Dropped(frozenset({tombstone(gone)}))
     ingested = raw_of(source, tmp_path / "other", dropped)
     left = leave_out(raw, dropped, aside=tmp_path / "aside")
     assert left.version == ingested.version
@@ -121,7 +128,7 @@ def test_dropped_edits_and_sources_make_a_new_version_without_a_new_edit(source,
     assert not (after.folder / edit["file_name"]).exists()
 
     gone = a_train_row(raw)
-    raw = raw_of(source, tmp_path / "raw", Dropped(frozenset({gone["source_sha256"]})))
+    raw = raw_of(source, tmp_path / "raw", Dropped(frozenset({tombstone(gone)})))
     last, paid = made(raw, editor, tmp_path)
     assert paid == 0
     assert gone["image_id"] not in set(last.manifest()["source_id"])
@@ -161,7 +168,7 @@ def test_a_gate_judges_nothing_anew_for_a_dropped_image(source, editor, tmp_path
     asked.clear()
     edit = rows.iloc[0]
     gone = a_train_row(raw, 5)
-    dropped = Dropped(frozenset({gone["source_sha256"]}), frozenset({edit["edit_key"]}))
+    dropped = Dropped(frozenset({tombstone(gone)}), frozenset({edit["edit_key"]}))
     left = raw_of(source, tmp_path / "raw", dropped)
     settings = quick_settings(f"editing.editor={editor}", "editing.gate.enabled=true")
     assert (
@@ -178,7 +185,7 @@ def test_tombstones_are_lines_that_a_person_can_read_and_delete(source, tmp_path
     assert read_dropped(file) == NOTHING
     [line] = drop(file, [row["image_id"]], [raw.folder, tmp_path / "generated"])
     assert line == f"source {row['source_sha256']} {row['image_id']}"
-    assert read_dropped(file) == Dropped(frozenset({row["source_sha256"]}))
+    assert read_dropped(file) == Dropped(frozenset({tombstone(row)}))
     assert drop(file, [row["image_id"]], [raw.folder]) == []  # once is enough
     with pytest.raises(UserError, match="No stage in data/ has an image 'cat/no'"):
         drop(file, ["cat/no"], [raw.folder])
@@ -201,5 +208,43 @@ def test_the_command_drops_by_image_id(source, editor, tmp_path, monkeypatch):
     assert f"Dropped the edit {edit['image_id']}" in done.output
     assert f"Dropped the source {image['image_id']}" in done.output
     found = read_dropped(tmp_path / "dropped.txt")
-    assert found == Dropped({image["source_sha256"]}, {edit["edit_key"]})
+    assert found == Dropped({tombstone(image)}, {edit["edit_key"]})
     assert CliRunner().invoke(main, ["drop", "nothing"]).exit_code == 2
+
+
+def test_copies_in_another_split_or_class_stay(tmp_path):
+    source = write_classes(tmp_path / "source" / "train", ["cat", "dog"], 6).parent
+    write_classes(source / "val", ["cat", "dog"], 2, seed=50)
+    write_classes(source / "test", ["cat", "dog"], 2, seed=70)
+    picture = (source / "train" / "cat" / "0.png").read_bytes()
+    for copy in ("train/dog", "test/cat"):
+        (source / copy / "copy.png").write_bytes(picture)
+    raw = raw_of(source, tmp_path / "raw")
+    rows = raw.manifest()
+    [gone] = rows[rows["source_id"] == "train/cat/0.png"].to_dict("records")
+    assert len(raw.notes["copies_across_splits"]) == 2
+    dropped = Dropped(frozenset({tombstone(gone)}))
+    pinned = leave_out(raw_of(source, tmp_path / "pinned"), dropped, aside=tmp_path / "aside")
+    for left in (raw_of(source, tmp_path / "raw", dropped), pinned):
+        ids = set(left.manifest()["source_id"])
+        assert ids == set(rows["source_id"]) - {"train/cat/0.png"}
+        [copies] = left.notes["copies_across_splits"]
+        assert copies["image"] == "train/dog/copy.png"
+
+
+@pytest.mark.parametrize("kind", ["L", "BMP"])
+def test_a_gate_is_the_same_after_a_drop_whatever_the_files_are(tmp_path, editor, kind):
+    source = write_classes(tmp_path / "source", ["cat", "dog"], 8)
+    for path in list(source.rglob("*.png")):  # such files are stored as other bytes
+        image = Image.open(path)
+        if kind == "L":
+            image.convert("L").save(path)
+        else:
+            image.save(path.with_suffix(".bmp"))
+            path.unlink()
+    settings = quick_settings(f"editing.editor={editor}", "editing.gate.enabled=true")
+    before = raw_of(source, tmp_path / "raw")
+    gate, gone = plan_edits(before, settings).gate, a_train_row(before)
+    after = raw_of(source, tmp_path / "raw", Dropped(frozenset({tombstone(gone)})))
+    assert len(after.notes["dropped"]) == 1
+    assert plan_edits(after, settings).gate == gate

@@ -161,8 +161,7 @@ def test_a_fitted_gate_is_read_back_without_its_images(raw, tmp_path, monkeypatc
         assert np.array_equal(arrays["thresholds"], thresholds)
     assert first.teacher_accuracy == fitted.accuracy
     strange = sources[0]._replace(sha256="f" * 64)
-    with pytest.raises(KeyError, match="f{64}"):
-        again.judge([strange], originals[:1], edits[:1])
+    assert len(again.judge([strange], originals[:1], edits[:1])) == 1  # by any: none has seen it
 
 
 def test_finished_teachers_are_read_and_a_missing_one_alone_is_trained(raw, tmp_path, monkeypatch):

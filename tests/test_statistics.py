@@ -161,7 +161,7 @@ def noisy(arms: int, seeds: int, images: int, deviation: float, trial: int) -> n
 
 
 def differences_of(answers: np.ndarray, trial: int) -> dict[int, Estimate]:
-    spread = difference_spread(answers.mean(axis=2))
+    spread = difference_spread(answers)
     changes = {arm: (answers[arm] - answers[0]).mean(axis=0) for arm in range(1, len(answers))}
     spreads = dict.fromkeys(changes, spread)
     return mean_estimates(changes, 300, trial, kind="difference", spreads=spreads)
@@ -187,20 +187,37 @@ def test_one_false_alarm_in_twenty_is_for_all_arms_together():
     assert alarms <= 8
 
 
+def alike(means: list[list[float]], images: int = 50) -> np.ndarray:
+    """Scores (arms, seeds, images) with these means, the same for every image."""
+    return np.repeat(np.array(means)[:, :, None], images, axis=2)
+
+
 def test_spreads_by_hand():
-    means = np.array([[0.1, 0.3], [0.4, 0.4]])
+    means = alike([[0.1, 0.3], [0.4, 0.4]])
     assert score_spread(means).freedom == 2
     assert score_spread(means).error == pytest.approx(np.sqrt((2 * 0.1**2) / 2 / 2))
-    paired = np.diff(means, axis=0)[0]  # 0.3, 0.1: of two arms, the paired t-test
+    paired = np.array([0.3, 0.1])  # of two arms, the paired t-test
     assert difference_spread(means).freedom == 1
     assert difference_spread(means).error == pytest.approx(paired.std(ddof=1) / np.sqrt(2))
-    assert difference_spread(means[:, :1]) == score_spread(means[:, :1]) == (0, 0)
+    assert difference_spread(means[:, :1]) == score_spread(means[:, :1]) == (0, 0, 0)
+    assert score_spread(means).of_image == pytest.approx(0)  # all images alike
 
 
 def test_what_a_seed_does_to_all_arms_is_no_spread_of_their_difference():
-    means = np.array([[0.1, 0.3, 0.2], [0.4, 0.6, 0.5]])
+    means = alike([[0.1, 0.3, 0.2], [0.4, 0.6, 0.5]])
     assert difference_spread(means).error == pytest.approx(0, abs=1e-12)
     assert score_spread(means).error > 0.05
+
+
+def test_what_seeds_answer_otherwise_is_counted_once():
+    """Without any effect of seeds, an interval is no wider than seeds' draws make it."""
+    widths = []
+    for trial in range(20):
+        answers = noisy(8, 3, 1000, 0.0, trial)
+        found = differences_of(answers, trial)[1]
+        alone = (answers[1] - answers[0]).mean(axis=0).std() / np.sqrt(1000)
+        widths.append((found.high - found.low) / (2 * 1.96 * alone))
+    assert 0.9 < np.mean(widths) < 1.2
 
 
 def test_holm_by_hand():
@@ -232,7 +249,7 @@ def test_a_ratio_of_errors_by_hand_and_its_cover():
     covered = 0
     for trial in range(100):
         errors, base = rng.random((200, 2)) < 0.25, rng.random((200, 2)) < 0.5
-        none = difference_spread(np.zeros((2, 1)))
+        none = difference_spread(np.zeros((2, 1, 1)))
         estimate = ratio_estimate(errors.astype(float), base.astype(float), 300, trial, none)
         assert estimate.value == pytest.approx((errors.sum(0) / base.sum(0)).mean())
         covered += estimate.low <= truth <= estimate.high

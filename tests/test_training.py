@@ -307,7 +307,10 @@ def test_preact_resnet18_keeps_the_size_of_small_images(tmp_path):
         (["training.model=vit_small_patch16_224"], ("adamw", 5e-4, 0.05)),
         (["training.model=resnet50", "training.pretrained=true"], ("sgd", 0.1 * 8 / 2560, 5e-4)),
         (["training.model=resnet50", "training.learning_rate=1"], ("sgd", 1, 5e-4)),
-        (["training.optimizer=sgd", "training.weight_decay=0"], ("sgd", 0.2 * 8 / 256, 0)),
+        (["training.optimizer=sgd", "training.weight_decay=0"], ("sgd", 0.1 * 8 / 256, 0)),
+        (["training.model=resnet50.a1_in1k"], ("sgd", 0.1 * 8 / 256, 5e-4)),
+        (["training.model=resnet101"], ("sgd", 0.1 * 8 / 256, 5e-4)),
+        (["training.model=resnet50", "training.optimizer=adamw"], ("adamw", 2e-3, 0.05)),
     ],
 )
 def test_the_recipe_follows_from_the_model_where_settings_leave_it_open(overrides, recipe):

@@ -1,12 +1,13 @@
 """Tombstones: the images and edits that a person took out of the dataset.
 
 They lie in a text file in the project's root, a line each, to be committed with the settings:
-`source SHA256 IMAGE_ID` or `edit KEY IMAGE_ID`. Who wants one back deletes its line. What does not
-belong here: leaving them out, which is the stages' business.
+`source SHA256 IMAGE_ID` or `edit KEY IMAGE_ID`. Who wants one back deletes its line. A source is
+known by its bytes, split and class: copies of it under another label or in another split stay.
+What does not belong here: leaving them out, which is the stages' business.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,13 +15,13 @@ from diffusemix_pipeline.datasets.manifest import STAGE, read_manifest
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import write_bytes
 
-_LINE = re.compile(r"(source|edit) ([0-9a-f]{16,64}) ?(.*)")
+_LINE = re.compile(r"source ([0-9a-f]{64}) (\S.*/.*/.*)|edit ([0-9a-f]{32})( .*)?")
 
 
 class Dropped(NamedTuple):
-    """What is left out: sources by the SHA-256 of their files, edits by their keys."""
+    """What is left out: sources by the SHA-256 of their files and split/class, edits by key."""
 
-    sources: frozenset[str] = frozenset()
+    sources: frozenset[tuple[str, str]] = frozenset()
     edits: frozenset[str] = frozenset()
 
 
@@ -29,15 +30,20 @@ NOTHING = Dropped()
 
 def read_dropped(path: Path) -> Dropped:
     """Read the tombstones; none where there is no file. UserError names a line that is none."""
-    kinds: Mapping[str, set[str]] = {"source": set(), "edit": set()}
+    sources, edits = set(), set()
     for number, line in enumerate(_lines(path), 1):
         if not line or line.startswith("#"):
             continue
         found = _LINE.fullmatch(line)
         if not found:
-            raise UserError(f"{path}, line {number}: write 'source SHA256' or 'edit KEY'.")
-        kinds[found[1]].add(found[2])
-    return Dropped(frozenset(kinds["source"]), frozenset(kinds["edit"]))
+            raise UserError(
+                f"{path}, line {number}: write 'source SHA256 SPLIT/CLASS/NAME' or 'edit KEY'."
+            )
+        if found[1]:
+            sources.add((found[1], found[2].rpartition("/")[0]))
+        else:
+            edits.add(found[3])
+    return Dropped(frozenset(sources), frozenset(edits))
 
 
 def drop(path: Path, image_ids: Iterable[str], stages: Iterable[Path]) -> list[str]:
@@ -63,8 +69,9 @@ def drop(path: Path, image_ids: Iterable[str], stages: Iterable[Path]) -> list[s
         row = table.loc[image_id]
         is_edit = isinstance(row["edit_key"], str)
         kind, key = ("edit", row["edit_key"]) if is_edit else ("source", row["source_sha256"])
-        if not any(line.startswith(f"{kind} {key}") for line in (*known, *added)):
-            added.append(f"{kind} {key} {image_id}")
+        line = f"{kind} {key} {image_id}"
+        if line not in known and line not in added:
+            added.append(line)
     if added:
         write_bytes(path, "".join(f"{line}\n" for line in (*known, *added)).encode())
     return added

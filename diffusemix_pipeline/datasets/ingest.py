@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from diffusemix_pipeline.datasets.dropped import NOTHING, Dropped
 from diffusemix_pipeline.datasets.images import UnreadableImageError, pixels_digest
 from diffusemix_pipeline.datasets.items import Item
@@ -57,7 +59,8 @@ def ingest(
     where = {"path", "archives"}  # this shapes nothing
     shape = settings.source.model_dump(exclude=where)
     content = source_digest(items)
-    left_out = sorted(dropped.sources & {item.sha256 for item in items})
+    present = {item.sha256 for item in items}
+    left_out = sorted(source for source in dropped.sources if source[0] in present)
     fingerprint = digest("raw", CODE_VERSION, train_only, settings.seed, shape, content, left_out)
     finished = finished_stage(out, fingerprint)
     if finished:
@@ -69,7 +72,7 @@ def ingest(
     else:
         used = assign_splits(readable, settings.source, settings.seed)
     left_out_by_train_per_class = len(readable) - len(used)
-    used, notes_of_dropped = _without(used, dropped)
+    used, notes_of_dropped = _without(used, dropped, settings.source.max_pixels)
     with write_stage(out, name="raw", fingerprint=fingerprint, aside=aside) as stage:
         stage.notes["set_aside"] = set_aside
         stage.notes["dropped"] = notes_of_dropped
@@ -122,13 +125,20 @@ def _readable(
     return kept, set_aside
 
 
-def _without(items: list[Item], dropped: Dropped) -> tuple[list[Item], list[dict[str, str]]]:
+def _without(
+    items: list[Item], dropped: Dropped, max_pixels: int
+) -> tuple[list[Item], list[dict[str, str]]]:
     """Leave out what was dropped; return the rest, and the rows of what was left out."""
-    kept = [item for item in items if item.sha256 not in dropped.sources]
+    gone = [(item.sha256, f"{item.split}/{item.label}") in dropped.sources for item in items]
+    kept = [item for item, is_gone in zip(items, gone, strict=True) if not is_gone]
     notes = [
-        {"label": item.label, "split": item.split or "", "sha256": item.sha256}
-        for item in items
-        if item.sha256 in dropped.sources
+        {
+            "label": item.label,
+            "split": item.split or "",
+            "sha256": hashlib.sha256(item.stored(max_pixels)[0]).hexdigest(),
+        }
+        for item, is_gone in zip(items, gone, strict=True)
+        if is_gone
     ]
     check_left({item.label for item in items}, [(i.split or "", i.label) for i in kept])
     return kept, notes
@@ -137,7 +147,8 @@ def _without(items: list[Item], dropped: Dropped) -> tuple[list[Item], list[dict
 def leave_out(stage: Stage, dropped: Dropped, *, aside: Path) -> Stage:
     """Return a raw stage that came from elsewhere, written anew where it holds what was dropped."""
     rows = stage.manifest()
-    gone = rows["source_sha256"].isin(dropped.sources)
+    where = rows["split"] + "/" + rows["label"]
+    gone = pd.Series(zip(rows["source_sha256"], where, strict=True)).isin(list(dropped.sources))
     if not gone.any():
         return stage
     check_left(set(rows["label"]), rows.loc[~gone, ["split", "label"]].itertuples(index=False))
@@ -145,7 +156,12 @@ def leave_out(stage: Stage, dropped: Dropped, *, aside: Path) -> Stage:
     with write_stage(stage.folder, name="raw", fingerprint=fingerprint, aside=aside) as written:
         columns = ["label", "split", "sha256"]
         notes = rows.loc[gone, columns].to_dict("records")
-        written.notes |= stage.notes | {"dropped": [*stage.notes.get("dropped", []), *notes]}
+        left = set(rows.loc[~gone, "source_id"])
+        copies = stage.notes["copies_across_splits"]
+        written.notes |= stage.notes | {
+            "dropped": [*stage.notes.get("dropped", []), *notes],
+            "copies_across_splits": [c for c in copies if {c["image"], c["held_out"]} <= left],
+        }
         for row in rows[~gone].to_dict("records"):
             target = written.folder / row["file_name"]
             target.parent.mkdir(parents=True, exist_ok=True)

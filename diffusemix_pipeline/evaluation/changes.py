@@ -58,6 +58,8 @@ def _warnings(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[s
     for what in ("corruptions", "severities", "attack_epsilon"):
         if first["settings"]["evaluation"][what] != second["settings"]["evaluation"][what]:
             yield f"**evaluation.{what} is not the same**: what depends on it does not compare."
+    if first["shared_families"]["left_out"] != second["shared_families"]["left_out"]:
+        yield "**Other families of corruption are left out** of `corrupted_unshared`."
     if first["fgsm_epsilon"] != second["fgsm_epsilon"]:
         yield "**The FGSM strengths are not the same**."
 

@@ -104,7 +104,10 @@ def shared_families(
 
 @dataclass(frozen=True)
 class _Scores:
-    """One arm's scores by name, float64 (S, N) each: of S training seeds and N test images."""
+    """One arm's scores by name, (S, N) each: of S training seeds and N test images.
+
+    Answers stay bool, of which there are many, until they are averaged.
+    """
 
     accuracies: dict[Any, np.ndarray]
     """Those of ACCURACIES that were taken, then FGSM by strength, then by (family, severity)."""
@@ -158,9 +161,8 @@ class Comparison:
             for row, family in enumerate(first.corruptions)
             for column, severity in enumerate(first.severities)
         }
-        accuracies: dict[Any, np.ndarray] = {**named, **attacked, **by_corruption}
         return _Scores(
-            accuracies={name: score.astype(np.float64) for name, score in accuracies.items()},
+            accuracies={**named, **attacked, **by_corruption},
             losses={
                 "brier": np.stack(
                     [brier_scores(one.probabilities, one.labels) for one in evidence]
@@ -177,28 +179,32 @@ class Comparison:
         found: dict[Any, Estimate] = {}
         for group, kind in _KINDS.items():
             means = {name: s.mean(axis=0) for name, s in getattr(scores, group).items()}
-            spreads = {name: score_spread(self._means(group, name)) for name in means}
+            spreads = {name: score_spread(self._stacked(group, name)) for name in means}
             found |= self._estimated(means, kind, spreads)
         found["ece"] = calibration_estimate(scores.gaps, self._samples, self._seed)
         return found | self._relative_errors(arm)
 
-    def differences(self, arm: Arm, base: Arm) -> dict[str, Estimate]:
+    def differences(
+        self, arm: Arm, base: Arm, measures: Sequence[str] = (*ACCURACIES, *LOSSES, "ece")
+    ) -> dict[str, Estimate]:
         """Estimate an arm's differences to another, image by image, of the named measures."""
         found: dict[str, Estimate] = {}
         for group, kind in _KINDS.items():
             ours, theirs = (getattr(self._scores[one], group) for one in (arm, base))
-            named = [name for name in (*ACCURACIES, *LOSSES) if name in ours]
-            changes = {name: (ours[name] - theirs[name]).mean(axis=0) for name in named}
-            spreads = {name: difference_spread(self._means(group, name)) for name in changes}
+            named = [name for name in measures if name in ours]
+            changes = {name: ours[name].mean(axis=0) - theirs[name].mean(axis=0) for name in named}
+            spreads = {name: difference_spread(self._stacked(group, name)) for name in changes}
             of_changes: Kind = "difference" if kind == "score" else kind
             found |= self._estimated(changes, of_changes, spreads)
+        if "ece" not in measures:
+            return found
         gaps, base_gaps = self._scores[arm].gaps, self._scores[base].gaps
         found["ece"] = calibration_difference(gaps, base_gaps, self._samples, self._seed)
         return found
 
-    def _means(self, group: str, name: Any) -> np.ndarray:
-        """Return the means float64 (arms, seeds) of a score over the test images."""
-        return np.stack([getattr(s, group)[name].mean(axis=1) for s in self._scores.values()])
+    def _stacked(self, group: str, name: Any) -> np.ndarray:
+        """Return a score of all arms, (arms, seeds, N)."""
+        return np.stack([getattr(s, group)[name] for s in self._scores.values()])
 
     def _estimated(
         self, means: Mapping[Any, np.ndarray], kind: Kind, spreads: Mapping[Any, Spread]
@@ -223,8 +229,9 @@ class Comparison:
             base = by_arm[BASELINE].mean(axis=0)
             if (base.sum(axis=0) == 0).any():
                 continue
-            relative = [(e.sum(axis=1) / base.sum(axis=0)).mean(axis=1) for e in by_arm.values()]
-            spread = difference_spread(np.stack(relative))
+            # Each image's part in the mean of the families' ratios.
+            shares = [e @ (len(base) / base.sum(axis=0)) / len(families) for e in by_arm.values()]
+            spread = difference_spread(np.stack(shares))
             ours = by_arm[arm].mean(axis=0)
             found[name] = ratio_estimate(ours, base, self._samples, self._seed, spread)
         return found
@@ -272,9 +279,7 @@ def arm_documents(comparison: Comparison, arms: Mapping[Arm, Mapping[int, Eviden
 def rival_documents(comparison: Comparison, arms: Sequence[Arm], subject: Arm) -> list[Any]:
     """Return how each other arm but vanilla differs from the subject, on clean and corrupted."""
     rivals = [arm for arm in arms if arm not in (BASELINE, *SUBJECTS)]
-    differences = {
-        arm: {"overall": comparison.differences(arm, subject)["overall"]} for arm in rivals
-    }
+    differences = {arm: comparison.differences(arm, subject, ["overall"]) for arm in rivals}
     adjusted = _adjusted(differences)
     return [
         {"arm": arm, **_difference(differences[arm], adjusted[arm])["overall"]} for arm in rivals
@@ -381,7 +386,7 @@ def few_images_document(
     seed: int,
 ) -> list[dict[str, Any]]:
     """Return clean accuracy by arm and training images a class, all of them last."""
-    every = round(sum(train.values()) / len(train))
+    every = max(train.values())
     scores: dict[tuple[Arm, int], list[np.ndarray]] = {}
     for (arm, number, _), one in few.items():
         scores.setdefault((arm, number), []).append(one.correct)
@@ -389,9 +394,7 @@ def few_images_document(
         scores[arm, every] = [one.correct for one in arms[arm].values()]
     stacked = {key: np.stack(of_seeds).astype(np.float64) for key, of_seeds in scores.items()}
     spreads = {
-        key: score_spread(
-            np.stack([s.mean(axis=1) for other, s in stacked.items() if other[1] == key[1]])
-        )
+        key: score_spread(np.stack([s for other, s in stacked.items() if other[1] == key[1]]))
         for key in stacked
     }
     means = {key: score.mean(axis=0) for key, score in stacked.items()}

@@ -282,19 +282,21 @@ def _headline(document: Mapping[str, Any]) -> str:
     title = _TITLES[subject["arm"]]
     return (
         f"Against vanilla, on {images}, {title} {first}, {second} and {third}"
-        f"{_beaten_by(document['rivals'])}; "
+        f"{_beaten_by(document)}; "
         "in brackets, the difference and its 95 % interval."
     )
 
 
-def _beaten_by(rivals: Sequence[Mapping[str, Any]]) -> str:
+def _beaten_by(document: Mapping[str, Any]) -> str:
     """Say which rivals are better than the subject on the mean of clean and corrupted accuracy."""
+    rivals = document["rivals"]
     better = [rival for rival in rivals if rival["significant"] and rival["value"] > 0]
     if not better:
         return ""
     ordered = sorted(better, key=lambda rival: -rival["value"])
     named = ", ".join(f"{_TITLES[rival['arm']]} ({_change(rival)})" for rival in ordered)
-    return f", while on the mean of clean and corrupted accuracy it fell behind {named}"
+    unshared = "unshared " if document["arms"][0]["corrupted_unshared"] else ""
+    return f", while on the mean of clean and {unshared}corrupted accuracy it fell behind {named}"
 
 
 def _verb(difference: Mapping[str, Any]) -> str:
@@ -317,7 +319,8 @@ def _notes(document: Mapping[str, Any]) -> list[str]:
         _holm_note(document["arms"]),
         _masking_note(document),
         _attacks_note(document["attacks"]),
-        _shared_note(document["shared_families"]),
+        _shared_note(document),
+        _few_note(document),
         "The corruptions' families are ImageNet-C's, but their constants are this project's own: "
         "these numbers cannot be compared with a published mCE.",
         "The calibration error of a finite sample errs upwards, as it cannot be below zero, and "
@@ -396,7 +399,17 @@ def _attacks_note(attacks: Mapping[str, Any]) -> str:
     return words
 
 
-def _shared_note(shared: Mapping[str, Any]) -> str:
+def _few_note(document: Mapping[str, Any]) -> str:
+    if not document["few_images"] or not document["settings"]["editing"]["gate"]["enabled"]:
+        return ""
+    return (
+        "With fewer training images, DiffuseMix's edits are still those that the label gate let "
+        "through, whose classifiers saw all training images: that favours it."
+    )
+
+
+def _shared_note(document: Mapping[str, Any]) -> str:
+    shared = document["shared_families"]
     if not shared["left_out"]:
         return ""
     by_whom = [
@@ -409,7 +422,11 @@ def _shared_note(shared: Mapping[str, Any]) -> str:
     words = (
         "Some arms are shown corruptions in training: "
         f"{', '.join(map(_spoken, shared['left_out']))} ({'; '.join(by_whom)}). "
-        "Unshared numbers leave these families out, for all arms."
+        + (
+            "Unshared numbers leave these families out, for all arms."
+            if document["arms"][0]["corrupted_unshared"]
+            else "No other family was asked for, so no number can leave them out."
+        )
     )
     if shared["unknown_prompts"]:
         words += f" What these prompts show is not known: {', '.join(shared['unknown_prompts'])}."

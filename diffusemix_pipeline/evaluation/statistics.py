@@ -61,37 +61,45 @@ class Spread(NamedTuple):
     """Standard error of the mean."""
     freedom: int
     """Degrees of freedom behind it; with none, nothing is known and nothing is added."""
+    of_image: float = 0.0
+    """The part in the variance of images' scores that is only seeds' answering them otherwise: it
+    is in the error already, so the resampling of images leaves it out."""
 
 
-def score_spread(means: np.ndarray) -> Spread:
-    """Return the spread of any arm's mean, from `means` float (arms, seeds).
+def score_spread(scores: np.ndarray) -> Spread:
+    """Return the spread of any arm's mean, from `scores` (arms, seeds, images).
 
     The variance between seeds is taken to be one for all arms, and pooled: three seeds alone say
     little of it.
     """
-    arms, seeds = means.shape
-    return _spread(means - means.mean(axis=1, keepdims=True), arms * (seeds - 1), 1 / seeds)
+    arms, seeds, _ = scores.shape
+    left = scores - scores.mean(axis=1, keepdims=True)
+    return _spread(left, arms * (seeds - 1), 1 / seeds)
 
 
-def difference_spread(means: np.ndarray) -> Spread:
-    """Return the spread of the difference of any two arms' means, from `means` (arms, seeds).
+def difference_spread(scores: np.ndarray) -> Spread:
+    """Return the spread of the difference of any two arms' means, from (arms, seeds, images).
 
     What a seed does to all arms alike is taken off: arms of one seed start from the same weights.
     The rest is the residual of a two-way analysis of variance.
     """
-    arms, seeds = means.shape
-    left = means - means.mean(axis=1, keepdims=True) - means.mean(axis=0) + means.mean()
+    arms, seeds, _ = scores.shape
+    of_arm, of_seed = scores.mean(axis=1, keepdims=True), scores.mean(axis=0, keepdims=True)
+    left = scores - of_arm - of_seed + of_arm.mean(axis=0, keepdims=True)
     return _spread(left, (arms - 1) * (seeds - 1), 2 / seeds)
 
 
 def _spread(residuals: np.ndarray, freedom: int, share: float) -> Spread:
+    """Return what `share` of the residuals' variance, (arms, seeds, images), says of a mean."""
     if not freedom:
         return Spread(0.0, 0)
-    return Spread(float(np.sqrt((residuals**2).sum() / freedom * share)), freedom)
+    of_means = float((residuals.mean(axis=2) ** 2).sum() / freedom)
+    of_images = float((residuals**2).mean(axis=2).sum() / freedom)
+    return Spread(float(np.sqrt(of_means * share)), freedom, (of_images - of_means) * share)
 
 
 def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
-    """Adjust p-values so that one below 0.05 is a false alarm in 1 of 20 reports, not of numbers.
+    """Adjust p-values so that of all arms, in 1 of 20 reports any is below 0.05 by chance alone.
 
     Source: Holm, A Simple Sequentially Rejective Multiple Test Procedure (1979).
     """
@@ -142,12 +150,19 @@ def mean_estimates(
     for place, name in enumerate(scores):
         of_resamples = means[:, place]
         if spreads:
-            of_resamples = (of_resamples + seed_draws(spreads[name], samples, seed)).clip(
-                *_BOUNDS[kind]
-            )
+            centre, column = drawn_from[:, place].mean(), columns[:, place]
+            of_resamples = centre + (of_resamples - centre) * _own_share(column, spreads[name])
+            of_resamples += seed_draws(spreads[name], samples, seed)
+            of_resamples = of_resamples.clip(*_BOUNDS[kind])
         value = float(columns[:, place].mean())
         estimates[name] = estimate_from(value, of_resamples)
     return estimates
+
+
+def _own_share(scores: np.ndarray, spread: Spread) -> float:
+    """Return which share of the deviation of images' scores is their own, not their seeds'."""
+    variance = float(scores.var())
+    return float(np.sqrt(max(0.0, 1 - spread.of_image / variance))) if variance else 1.0
 
 
 def seed_draws(spread: Spread, samples: int, seed: int) -> np.ndarray:

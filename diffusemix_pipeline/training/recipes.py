@@ -20,9 +20,10 @@ class Recipe(NamedTuple):
 _RECIPES = {
     # What the paper's baselines were trained with on CIFAR-100, as GuidedMixup's code has it.
     "preact_resnet18": Recipe("sgd", 0.2, 1e-4),
+    # The small models of this project's own samples.
+    "resnet10t": Recipe("adamw", 2e-3, 0.05),
     # The authors' script for Stanford Cars: 0.025 with 64 images.
-    "resnet[0-9]*0": Recipe("sgd", 0.1, 5e-4),
-    "resnet18": Recipe("sgd", 0.1, 5e-4),
+    "resnet[0-9]*": Recipe("sgd", 0.1, 5e-4),
     # Ours: the paper's is not known.
     "vit_*": Recipe("adamw", 5e-4, 0.05),
     "deit*": Recipe("adamw", 5e-4, 0.05),
@@ -32,10 +33,11 @@ _RECIPES = {
 
 def recipe_of(training: Training) -> Recipe:
     """Return what `training` says, and from the table by its model what it leaves open."""
-    suited = next(recipe for name, recipe in _RECIPES.items() if fnmatch(training.model, name))
+    model = training.model.partition(".")[0]  # what follows tells timm's weights apart
+    suited = next(recipe for name, recipe in _RECIPES.items() if fnmatch(model, name))
     optimizer = training.optimizer or suited.optimizer
     if optimizer != suited.optimizer:  # the table's rates are of its own optimiser
-        suited = next(recipe for recipe in _RECIPES.values() if recipe.optimizer == optimizer)
+        suited = _RECIPES["resnet[0-9]*" if optimizer == "sgd" else "*"]
     rate = suited.learning_rate * (training.batch_size / 256 if optimizer == "sgd" else 1)
     rate *= _PRETRAINED if training.pretrained else 1
     given, decay = training.learning_rate, training.weight_decay
