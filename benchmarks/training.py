@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from diffusemix_pipeline.devices import is_fast_at_bfloat16
 from diffusemix_pipeline.settings import Training
 from diffusemix_pipeline.training import loop
 from diffusemix_pipeline.training.augmentations import NONE
@@ -90,8 +91,9 @@ def _alone(
     """Train on ready batches: forward, backward and the optimiser's step, and nothing else."""
     model = classifier.model.to(device).to(memory_format=torch.channels_last).train()
     optimizer = loop._optimizer(model, recipe_of(training))
+    half = is_fast_at_bfloat16(device)
     for images, labels in ready:
-        with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(device, torch.bfloat16, enabled=half):
             loss = functional.cross_entropy(model(images), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -1,4 +1,4 @@
-"""Which device heavy work runs on, and how many processor cores there are for it."""
+"""Which device heavy work runs on, what it is fast at, and how many processor cores there are."""
 
 import os
 
@@ -12,6 +12,16 @@ def choose_device(device: str) -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def is_fast_at_bfloat16(device: str) -> bool:
+    """Say whether bfloat16 pays: on CUDA, and on processors with instructions for it."""
+    import torch
+
+    if torch.device(device).type != "cpu":
+        return torch.device(device).type == "cuda"
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def usable_cores() -> int:

@@ -14,6 +14,7 @@ import PIL
 import torch
 import transformers
 
+from diffusemix_pipeline.devices import is_fast_at_bfloat16
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.settings import Editing
 
@@ -31,8 +32,7 @@ def compute_dtype(wanted: str, device: str, half: torch.dtype) -> torch.dtype:
         return getattr(torch, wanted)
     if device != "cpu":
         return half
-    able = torch.cpu.get_capabilities()
-    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
+    return torch.bfloat16 if is_fast_at_bfloat16(device) else torch.float32
 
 
 def fuse_lora(pipeline: Any, lora: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from diffusemix_pipeline.devices import usable_cores
+from diffusemix_pipeline.devices import is_fast_at_bfloat16, usable_cores
 from diffusemix_pipeline.identity import seed_from
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Training
@@ -52,13 +52,14 @@ def fit(
     model = classifier.model.to(device).to(memory_format=torch.channels_last)
     recipe = recipe_of(training)
     optimizer = _optimizer(model, recipe)
-    on_gpu = torch.device(device).type == "cuda"  # elsewhere autocast is slower or not exact
+    kind = torch.device(device).type
+    half = is_fast_at_bfloat16(device)
     every = max(1, training.steps // training.validations)
     points, losses = [], []
     best_accuracy, best_weights = -1.0, model.state_dict()
 
     batches = _Batches(train, training, augmentation, seed)
-    for step, (pixels, labels) in enumerate(_read_ahead(batches, on_gpu), 1):
+    for step, (pixels, labels) in enumerate(_read_ahead(batches, on_gpu=kind == "cuda"), 1):
         rate = recipe.learning_rate * _schedule(step / training.steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -67,7 +68,7 @@ def fit(
         with _seeded(seed, step, device):
             if augmentation.batch:
                 images, targets = augmentation.batch(images, targets)
-            with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
+            with torch.autocast(kind, torch.bfloat16, enabled=half):
                 loss = functional.cross_entropy(
                     model(images), targets, label_smoothing=training.label_smoothing
                 )
