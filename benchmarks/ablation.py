@@ -1,0 +1,235 @@
+"""What each choice of DiffuseMix is worth, judged on val alone: the test images are not read.
+
+    python -m benchmarks.ablation FOLDER --config SETTINGS.yaml --data DATASET
+
+Trains classifiers of the settings' seeds under each choice (mixing online, copies an image,
+prompts, the gate, the order of the two joins, lambda), asks them about the val images, clean and
+under the settings' corruptions, and writes `ablation.csv` into the folder. It goes on where it was
+cut off: edits, classifiers and answers stay in the folder.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from diffusemix_pipeline.datasets.ingest import ingest
+from diffusemix_pipeline.datasets.manifest import Stage, class_names
+from diffusemix_pipeline.devices import choose_device
+from diffusemix_pipeline.editing.generate import generate
+from diffusemix_pipeline.editing.store import EditStore
+from diffusemix_pipeline.evaluation.comparison import shared_families
+from diffusemix_pipeline.evaluation.evidence import FILE, Evidence, evaluate
+from diffusemix_pipeline.evaluation.statistics import difference_spread, mean_estimates
+from diffusemix_pipeline.files import replaced_folder
+from diffusemix_pipeline.identity import digest, draw
+from diffusemix_pipeline.mixing import stages as mixing_stages
+from diffusemix_pipeline.mixing.blending import hybrid, mix
+from diffusemix_pipeline.mixing.fractals import fractals_version, load_fractals
+from diffusemix_pipeline.mixing.masks import Mask
+from diffusemix_pipeline.progress import silent
+from diffusemix_pipeline.settings import Arm, Settings, load_settings
+from diffusemix_pipeline.training.arms import Wanted, fit_arm, fit_fingerprint
+from diffusemix_pipeline.training.classifier import load_classifier
+from diffusemix_pipeline.training.data import load_images
+from diffusemix_pipeline.training.fold_teachers import fit_label_gate
+
+WEATHER = "[autumn, snowy, sunset, rainbow, aurora]"
+ART = '[watercolor art, mosaic, ukiyo-e, "a sketch with crayon"]'
+BASE = "diffusemix"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An arm under some settings."""
+
+    arm: Arm = "diffusemix"
+    overrides: tuple[str, ...] = ()
+    fractal_first: bool = False
+    """Blend the fractal into the edit alone, and join the original's half to it afterwards."""
+
+
+CHOICES = {
+    "vanilla": Choice("vanilla"),
+    "augmix": Choice("augmix"),
+    BASE: Choice(),
+    "online": Choice("diffusemix_online"),
+    "2 copies": Choice(overrides=("editing.copies=2",)),
+    "4 copies": Choice(overrides=("editing.copies=4",)),
+    "online, 4 copies": Choice("diffusemix_online", ("editing.copies=4",)),
+    "prompts: weather and light": Choice(overrides=(f"editing.prompts={WEATHER}",)),
+    "prompts: art": Choice(overrides=(f"editing.prompts={ART}",)),
+    "no gate": Choice(overrides=("editing.gate.enabled=false",)),
+    "fractal first, in the edit's half": Choice(fractal_first=True),
+    "lambda 0": Choice(overrides=("mixing.lam=0",)),
+    "lambda 0.4": Choice(overrides=("mixing.lam=0.4",)),
+    "online, lambda 0.4": Choice("diffusemix_online", ("mixing.lam=0.4",)),
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where everything is kept, what computes, and under which settings."""
+
+    folder: Path
+    device: str
+    data: str
+    config: Path
+
+    @property
+    def aside(self) -> Path:
+        return self.folder / "aside"
+
+    def settings(self, overrides: Sequence[str] = ()) -> Settings:
+        own = [f"source.path={self.data}", "evaluation.attack_images=0"]
+        own += ["evaluation.autoattack_images=0", *overrides]
+        return load_settings(self.folder, config=self.config, overrides=own, environment={})
+
+
+def measure(bench: Bench) -> pd.DataFrame:
+    """Train and ask under every choice; return accuracies and paired differences to the base.
+
+    Columns, shares of 1, means over seeds: `clean`; `corrupted`, over all families; `unshared`,
+    over those that neither the edits nor the other arms show in training; each with the 95 %
+    interval of its difference to DiffuseMix as it is.
+    """
+    answers = {name: _answers(bench, choice) for name, choice in CHOICES.items()}
+    settings = bench.settings()
+    families = settings.evaluation.corruptions
+    shared = shared_families(["diffusemix"], settings.editing.prompts, families)["left_out"]
+    unshared = [place for place, family in enumerate(families) if family not in shared]
+    kinds = {
+        "clean": [[e.correct.astype(float) for e in each] for each in answers.values()],
+        "corrupted": [[e.corrupted.mean(axis=(0, 1)) for e in each] for each in answers.values()],
+        "unshared": [
+            [e.corrupted[unshared].mean(axis=(0, 1)) for e in each] for each in answers.values()
+        ],
+    }
+    names = list(CHOICES)
+    table = pd.DataFrame(index=pd.Index(names, name="choice"))
+    for kind, scores in kinds.items():
+        stacked = np.array(scores)  # (choices, seeds, images)
+        means = stacked.mean(axis=1)
+        changes = {
+            name: means[place] - means[names.index(BASE)] for place, name in enumerate(names)
+        }
+        spread = difference_spread(stacked)
+        found = mean_estimates(
+            changes,
+            settings.evaluation.bootstrap_samples,
+            settings.seed,
+            kind="difference",
+            spreads=dict.fromkeys(names, spread),
+        )
+        table[kind] = means.mean(axis=1)
+        for end in ("low", "high"):
+            table[f"{kind}_{end}"] = [getattr(found[name], end) for name in names]
+        table.loc[BASE, [f"{kind}_low", f"{kind}_high"]] = 0.0  # it does not differ from itself
+    table.to_csv(bench.folder / "ablation.csv")
+    return table
+
+
+def _answers(bench: Bench, choice: Choice) -> list[Evidence]:
+    """Return what the classifiers of a choice answer on val, asking those that were not asked."""
+    settings = bench.settings(choice.overrides)
+    raw = ingest(bench.data, settings, bench.folder / "raw", aside=bench.aside)
+    stages = _stages(bench, choice, raw, settings)
+    wanted = [Wanted(choice.arm, seed) for seed in settings.training.seeds]
+    kept = {
+        one: bench.folder / "answers" / fit_fingerprint(one, stages, settings) for one in wanted
+    }
+    unasked = [one for one in wanted if not kept[one].exists()]
+    if unasked:
+        models = {}
+        for one in unasked:
+            fit = fit_arm(
+                one,
+                stages,
+                settings,
+                checkpoints=bench.folder / "checkpoints",
+                fractal_cache=bench.folder / "fractals",
+                aside=bench.aside,
+                device=bench.device,
+                on_point=lambda step, point: None,
+            )
+            models[one] = load_classifier(fit.folder, bench.device).model
+        val = load_images([raw], "val", class_names(raw.counts), settings.size, aside=bench.aside)
+        partial = {one: kept[one].with_name(f"{kept[one].name}.begun") for one in unasked}
+        found = evaluate(
+            models, val, settings.evaluation, settings.seed, bench.device, partial=partial
+        )
+        for one, evidence in found:
+            with replaced_folder(kept[one], mark=FILE, aside=bench.aside) as folder:
+                evidence.save(folder)
+    return [Evidence.load(kept[one]) for one in wanted]
+
+
+def _stages(bench: Bench, choice: Choice, raw: Stage, settings: Settings) -> Mapping[str, Stage]:
+    if not choice.arm.startswith("diffusemix"):
+        return {"raw": raw}
+    generated = generate(
+        raw,
+        settings,
+        bench.folder / "generated",
+        store=EditStore(bench.folder / "edits"),
+        aside=bench.aside,
+        device=bench.device,
+        fit_gate=lambda plan: fit_label_gate(
+            plan, raw, folder=bench.folder / "gate", aside=bench.aside, device=bench.device
+        ),
+    ).stage
+    if choice.fractal_first:
+        augmented = _fractal_first(bench, raw, generated, settings)
+    else:
+        augmented = mixing_stages.make_augmented(
+            raw,
+            generated,
+            settings,
+            bench.folder / "augmented",
+            fractal_cache=bench.folder / "fractals",
+            aside=bench.aside,
+        )
+    return {"raw": raw, "generated": generated, "augmented": augmented}
+
+
+def _fractal_first(bench: Bench, raw: Stage, generated: Stage, settings: Settings) -> Stage:
+    """Write M I + (1 - M) ((1 - lam) G + lam F): the original's half stays as it is."""
+    mixing, seed = settings.mixing, settings.seed
+    fractals = load_fractals(mixing, seed, settings.size, bench.folder / "fractals", silent)
+    version = fractals_version(mixing, seed)
+    drawn = mixing.model_dump()
+    fingerprint = digest("fractal first", raw.version, generated.version, seed, drawn, version)
+
+    def join(
+        original: np.ndarray, edit: np.ndarray, mask: Mask, edit_key: str
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        name = draw(sorted(fractals), seed, "fractal", edit_key)
+        blended = mix(edit, edit, mask, fractals[name], mixing.lam)
+        return hybrid(original, blended, mask), {"fractal_id": name, "lam": mixing.lam}
+
+    return mixing_stages._mixed(
+        "augmented",
+        fingerprint,
+        join,
+        raw,
+        generated,
+        settings,
+        bench.folder / "augmented-fractal-first",
+        bench.aside,
+        silent,
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where everything is kept")
+    parser.add_argument("--config", type=Path, required=True, help="a YAML file of settings")
+    parser.add_argument("--data", required=True, help="a folder of labelled images")
+    options = parser.parse_args()
+    bench = Bench(options.folder, choose_device("auto"), options.data, options.config)
+    pd.set_option("display.width", 200)
+    print(measure(bench).round(3).to_string())
