@@ -554,11 +554,13 @@ def _print_outcome(project: Project, outcome: "Outcome") -> None:
     from diffusemix_pipeline.terminal import console, print_table
 
     report = json.loads((project.report / "report.json").read_text(encoding="utf-8"))
-    measures = {
+    titles = {
         "clean": "clean",
         "corrupted": "corrupted",
+        "corrupted_unshared": "unshared",
         "fgsm": f"FGSM {report['fgsm_epsilon']:g}/255",
     }
+    measures = {name: title for name, title in titles.items() if report["arms"][0][name]}
     rows = [
         [arm["arm"], *(_with_interval(arm[measure]) for measure in measures)]
         for arm in report["arms"]

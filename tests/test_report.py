@@ -392,6 +392,12 @@ def test_unshared_numbers_are_of_the_families_that_no_arm_was_shown(tmp_path):
     # Half of the families lost all their errors; the other half kept theirs.
     assert ours["relative_mce"]["value"] == pytest.approx(0.5)
     assert ours["relative_mce_unshared"]["value"] == 1
+    # The first sentence judges by these, and every table has them.
+    said = "made no significant difference to accuracy under corruption that no arm was shown"
+    assert said in report.headline
+    assert report.summary.loc["diffusemix", "corrupted_unshared_difference"] == 0
+    assert "Corrupted, unshared" in words(report)
+    assert "Corrupted, unshared" in (report.folder / "report.md").read_text()
 
 
 @pytest.mark.usefixtures("undrawn")

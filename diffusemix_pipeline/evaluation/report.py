@@ -107,8 +107,9 @@ class Report:
     headline: str
     """One sentence: what DiffuseMix did to clean, corrupted and FGSM accuracy, against vanilla."""
     summary: pd.DataFrame
-    """A row an arm. For each of `MEASURES` m (0 to 1) the columns m, m_low, m_high, and, against
-    vanilla and NaN in its own row, m_difference, m_difference_low, m_difference_high."""
+    """A row an arm. For each of `MEASURES` m (0 to 1), and for corrupted_unshared where families
+    are left out, the columns m, m_low, m_high, and, against vanilla and NaN in its own row,
+    m_difference, m_difference_low, m_difference_high."""
     versions: Mapping[str, str]
     """What was judged: see `ReportInputs.versions`."""
     fgsm_epsilon: float
@@ -241,11 +242,23 @@ def _rounded_case(case: Mapping[str, Any]) -> dict[str, Any]:
     return {**case, "confidence": rounded(case["confidence"]), "nearest": nearest}
 
 
+def _measures(document: Mapping[str, Any]) -> dict[str, str]:
+    """Return the titles of `MEASURES`, and of `corrupted_unshared` where that is not all."""
+    titles = {
+        "clean": "Clean",
+        "corrupted": "Corrupted",
+        "corrupted_unshared": "Corrupted, unshared",
+        "fgsm": f"FGSM {_epsilon(document['fgsm_epsilon'])}",
+        "ece": "Calibration error",
+    }
+    return {name: title for name, title in titles.items() if document["arms"][0][name]}
+
+
 def _summary(document: Mapping[str, Any]) -> pd.DataFrame:
     rows = []
     for arm in document["arms"]:
         row = {"arm": arm["arm"]}
-        for measure in MEASURES:
+        for measure in _measures(document):
             against = (arm["difference"] or {}).get(measure, {})
             for suffix, end in (("", "value"), ("_low", "low"), ("_high", "high")):
                 row[f"{measure}{suffix}"] = arm[measure][end]
@@ -269,9 +282,12 @@ def _headline(document: Mapping[str, Any]) -> str:
         )
         return f"There is no comparison, as vanilla or all but it is missing; on {images}: {arms}."
     subject = next((arm for arm in compared if arm["arm"] in SUBJECTS), compared[-1])
+    corruption = {"corrupted": "accuracy under corruption"}
+    if "corrupted_unshared" in _measures(document):
+        corruption = {"corrupted_unshared": "accuracy under corruption that no arm was shown"}
     names = {
         "clean": "clean accuracy",
-        "corrupted": "accuracy under corruption",
+        **corruption,
         "fgsm": f"FGSM accuracy at {_epsilon(document['fgsm_epsilon'])}",
     }
     difference = subject["difference"]
@@ -480,17 +496,12 @@ def title_of(arm: str) -> str:
 
 def _markdown(document: Mapping[str, Any]) -> str:
     """Return the report for a pull request: the headline, a table, and what it does not show."""
-    columns = {
-        "Clean": "clean",
-        "Corrupted": "corrupted",
-        f"FGSM {_epsilon(document['fgsm_epsilon'])}": "fgsm",
-        "Calibration error": "ece",
-    }
+    measures = _measures(document)
     rows = [
-        [_TITLES[arm["arm"]], *(_cell(arm, measure) for measure in columns.values())]
+        [_TITLES[arm["arm"]], *(_cell(arm, measure) for measure in measures)]
         for arm in document["arms"]
     ]
-    table = pd.DataFrame(rows, columns=["Arm", *columns])
+    table = pd.DataFrame(rows, columns=["Arm", *measures.values()])
     notes = "\n".join(f"- {plain_markdown(note)}" for note in document["notes"])
     return (
         f"**{document['headline']}**\n\n{table.to_markdown(index=False, disable_numparse=True)}"
@@ -571,15 +582,11 @@ def _drawn(arms: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _differences_plot(document: Mapping[str, Any], theme: pictures.Theme) -> _Plot:
-    names = {
-        "clean": "clean",
-        "corrupted": "corrupted",
-        "fgsm": f"FGSM {_epsilon(document['fgsm_epsilon'])}",
-    }
     compared = [arm for arm in document["arms"] if arm["difference"]]
     intervals = {
-        name: {_TITLES[arm["arm"]]: _triple(arm["difference"][measure]) for arm in compared}
-        for measure, name in names.items()
+        title: {_TITLES[arm["arm"]]: _triple(arm["difference"][measure]) for arm in compared}
+        for measure, title in _measures(document).items()
+        if measure != "ece"
     }
     label = "accuracy against vanilla, points"
     alt = "Differences in accuracy to vanilla with 95 % intervals. " + "; ".join(
