@@ -105,7 +105,8 @@ class Report:
     """What a written report says and where it lies."""
 
     headline: str
-    """One sentence: what DiffuseMix did to clean, corrupted and FGSM accuracy, against vanilla."""
+    """One sentence: what DiffuseMix did to clean, corrupted and FGSM accuracy, against vanilla, and
+    which rivals it fell behind."""
     summary: pd.DataFrame
     """A row an arm. For each of `MEASURES` m (0 to 1), and for corrupted_unshared where families
     are left out, the columns m, m_low, m_high, and, against vanilla and NaN in its own row,

@@ -12,7 +12,7 @@ from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
     deps=[raw_dataset, trained_classifier],
     group_name="diffusemix",
     kinds={"pytorch", "mlflow"},
-    code_version="1",
+    code_version="2",
     required_resource_keys=RESOURCE_KEYS,
     description="Clean, corrupted and FGSM accuracy and calibration of every arm, with 95 % "
     "intervals, at `outputs/report/index.html`. Guarantees: test is read once a model; "

@@ -14,7 +14,7 @@ from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
     deps=[raw_dataset, fractal_augmented_dataset],
     group_name="diffusemix",
     kinds={"timm", "mlflow"},
-    code_version="1",
+    code_version="2",
     pool="gpu",
     required_resource_keys=RESOURCE_KEYS,
     description="A timm classifier for each arm, on originals alone and with augmented images. "
