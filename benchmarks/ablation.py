@@ -1,6 +1,6 @@
 """What each choice of DiffuseMix is worth, judged on val alone: the test images are not read.
 
-    python -m benchmarks.ablation FOLDER --config SETTINGS.yaml --data DATASET
+    python -m benchmarks.ablation FOLDER --config SETTINGS.yaml --data DATASET [--choices A;B]
 
 Trains classifiers of the settings' seeds under each choice (mixing online, copies an image,
 prompts, the gate, the order of the two joins, lambda), asks them about the val images, clean and
@@ -17,15 +17,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from benchmarks.fits import Task, ask_all, fit_all
 from diffusemix_pipeline.datasets.ingest import ingest
-from diffusemix_pipeline.datasets.manifest import Stage, class_names
+from diffusemix_pipeline.datasets.manifest import Stage
 from diffusemix_pipeline.devices import choose_device
 from diffusemix_pipeline.editing.generate import generate
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.evaluation.comparison import shared_families
-from diffusemix_pipeline.evaluation.evidence import FILE, Evidence, evaluate
 from diffusemix_pipeline.evaluation.statistics import difference_spread, mean_estimates
-from diffusemix_pipeline.files import replaced_folder
 from diffusemix_pipeline.identity import digest, draw
 from diffusemix_pipeline.mixing import stages as mixing_stages
 from diffusemix_pipeline.mixing.blending import hybrid, mix
@@ -33,9 +32,7 @@ from diffusemix_pipeline.mixing.fractals import fractals_version, load_fractals
 from diffusemix_pipeline.mixing.masks import Mask
 from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.settings import Arm, Settings, load_settings
-from diffusemix_pipeline.training.arms import Wanted, fit_arm, fit_fingerprint
-from diffusemix_pipeline.training.classifier import load_classifier
-from diffusemix_pipeline.training.data import load_images
+from diffusemix_pipeline.training.arms import Wanted
 from diffusemix_pipeline.training.fold_teachers import fit_label_gate
 
 WEATHER = "[autumn, snowy, sunset, rainbow, aurora]"
@@ -56,6 +53,7 @@ class Choice:
 CHOICES = {
     "vanilla": Choice("vanilla"),
     "augmix": Choice("augmix"),
+    "pixmix": Choice("pixmix"),
     BASE: Choice(),
     "online": Choice("diffusemix_online"),
     "2 copies": Choice(overrides=("editing.copies=2",)),
@@ -63,7 +61,7 @@ CHOICES = {
     "online, 4 copies": Choice("diffusemix_online", ("editing.copies=4",)),
     "prompts: weather and light": Choice(overrides=(f"editing.prompts={WEATHER}",)),
     "prompts: art": Choice(overrides=(f"editing.prompts={ART}",)),
-    "no gate": Choice(overrides=("editing.gate.enabled=false",)),
+    "gate": Choice(overrides=("editing.gate.enabled=true",)),
     "fractal first, in the edit's half": Choice(fractal_first=True),
     "lambda 0": Choice(overrides=("mixing.lam=0",)),
     "lambda 0.4": Choice(overrides=("mixing.lam=0.4",)),
@@ -90,14 +88,18 @@ class Bench:
         return load_settings(self.folder, config=self.config, overrides=own, environment={})
 
 
-def measure(bench: Bench) -> pd.DataFrame:
+def measure(bench: Bench, names: Sequence[str]) -> pd.DataFrame:
     """Train and ask under every choice; return accuracies and paired differences to the base.
 
     Columns, shares of 1, means over seeds: `clean`; `corrupted`, over all families; `unshared`,
     over those that neither the edits nor the other arms show in training; each with the 95 %
     interval of its difference to DiffuseMix as it is.
     """
-    answers = {name: _answers(bench, choice) for name, choice in CHOICES.items()}
+    tasks = {name: _tasks(bench, CHOICES[name], list(CHOICES).index(name)) for name in names}
+    every = [task for of_choice in tasks.values() for task in of_choice]
+    fit_all(every)
+    found = iter(ask_all(every))
+    answers = {name: [next(found) for _ in of_choice] for name, of_choice in tasks.items()}
     settings = bench.settings()
     families = settings.evaluation.corruptions
     shared = shared_families(["diffusemix"], settings.editing.prompts, families)["left_out"]
@@ -109,7 +111,6 @@ def measure(bench: Bench) -> pd.DataFrame:
             [e.corrupted[unshared].mean(axis=(0, 1)) for e in each] for each in answers.values()
         ],
     }
-    names = list(CHOICES)
     table = pd.DataFrame(index=pd.Index(names, name="choice"))
     for kind, scores in kinds.items():
         stacked = np.array(scores)  # (choices, seeds, images)
@@ -118,7 +119,7 @@ def measure(bench: Bench) -> pd.DataFrame:
             name: means[place] - means[names.index(BASE)] for place, name in enumerate(names)
         }
         spread = difference_spread(stacked)
-        found = mean_estimates(
+        estimated = mean_estimates(
             changes,
             settings.evaluation.bootstrap_samples,
             settings.seed,
@@ -127,54 +128,32 @@ def measure(bench: Bench) -> pd.DataFrame:
         )
         table[kind] = means.mean(axis=1)
         for end in ("low", "high"):
-            table[f"{kind}_{end}"] = [getattr(found[name], end) for name in names]
+            table[f"{kind}_{end}"] = [getattr(estimated[name], end) for name in names]
         table.loc[BASE, [f"{kind}_low", f"{kind}_high"]] = 0.0  # it does not differ from itself
     table.to_csv(bench.folder / "ablation.csv")
     return table
 
 
-def _answers(bench: Bench, choice: Choice) -> list[Evidence]:
-    """Return what the classifiers of a choice answer on val, asking those that were not asked."""
+def _tasks(bench: Bench, choice: Choice, place: int) -> list[Task]:
+    """Return a choice's fits, a seed each, with the stages that they need."""
     settings = bench.settings(choice.overrides)
     raw = ingest(bench.data, settings, bench.folder / "raw", aside=bench.aside)
-    stages = _stages(bench, choice, raw, settings)
-    wanted = [Wanted(choice.arm, seed) for seed in settings.training.seeds]
-    kept = {
-        one: bench.folder / "answers" / fit_fingerprint(one, stages, settings) for one in wanted
-    }
-    unasked = [one for one in wanted if not kept[one].exists()]
-    if unasked:
-        models = {}
-        for one in unasked:
-            fit = fit_arm(
-                one,
-                stages,
-                settings,
-                checkpoints=bench.folder / "checkpoints",
-                fractal_cache=bench.folder / "fractals",
-                aside=bench.aside,
-                device=bench.device,
-                on_point=lambda step, point: None,
-            )
-            models[one] = load_classifier(fit.folder, bench.device).model
-        val = load_images([raw], "val", class_names(raw.counts), settings.size, aside=bench.aside)
-        partial = {one: kept[one].with_name(f"{kept[one].name}.begun") for one in unasked}
-        found = evaluate(
-            models, val, settings.evaluation, settings.seed, bench.device, partial=partial
-        )
-        for one, evidence in found:
-            with replaced_folder(kept[one], mark=FILE, aside=bench.aside) as folder:
-                evidence.save(folder)
-    return [Evidence.load(kept[one]) for one in wanted]
+    stages = _stages(bench, choice, raw, settings, bench.folder / f"choice-{place:02d}")
+    return [
+        Task(Wanted(choice.arm, seed), stages, settings, "val", bench.folder)
+        for seed in settings.training.seeds
+    ]
 
 
-def _stages(bench: Bench, choice: Choice, raw: Stage, settings: Settings) -> Mapping[str, Stage]:
+def _stages(
+    bench: Bench, choice: Choice, raw: Stage, settings: Settings, folder: Path
+) -> Mapping[str, Stage]:
     if not choice.arm.startswith("diffusemix"):
         return {"raw": raw}
     generated = generate(
         raw,
         settings,
-        bench.folder / "generated",
+        folder / "generated",
         store=EditStore(bench.folder / "edits"),
         aside=bench.aside,
         device=bench.device,
@@ -183,20 +162,22 @@ def _stages(bench: Bench, choice: Choice, raw: Stage, settings: Settings) -> Map
         ),
     ).stage
     if choice.fractal_first:
-        augmented = _fractal_first(bench, raw, generated, settings)
+        augmented = _fractal_first(bench, raw, generated, settings, folder)
     else:
         augmented = mixing_stages.make_augmented(
             raw,
             generated,
             settings,
-            bench.folder / "augmented",
+            folder / "augmented",
             fractal_cache=bench.folder / "fractals",
             aside=bench.aside,
         )
     return {"raw": raw, "generated": generated, "augmented": augmented}
 
 
-def _fractal_first(bench: Bench, raw: Stage, generated: Stage, settings: Settings) -> Stage:
+def _fractal_first(
+    bench: Bench, raw: Stage, generated: Stage, settings: Settings, folder: Path
+) -> Stage:
     """Write M I + (1 - M) ((1 - lam) G + lam F): the original's half stays as it is."""
     mixing, seed = settings.mixing, settings.seed
     fractals = load_fractals(mixing, seed, settings.size, bench.folder / "fractals", silent)
@@ -218,7 +199,7 @@ def _fractal_first(bench: Bench, raw: Stage, generated: Stage, settings: Setting
         raw,
         generated,
         settings,
-        bench.folder / "augmented-fractal-first",
+        folder / "augmented",
         bench.aside,
         silent,
     )
@@ -229,7 +210,8 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path, help="where everything is kept")
     parser.add_argument("--config", type=Path, required=True, help="a YAML file of settings")
     parser.add_argument("--data", required=True, help="a folder of labelled images")
+    parser.add_argument("--choices", default=";".join(CHOICES), help="some of them, by ';'")
     options = parser.parse_args()
     bench = Bench(options.folder, choose_device("auto"), options.data, options.config)
     pd.set_option("display.width", 200)
-    print(measure(bench).round(3).to_string())
+    print(measure(bench, options.choices.split(";")).round(3).to_string())

@@ -1,0 +1,247 @@
+"""The published results: every arm of an experiment, three seeds, read on test once.
+
+    python -m benchmarks.results EXPERIMENT --data DATASET --folder FOLDER [--seeds 0,1]
+    python -m benchmarks.results
+
+The first trains and asks what is not answered yet, hours on two cores, and goes on where it was
+cut off. An experiment is a YAML file of settings in `benchmarks/results`. Answers are kept beside
+it, by what the settings ask for and not by where it was computed, so that seeds can come from
+several machines. The second makes all tables anew from the answers, without a classifier: a report
+an experiment in `outputs/results`, and what the arms come to on two of them together.
+"""
+
+import argparse
+import json
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from benchmarks.fits import Task, ask_all, fit_all
+from diffusemix_pipeline.datasets.ingest import ingest
+from diffusemix_pipeline.datasets.manifest import Stage, class_names
+from diffusemix_pipeline.devices import choose_device, is_fast_at_bfloat16
+from diffusemix_pipeline.editing.generate import generate
+from diffusemix_pipeline.editing.store import EditStore
+from diffusemix_pipeline.evaluation.comparison import (
+    Comparison,
+    by_arm,
+    shared_families,
+)
+from diffusemix_pipeline.evaluation.evidence import Evidence
+from diffusemix_pipeline.evaluation.readings import version_of_test
+from diffusemix_pipeline.evaluation.report import ReportInputs, title_of, write_report
+from diffusemix_pipeline.evaluation.statistics import CONFIDENCE, Estimate, holm
+from diffusemix_pipeline.files import link_or_copy, write_bytes, write_json
+from diffusemix_pipeline.identity import digest, file_sha256, seed_from
+from diffusemix_pipeline.mixing.fractals import fractals_version
+from diffusemix_pipeline.mixing.stages import make_augmented, make_hybrids
+from diffusemix_pipeline.settings import Arm, Settings, load_settings
+from diffusemix_pipeline.training.arms import BASELINE, SUBJECTS, all_fits
+from diffusemix_pipeline.training.fold_teachers import fit_label_gate
+
+HOME = Path(__file__).with_suffix("")
+TOGETHER = ("flowers12", "cifar10")
+"""The experiments whose mean says which arm is best."""
+IMAGES_TAKEN = {"cifar10": {"train": 590, "test": 200}}
+"""Images a class; of 590, some 500 stay for training where val is split off."""
+
+
+def produce(name: str, data: Path, folder: Path, seeds: Sequence[int]) -> None:
+    """Answer what an experiment asks for, seed by seed, and keep it in `HOME`."""
+    source = _taken(data, folder / "taken", IMAGES_TAKEN[name]) if name in IMAGES_TAKEN else data
+    settings = _settings(name, [f"source.path={source.resolve()}"])
+    raw = ingest(str(source), settings, folder / "raw", aside=folder / "aside")
+    write_json(HOME / name / "data.json", {"counts": raw.counts, "test": version_of_test(raw)})
+    readings = _readings(name)
+    missing = [
+        wanted
+        for wanted in all_fits(settings)
+        if wanted.seed in seeds
+        and _question(wanted.arm, wanted.seed, raw, settings) not in set(readings["question"])
+    ]
+    if not missing:
+        return
+    stages = {"raw": raw, **_stages(raw, settings, folder)}
+    for seed in sorted({wanted.seed for wanted in missing}):
+        tasks = [
+            Task(wanted, stages, settings, "test", folder)
+            for wanted in missing
+            if wanted.seed == seed
+        ]
+        fits = fit_all(tasks)
+        for fit, evidence in zip(fits, ask_all(tasks), strict=True):
+            evidence.save(_answers(name, fit.arm, seed))
+            fit.curve.to_csv(_answers(name, fit.arm, seed) / "curve.csv", index=False)
+            reading = {
+                "arm": fit.arm,
+                "seed": seed,
+                "question": _question(fit.arm, seed, raw, settings),
+                "images": fit.images,
+                "steps": fit.steps,
+                "val_accuracy": fit.best["val_accuracy"],
+                "processor": platform.machine(),
+                "bfloat16": is_fast_at_bfloat16(choose_device("auto")),
+            }
+            readings = pd.concat([readings, pd.DataFrame([reading])])
+        write_bytes(HOME / name / "readings.csv", readings.to_csv(index=False).encode())
+
+
+def _settings(name: str, overrides: Sequence[str] = ()) -> Settings:
+    return load_settings(HOME, config=HOME / f"{name}.yaml", overrides=overrides, environment={})
+
+
+def _readings(name: str) -> pd.DataFrame:
+    """Return a row each time that test images were read, the last of an arm and seed counts."""
+    path = HOME / name / "readings.csv"
+    return pd.read_csv(path) if path.exists() else pd.DataFrame({"question": []})
+
+
+def _answers(name: str, arm: Arm, seed: int) -> Path:
+    return HOME / name / f"{arm}-{seed}"
+
+
+def _question(arm: Arm, seed: int, raw: Stage, settings: Settings) -> str:
+    """Identify an answer by what is asked for.
+
+    Not by the edits' bytes, which differ in their last bits from machine to machine.
+    """
+    recipe = settings.training.model_dump(exclude={"arms", "seeds", "few_images"})
+    asked = settings.evaluation.model_dump(exclude={"bootstrap_samples", "batch_size"})
+    made: list[Any] = []
+    if arm == "pixmix":
+        made.append(fractals_version(settings.mixing, settings.seed))
+    if arm in SUBJECTS or arm in ("generated_only", "hybrid_only", "diffusemix+cutmix"):
+        made += [settings.editing.model_dump(), settings.mixing.model_dump()]
+    return digest(arm, seed, settings.seed, settings.size, raw.version, recipe, asked, made)
+
+
+def _taken(data: Path, folder: Path, most: Mapping[str, int]) -> Path:
+    """Link some images a class of each split, drawn by their content, into `folder`."""
+    for split, count in most.items():
+        for of_class in sorted((data / split).iterdir()):
+            drawn = sorted(of_class.iterdir(), key=file_sha256)[:count]
+            for image in drawn:
+                target = folder / split / of_class.name / image.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if not target.exists():
+                    link_or_copy(image, target)
+    return folder
+
+
+def _stages(raw: Stage, settings: Settings, folder: Path) -> dict[str, Stage]:
+    aside, device = folder / "aside", choose_device("auto")
+    generated = generate(
+        raw,
+        settings,
+        folder / "generated",
+        store=EditStore(folder / "edits"),
+        aside=aside,
+        device=device,
+        fit_gate=lambda plan: fit_label_gate(
+            plan, raw, folder=folder / "gate", aside=aside, device=device
+        ),
+    ).stage
+    hybrid = make_hybrids(raw, generated, settings, folder / "hybrid", aside=aside)
+    augmented = make_augmented(
+        raw,
+        generated,
+        settings,
+        folder / "augmented",
+        fractal_cache=folder / "fractals",
+        aside=aside,
+    )
+    return {"generated": generated, "hybrid": hybrid, "augmented": augmented}
+
+
+def tables(out: Path) -> Iterator[str]:
+    """Write an experiment's report into `out` and yield its Markdown; last, that of the mean."""
+    comparisons = {}
+    for name in sorted(path.stem for path in HOME.glob("*.yaml")):
+        readings = _readings(name)
+        if readings.empty:
+            continue
+        settings, last = _settings(name), readings.drop_duplicates(["arm", "seed"], keep="last")
+        evidence = {
+            (arm, seed): Evidence.load(_answers(name, arm, seed))
+            for arm, seed in last[["arm", "seed"]].itertuples(index=False, name=None)
+        }
+        facts = json.loads((HOME / name / "data.json").read_text("utf-8"))
+        inputs = ReportInputs(
+            evidence=evidence,
+            classes=class_names(facts["counts"]),
+            settings=settings,
+            counts=facts["counts"]["by_split"],
+            curves={key: pd.read_csv(_answers(name, *key) / "curve.csv") for key in evidence},
+            steps=dict(zip(last["arm"], last["steps"].tolist(), strict=True)),
+            few_images={},
+            test_reads=len(readings),
+            versions={"test": facts["test"]},
+        )
+        report = write_report(inputs, out / name, aside=out)
+        yield f"## {name}\n\n{(report.folder / 'report.md').read_text('utf-8')}"
+        if name in TOGETHER:
+            arms = by_arm(evidence)
+            families = next(iter(evidence.values())).corruptions
+            left_out = shared_families(list(arms), settings.editing.prompts, families)["left_out"]
+            drawn = settings.evaluation.bootstrap_samples, seed_from(settings.seed, "bootstrap")
+            comparisons[name] = list(arms), Comparison(arms, left_out, *drawn)
+    if len(comparisons) == len(TOGETHER):
+        yield f"## On the mean of {' and '.join(TOGETHER)}\n\n{_together(comparisons)}"
+
+
+def _together(comparisons: Mapping[str, tuple[list[Arm], Comparison]]) -> str:
+    """Return a table of every arm's difference to each of DiffuseMix's arms, overall.
+
+    The experiments share nothing, so the variance of the mean is the mean of theirs over their
+    number; a variance is taken from an interval's length as if it were a normal one's.
+    """
+    each = list(comparisons.values())
+    arms = [arm for arm in each[0][0] if arm != BASELINE]
+    columns: dict[str, dict[str, str]] = {}
+    for subject in SUBJECTS:
+        found = {
+            arm: _mean([c.differences(arm, subject, ["overall"])["overall"] for _, c in each])
+            for arm in (BASELINE, *arms)
+            if arm != subject
+        }
+        adjusted = holm({arm: estimate.p for arm, estimate in found.items()})
+        columns[f"less {title_of(subject)}"] = {
+            title_of(arm): f"{100 * e.value:+.1f} ({100 * e.low:+.1f} to {100 * e.high:+.1f}), "
+            f"p {adjusted[arm]:.3f}"
+            for arm, e in found.items()
+        }
+    table = pd.DataFrame(columns).fillna("")
+    table.index.name = "Arm"
+    return table.to_markdown(disable_numparse=True) + "\n"
+
+
+def _mean(estimates: Sequence[Estimate]) -> Estimate:
+    reach = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
+    errors = [(estimate.high - estimate.low) / (2 * reach) for estimate in estimates]
+    value = float(np.mean([estimate.value for estimate in estimates]))
+    error = float(np.linalg.norm(errors)) / len(estimates)
+    p = float(2 * stats.norm.sf(abs(value) / error))
+    return Estimate(value, value - reach * error, value + reach * error, p)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    names = sorted(path.stem for path in HOME.glob("*.yaml"))
+    parser.add_argument("experiment", nargs="?", choices=names, help="none: make the tables anew")
+    parser.add_argument("--data", type=Path, help="a folder with train/ and test/")
+    parser.add_argument("--folder", type=Path, help="where everything is kept")
+    parser.add_argument("--seeds", default="0,1,2", help="which of them")
+    options = parser.parse_args()
+    if options.experiment:
+        if not options.data or not options.folder:
+            parser.error("an experiment needs --data and --folder")
+        chosen = [int(seed) for seed in options.seeds.split(",")]
+        produce(options.experiment, options.data, options.folder, chosen)
+    else:
+        for text in tables(Path("outputs/results")):
+            print(text)
