@@ -1,5 +1,6 @@
 """Promises 2 and 3: whatever kills a run, shards it or runs its steps, the bytes are the same."""
 
+import multiprocessing
 import os
 import random
 import shutil
@@ -48,6 +49,17 @@ MADE = {
     "report": [".diffusemix/evidence", "outputs/report"],
 }
 KILLS = 20
+# A run is a process of its own, forked where everything that it imports is there already.
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(
+    [
+        "diffusemix_pipeline.editing.instruct_pix2pix",
+        "diffusemix_pipeline.orchestration.learning",
+        "diffusemix_pipeline.training.loop",
+        "dvc.repo",
+        "mlflow",
+    ]
+)
 
 
 @pytest.fixture(scope="module")
@@ -114,26 +126,25 @@ def killed_in_flight(
 
     The last thing told is of this stage and not the end of it: work was in flight.
     """
-    phases = PHASES[stage][rng.randrange(len(PHASES[stage])) :]
+    phases = tuple(PHASES[stage][rng.randrange(len(PHASES[stage])) :])
+    log = project.root / "told.log"
     for _ in range(5):
         pinning = phases[0].startswith("Pinning")
         share, seconds = (
             rng.uniform(0, 0.4 if pinning else 0.8),
             rng.uniform(0, 0.5 if pinning else 0.003),
         )
-        plan = [str(project.root), str(weights), str(share), str(seconds), *phases]
-        killed = subprocess.run(
-            [sys.executable, __file__, *plan],
-            stdout=subprocess.PIPE,
-            text=True,
-            check=False,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        log.write_text("")
+        run = FORKED.Process(
+            target=run_until_killed, args=(project, wanted(weights), phases, share, seconds, log)
         )
-        assert killed.returncode == -signal.SIGKILL, killed.stdout
-        lines = (line.rsplit("|") for line in killed.stdout.splitlines())
+        run.start()
+        run.join()
+        assert run.exitcode == -signal.SIGKILL, log.read_text()
+        lines = (line.rsplit("|") for line in log.read_text().splitlines())
         told = [(description, int(done), int(total)) for description, done, total in lines]
         last, done, total = told[-1]
-        if done < total and last.startswith(tuple(phases)):
+        if done < total and last.startswith(phases):
             return told
         for name in MADE[stage]:  # a kill that came too late is none: let the stage work again
             path = project.root / name
@@ -141,15 +152,23 @@ def killed_in_flight(
     pytest.fail(f"no kill hit {stage} at work; the last came after {told[-1]}")
 
 
-def run_until_killed(root: str, weights: str, share: str, seconds: str, *phases: str) -> None:
+def run_until_killed(
+    project: Project,
+    settings: Settings,
+    phases: tuple[str, ...],
+    share: float,
+    seconds: float,
+    log: Path,
+) -> None:
     """Run, and kill this process so many seconds after a share of one of the phases is done."""
+    told = os.open(log, os.O_WRONLY | os.O_APPEND)
 
     def tell(description: str, done: int, total: int) -> None:
-        os.write(1, f"{description}|{done}|{total}\n".encode())
-        if description.startswith(phases) and done >= int(float(share) * total):
-            Timer(float(seconds), os.kill, [os.getpid(), signal.SIGKILL]).start()
+        os.write(told, f"{description}|{done}|{total}\n".encode())
+        if description.startswith(phases) and done >= int(share * total):
+            Timer(seconds, os.kill, [os.getpid(), signal.SIGKILL]).start()
 
-    run_here(Project(Path(root)), wanted(Path(weights)), tell)
+    run_here(project, settings, tell)
 
 
 @pytest.mark.parametrize("shards", [3, 8])
@@ -171,7 +190,3 @@ def test_the_multiprocess_executor_gives_the_same_bytes(undisturbed, weights, tm
     target = ["-m", "diffusemix_pipeline.definitions", "-j", "diffusemix"]
     subprocess.run([*command, *target], cwd=tmp_path, check=True, env=environment)
     assert made(project) == undisturbed
-
-
-if __name__ == "__main__":
-    run_until_killed(*sys.argv[1:])

@@ -33,6 +33,7 @@ from diffusemix_pipeline.bundled_editor.sources import (
     to_tensor,
 )
 from diffusemix_pipeline.bundled_editor.teachers import PROMPTS, apply_teacher, apply_teachers
+from diffusemix_pipeline.devices import is_fast_at_bfloat16
 from diffusemix_pipeline.editing.editor import Editor, load_editor
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import write_bytes
@@ -300,7 +301,7 @@ def _train_judge(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
     for step in range(steps):
         images, labels = batch(step)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_fast_at_bfloat16("cpu")):
             scores = judge(images.contiguous(memory_format=torch.channels_last))
         loss = functional.cross_entropy(scores.float(), labels, label_smoothing=0.05)
         optimiser.zero_grad()

@@ -31,6 +31,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusemix_pipeline.bundled_editor.sources import SourceBank
 from diffusemix_pipeline.bundled_editor.teachers import PROMPTS, apply_teachers
+from diffusemix_pipeline.devices import is_fast_at_bfloat16
 from diffusemix_pipeline.editing.editor import INDEX as EDITOR_INDEX
 from diffusemix_pipeline.files import check_replaceable, replaced_folder
 from diffusemix_pipeline.identity import digest, seed_from
@@ -254,7 +255,7 @@ def train_unet(
         text_rows[no_text] = len(texts) - 1
         times = torch.randint(len(signal), (count,), generator=generator)
         keep, add = (level[times].view(-1, 1, 1, 1) for level in (signal, noise_level))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_fast_at_bfloat16("cpu")):
             with torch.no_grad():
                 both = torch.cat([originals, edited]) * 2 - 1
                 latents = autoencoder.encode(both).latent_dist.mean.float()
