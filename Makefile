@@ -4,6 +4,7 @@ PYTHON ?= python3
 UV_VERSION := 0.13.9
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: help install demo test test-slow lint ui lock
 .DEFAULT_GOAL := help
@@ -26,10 +27,10 @@ demo: $(INSTALLED)  ## run the whole pipeline on its embedded sample: no network
 	$(BIN)/diffusemix run --preset demo
 
 test: $(INSTALLED)  ## run the tests that take less than 15 minutes together
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow"
 
 test-slow: $(INSTALLED)  ## run the rest of the tests
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m slow
 
 lint: $(INSTALLED)  ## check style, types and the direction of imports
 	$(BIN)/ruff format --check .

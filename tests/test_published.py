@@ -518,7 +518,7 @@ def test_a_table_that_names_a_file_elsewhere_is_refused(elsewhere, miniature, tm
         list_items("cub200", folder)
 
 
-@pytest.mark.parametrize("name", set(PUBLISHED) - {"cifar10", "cifar100"})
+@pytest.mark.parametrize("name", sorted(set(PUBLISHED) - {"cifar10", "cifar100"}))
 def test_a_missing_image_is_told(name, miniature):
     folder, _ = miniature(name)
     last = list_items(name, folder)[-1]
@@ -577,7 +577,7 @@ def test_only_what_is_missing_is_asked_for(miniature):
         check_at_hand("imagenet", folder)
 
 
-@pytest.mark.parametrize("name", set(PUBLISHED) - {"imagenet", "stanford_cars"})
+@pytest.mark.parametrize("name", sorted(set(PUBLISHED) - {"imagenet", "stanford_cars"}))
 def test_a_failed_download_names_address_and_folder(name, tmp_path, monkeypatch):
     def no_network(*request, **how):
         raise urllib.error.URLError("no network")
