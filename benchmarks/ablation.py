@@ -17,13 +17,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.fits import Task, ask_all, fit_all
+from benchmarks.fits import Task, ask_all, fit_all, make_stages
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import Stage
-from diffusemix_pipeline.devices import choose_device
-from diffusemix_pipeline.editing.generate import generate
-from diffusemix_pipeline.editing.store import EditStore
-from diffusemix_pipeline.evaluation.comparison import shared_families
+from diffusemix_pipeline.evaluation.comparison import WITH_EDITS, shared_families
 from diffusemix_pipeline.evaluation.statistics import difference_spread, mean_estimates
 from diffusemix_pipeline.identity import digest, draw
 from diffusemix_pipeline.mixing import stages as mixing_stages
@@ -33,7 +30,6 @@ from diffusemix_pipeline.mixing.masks import Mask
 from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.settings import Arm, Settings, load_settings
 from diffusemix_pipeline.training.arms import Wanted
-from diffusemix_pipeline.training.fold_teachers import fit_label_gate
 
 WEATHER = "[autumn, snowy, sunset, rainbow, aurora]"
 ART = '[watercolor art, mosaic, ukiyo-e, "a sketch with crayon"]'
@@ -71,10 +67,9 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class Bench:
-    """Where everything is kept, what computes, and under which settings."""
+    """Where everything is kept, which images, and under which settings."""
 
     folder: Path
-    device: str
     data: str
     config: Path
 
@@ -148,35 +143,17 @@ def _tasks(bench: Bench, choice: Choice, place: int) -> list[Task]:
 def _stages(
     bench: Bench, choice: Choice, raw: Stage, settings: Settings, folder: Path
 ) -> Mapping[str, Stage]:
-    if not choice.arm.startswith("diffusemix"):
+    if choice.arm not in WITH_EDITS:
         return {"raw": raw}
-    generated = generate(
-        raw,
-        settings,
-        folder / "generated",
-        store=EditStore(bench.folder / "edits"),
-        aside=bench.aside,
-        device=bench.device,
-        fit_gate=lambda plan: fit_label_gate(
-            plan, raw, folder=bench.folder / "gate", aside=bench.aside, device=bench.device
-        ),
-    ).stage
+    stages = make_stages(raw, settings, folder, kept=bench.folder)
     if choice.fractal_first:
-        augmented = _fractal_first(bench, raw, generated, settings, folder)
-    else:
-        augmented = mixing_stages.make_augmented(
-            raw,
-            generated,
-            settings,
-            folder / "augmented",
-            fractal_cache=bench.folder / "fractals",
-            aside=bench.aside,
-        )
-    return {"raw": raw, "generated": generated, "augmented": augmented}
+        out = folder / "fractal-first"
+        stages["augmented"] = _fractal_first(bench, raw, stages["generated"], settings, out)
+    return stages
 
 
 def _fractal_first(
-    bench: Bench, raw: Stage, generated: Stage, settings: Settings, folder: Path
+    bench: Bench, raw: Stage, generated: Stage, settings: Settings, out: Path
 ) -> Stage:
     """Write M I + (1 - M) ((1 - lam) G + lam F): the original's half stays as it is."""
     mixing, seed = settings.mixing, settings.seed
@@ -199,7 +176,7 @@ def _fractal_first(
         raw,
         generated,
         settings,
-        folder / "augmented",
+        out,
         bench.aside,
         silent,
     )
@@ -212,6 +189,6 @@ if __name__ == "__main__":
     parser.add_argument("--data", required=True, help="a folder of labelled images")
     parser.add_argument("--choices", default=";".join(CHOICES), help="some of them, by ';'")
     options = parser.parse_args()
-    bench = Bench(options.folder, choose_device("auto"), options.data, options.config)
+    bench = Bench(options.folder, options.data, options.config)
     pd.set_option("display.width", 200)
     print(measure(bench, options.choices.split(";")).round(3).to_string())

@@ -23,6 +23,7 @@ from PIL import Image
 from scipy import stats
 from torch import Tensor, nn
 
+from benchmarks.fits import Task, ask_all, fit_all, make_stages
 from diffusemix_pipeline.bundled_editor.evaluation import (
     measure_edits,
     psnr_to_teacher,
@@ -40,15 +41,11 @@ from diffusemix_pipeline.editing.generate import generate
 from diffusemix_pipeline.editing.planning import plan_edits
 from diffusemix_pipeline.editing.sampling import Sampler, workers_on
 from diffusemix_pipeline.editing.store import EditStore
-from diffusemix_pipeline.evaluation.evidence import FILE, Evidence, evaluate
+from diffusemix_pipeline.evaluation.evidence import Evidence
 from diffusemix_pipeline.evaluation.statistics import mean_estimates
-from diffusemix_pipeline.files import replaced_folder
-from diffusemix_pipeline.mixing.stages import make_augmented
 from diffusemix_pipeline.progress import silent
-from diffusemix_pipeline.settings import Settings, load_settings
-from diffusemix_pipeline.training.arms import Wanted, fit_arm
-from diffusemix_pipeline.training.classifier import load_classifier
-from diffusemix_pipeline.training.data import load_images
+from diffusemix_pipeline.settings import Arm, Settings, load_settings
+from diffusemix_pipeline.training.arms import Wanted
 
 PAPER = "euler_ancestral, 100 steps, guided 1"
 BEST = "dpmsolver++, 100 steps, guided 1"
@@ -271,47 +268,13 @@ def _judges(bench: Bench) -> tuple[nn.Module, nn.Module, np.ndarray]:
 
 def _answers(bench: Bench, settings: Settings, *, augmented: bool) -> list[Evidence]:
     """Return what classifiers of three seeds answer on the test images, asking what is not kept."""
-    folder, aside, device = bench.folder, bench.folder / "aside", bench.device
-    raw = ingest(settings.source.path, settings, folder / "raw", aside=aside)
-    stages = {"raw": raw}
-    if augmented:
-        generated = _generated(bench, raw, "generated", settings)
-        stages["augmented"] = make_augmented(
-            raw,
-            generated,
-            settings,
-            folder / "augmented",
-            fractal_cache=folder / "fractals",
-            aside=aside,
-        )
-    answers = []
-    for seed in SEEDS:
-        fit = fit_arm(
-            Wanted("diffusemix" if augmented else "vanilla", seed),
-            stages,
-            settings,
-            checkpoints=folder / "checkpoints",
-            fractal_cache=folder / "fractals",
-            aside=aside,
-            device=device,
-            on_point=lambda step, point: None,
-        )
-        kept = folder / "answers" / fit.fingerprint
-        if not kept.exists():
-            classifier = load_classifier(fit.folder, device)
-            test = load_images([raw], "test", classifier.classes, settings.size, aside=aside)
-            [(_, evidence)] = evaluate(
-                {kept: classifier.model},
-                test,
-                settings.evaluation,
-                settings.seed,
-                device,
-                partial={kept: kept.with_name(f"{kept.name}.begun")},
-            )
-            with replaced_folder(kept, mark=FILE, aside=aside) as partial:
-                evidence.save(partial)
-        answers.append(Evidence.load(kept))
-    return answers
+    folder = bench.folder
+    raw = ingest(settings.source.path, settings, folder / "raw", aside=folder / "aside")
+    stages = make_stages(raw, settings, folder, kept=folder) if augmented else {"raw": raw}
+    arm: Arm = "diffusemix" if augmented else "vanilla"
+    tasks = [Task(Wanted(arm, seed), stages, settings, "test", folder) for seed in SEEDS]
+    fit_all(tasks)
+    return ask_all(tasks)
 
 
 def _downstream(answers: Mapping[str, list[Evidence]]) -> pd.DataFrame:

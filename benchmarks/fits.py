@@ -17,13 +17,18 @@ import torch
 
 from diffusemix_pipeline.datasets.manifest import Stage, class_names
 from diffusemix_pipeline.devices import choose_device, usable_cores
+from diffusemix_pipeline.editing.generate import generate
+from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.evaluation.evidence import FILE, Evidence, evaluate
 from diffusemix_pipeline.files import replaced_folder
 from diffusemix_pipeline.identity import digest
+from diffusemix_pipeline.mixing.stages import make_augmented, make_hybrids
 from diffusemix_pipeline.settings import Settings
+from diffusemix_pipeline.terminal import progress_bars
 from diffusemix_pipeline.training.arms import Fit, Wanted, fit_arm, fit_fingerprint
 from diffusemix_pipeline.training.classifier import load_classifier
 from diffusemix_pipeline.training.data import load_images
+from diffusemix_pipeline.training.fold_teachers import fit_label_gate
 
 Item = TypeVar("Item")
 
@@ -47,6 +52,40 @@ class Task:
         return self.folder / "answers" / digest(fit, self.split, asked)
 
 
+def make_stages(raw: Stage, settings: Settings, folder: Path, *, kept: Path) -> dict[str, Stage]:
+    """Edit and mix the training images of `raw` into `folder`; return all four stages by name.
+
+    What others may use too (edits, the gate's teachers, fractals) lies in `kept`.
+    """
+    aside, device = kept / "aside", choose_device("auto")
+    with progress_bars() as progress:
+        generated = generate(
+            raw,
+            settings,
+            folder / "generated",
+            store=EditStore(kept / "edits"),
+            aside=aside,
+            device=device,
+            fit_gate=lambda plan: fit_label_gate(
+                plan, raw, folder=kept / "gate", aside=aside, device=device, progress=progress
+            ),
+            progress=progress,
+        ).stage
+        hybrid = make_hybrids(
+            raw, generated, settings, folder / "hybrid", aside=aside, progress=progress
+        )
+        augmented = make_augmented(
+            raw,
+            generated,
+            settings,
+            folder / "augmented",
+            fractal_cache=kept / "fractals",
+            aside=aside,
+            progress=progress,
+        )
+    return {"raw": raw, "generated": generated, "hybrid": hybrid, "augmented": augmented}
+
+
 def fit_all(tasks: Sequence[Task]) -> list[Fit]:
     """Fit each task's classifier, or take what was fitted before; in the order of the tasks."""
     with _processes() as pool:
@@ -59,9 +98,9 @@ def ask_all(tasks: Sequence[Task]) -> list[Evidence]:
     Those of a group of tasks see the same corrupted images, which are made once a group.
     """
     unasked = [task for task in tasks if not task.answers.exists()]
-    groups = [unasked[start :: _workers()] for start in range(_workers())]
+    groups = [unasked[start :: _workers()] for start in range(min(_workers(), len(unasked)))]
     with _processes() as pool:
-        list(_told("groups asked", pool.map(_ask, filter(None, groups)), len(groups)))
+        list(_told("groups asked", pool.map(_ask, groups), len(groups)))
     return [Evidence.load(task.answers) for task in tasks]
 
 

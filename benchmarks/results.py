@@ -12,22 +12,21 @@ an experiment in `outputs/results`, and what the arms come to on two of them tog
 
 import argparse
 import json
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy import stats
 
-from benchmarks.fits import Task, ask_all, fit_all
+from benchmarks.fits import Task, ask_all, fit_all, make_stages
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import Stage, class_names
 from diffusemix_pipeline.devices import choose_device, is_fast_at_bfloat16
-from diffusemix_pipeline.editing.generate import generate
-from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.evaluation.comparison import (
+    WITH_EDITS,
     Comparison,
     by_arm,
     shared_families,
@@ -39,10 +38,8 @@ from diffusemix_pipeline.evaluation.statistics import CONFIDENCE, Estimate, holm
 from diffusemix_pipeline.files import link_or_copy, write_bytes, write_json
 from diffusemix_pipeline.identity import digest, file_sha256, seed_from
 from diffusemix_pipeline.mixing.fractals import fractals_version
-from diffusemix_pipeline.mixing.stages import make_augmented, make_hybrids
 from diffusemix_pipeline.settings import Arm, Settings, load_settings
 from diffusemix_pipeline.training.arms import BASELINE, SUBJECTS, all_fits
-from diffusemix_pipeline.training.fold_teachers import fit_label_gate
 
 HOME = Path(__file__).with_suffix("")
 TOGETHER = ("flowers12", "cifar10")
@@ -66,7 +63,7 @@ def produce(name: str, data: Path, folder: Path, seeds: Sequence[int]) -> None:
     ]
     if not missing:
         return
-    stages = {"raw": raw, **_stages(raw, settings, folder)}
+    stages = make_stages(raw, settings, folder, kept=folder)
     for seed in sorted({wanted.seed for wanted in missing}):
         tasks = [
             Task(wanted, stages, settings, "test", folder)
@@ -84,7 +81,7 @@ def produce(name: str, data: Path, folder: Path, seeds: Sequence[int]) -> None:
                 "images": fit.images,
                 "steps": fit.steps,
                 "val_accuracy": fit.best["val_accuracy"],
-                "processor": platform.machine(),
+                "processor": torch.backends.cpu.get_cpu_capability(),
                 "bfloat16": is_fast_at_bfloat16(choose_device("auto")),
             }
             readings = pd.concat([readings, pd.DataFrame([reading])])
@@ -115,7 +112,7 @@ def _question(arm: Arm, seed: int, raw: Stage, settings: Settings) -> str:
     made: list[Any] = []
     if arm == "pixmix":
         made.append(fractals_version(settings.mixing, settings.seed))
-    if arm in SUBJECTS or arm in ("generated_only", "hybrid_only", "diffusemix+cutmix"):
+    if arm in WITH_EDITS:
         made += [settings.editing.model_dump(), settings.mixing.model_dump()]
     return digest(arm, seed, settings.seed, settings.size, raw.version, recipe, asked, made)
 
@@ -131,31 +128,6 @@ def _taken(data: Path, folder: Path, most: Mapping[str, int]) -> Path:
                 if not target.exists():
                     link_or_copy(image, target)
     return folder
-
-
-def _stages(raw: Stage, settings: Settings, folder: Path) -> dict[str, Stage]:
-    aside, device = folder / "aside", choose_device("auto")
-    generated = generate(
-        raw,
-        settings,
-        folder / "generated",
-        store=EditStore(folder / "edits"),
-        aside=aside,
-        device=device,
-        fit_gate=lambda plan: fit_label_gate(
-            plan, raw, folder=folder / "gate", aside=aside, device=device
-        ),
-    ).stage
-    hybrid = make_hybrids(raw, generated, settings, folder / "hybrid", aside=aside)
-    augmented = make_augmented(
-        raw,
-        generated,
-        settings,
-        folder / "augmented",
-        fractal_cache=folder / "fractals",
-        aside=aside,
-    )
-    return {"generated": generated, "hybrid": hybrid, "augmented": augmented}
 
 
 def tables(out: Path) -> Iterator[str]:

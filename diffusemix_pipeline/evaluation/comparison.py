@@ -49,7 +49,7 @@ _OF_ARMS: dict[Arm, tuple[str, ...]] = {
     "trivialaugment": ("brightness", "contrast"),
     "randaugment": ("brightness", "contrast"),
 }
-_WITH_EDITS: tuple[Arm, ...] = (
+WITH_EDITS: tuple[Arm, ...] = (
     "generated_only", "hybrid_only", "diffusemix", "diffusemix_online", "diffusemix+cutmix",
 )  # fmt: skip
 # Those that an edit shows: what the bundled editor's teachers do, and other editors are asked for.
@@ -88,7 +88,7 @@ def shared_families(
 
     `left_out` holds those that leave some of `families` to be compared on: what no arm was shown.
     """
-    with_edits = any(arm in _WITH_EDITS for arm in arms)
+    with_edits = any(arm in WITH_EDITS for arm in arms)
     of_arms = {arm: list(_OF_ARMS[arm]) for arm in arms if arm in _OF_ARMS}
     of_prompts = {p: list(_OF_PROMPTS[p]) for p in prompts if with_edits and p in _OF_PROMPTS}
     shown = {
