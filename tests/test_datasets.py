@@ -8,7 +8,7 @@ import pandas as pd
 import pandera.errors
 import pytest
 from conftest import picture, quick_settings, write_classes
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from diffusemix_pipeline.datasets import manifest
 from diffusemix_pipeline.datasets.images import (
@@ -364,6 +364,12 @@ def test_an_image_of_the_pipeline_reads_back_as_it_was_written(tmp_path):
     assert read_square(stage.folder / name, 32).shape == (32, 32, 3)
 
 
+def test_no_program_is_read_as_an_image_of_the_pipeline(tmp_path):
+    picture(0).save(tmp_path / "cat.eps")
+    with pytest.raises(UnidentifiedImageError):
+        read_square((tmp_path / "cat.eps").rename(tmp_path / "cat.png"), 32)
+
+
 @pytest.mark.parametrize(
     ("column", "value"),
     [
@@ -372,6 +378,8 @@ def test_an_image_of_the_pipeline_reads_back_as_it_was_written(tmp_path):
         ("file_name", "/etc/cat.png"),
         ("edit_key", "../" + "0" * 29),
         ("edit_key", "cat"),
+        ("label", "../cat"),
+        ("label", ".."),
     ],
 )
 def test_a_manifest_names_nothing_outside_of_its_folder(column, value, tmp_path):

@@ -63,7 +63,7 @@ def to_square(image: Image.Image, size: int) -> np.ndarray:
 
 def read_square(path: Path, size: int) -> np.ndarray:
     """Read one of the pipeline's own RGB files as uint8 (size, size, 3)."""
-    with Image.open(path) as image:
+    with Image.open(path, formats=_FORMATS) as image:
         return to_square(image.convert("RGB"), size)
 
 

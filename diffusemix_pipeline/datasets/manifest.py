@@ -199,7 +199,9 @@ def _schema() -> Any:
     columns["image_id"].unique = True
     columns["file_name"].unique = True
     columns["split"].checks = [pa.Check.isin(SPLITS)]
-    # A manifest may come from elsewhere: what it names lies in its folder, or in the store's.
+    # A manifest may come from elsewhere: what it names lies in its folder, or in the store's, and
+    # a label is the name of a folder in it.
+    columns["label"].checks = [pa.Check.str_matches(r"(?s)(?!\.\.?\Z)[^/]+\Z")]
     columns["file_name"].checks = [pa.Check.str_matches(r"(?s)(?!/)(?!(.*/)?\.\.(/|\Z))")]
     columns["edit_key"].checks = [pa.Check.str_matches(r"[0-9a-f]+\Z")]
     return pa.DataFrameSchema(columns, strict=True, ordered=True)

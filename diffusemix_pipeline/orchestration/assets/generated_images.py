@@ -199,7 +199,7 @@ def _yield_metadata(stage: "Stage") -> dict[str, Any]:
     ins={"raw_dataset": dg.AssetIn(dagster_type=dg.Nothing)},
     group_name="diffusemix",
     kinds={"diffusers", "pytorch"},
-    code_version="1",
+    code_version="2",
     description="G(I, p): each training image edited by a diffusion model under its prompts. "
     "Guarantees: train only; an edit that was made before is taken from the store; "
     "its seed follows from what it is, never from order, shard or worker.",
