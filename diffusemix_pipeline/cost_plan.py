@@ -48,7 +48,8 @@ def plan_cost(
     check_augmentation(settings)
     device, store = choose_device(settings.device), EditStore(project.edits)
     raw, origin = _raw(settings, project, progress)
-    plan = plan_edits(raw, settings, read_dropped(project.dropped))
+    dropped = read_dropped(project.dropped)
+    plan = plan_edits(raw, settings, dropped)
     gate = None
     if plan.gate:  # what lies in `project.aside` goes when a run begins
         aside = project.state / "plan" / "aside"
@@ -61,8 +62,11 @@ def plan_cost(
         stored = stored_edits(plan, store)
         cost = run_pilot(plan, store, device=device, gate=gate, progress=progress)
     left = forecast(plan, store, gate, cost) if cost else None
-    share = share_within(budget, cost, raw, settings, store, gate) if cost and budget else None
-    return CostPlan(origin, len(plan), stored, left, share)
+    share = None
+    if cost and budget:
+        share = share_within(budget, cost, raw, settings, store, gate, dropped)
+    wanted = sum(1 for _ in plan.shard(0, 1))
+    return CostPlan(origin, wanted, stored, left, share)
 
 
 def _raw(settings: Settings, project: Project, progress: Progress) -> tuple[Stage, str]:

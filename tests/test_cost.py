@@ -11,6 +11,7 @@ from hypothesis import settings as runs
 from hypothesis import strategies as st
 
 from diffusemix_pipeline.cli import main
+from diffusemix_pipeline.datasets.dropped import Dropped
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import Stage
 from diffusemix_pipeline.editing.cost import Cost, forecast, run_pilot, share_within
@@ -80,6 +81,17 @@ def test_the_pilot_is_of_the_wanted_edits_and_paid_for_once(raw, weights, tmp_pa
     assert left.megabytes == pytest.approx(size / 1e6, rel=0.1)
     assert left.disk_megabytes == pytest.approx((6 + 2 * 30) * cost.edit_bytes / 1e6)
     assert run_pilot(plan, store, device="cpu") is None  # nothing is missing
+
+
+def test_what_was_dropped_is_not_foreseen(raw, weights, tmp_path):
+    settings, store = settings_of(weights), EditStore(tmp_path / "edits")
+    edits = list(plan_edits(raw, settings))
+    dropped = Dropped(edits=frozenset(edit.key for edit in edits[:10]))
+    left = forecast(plan_edits(raw, settings, dropped), store, None, COST)
+    assert (left.edits, left.images) == (20, 20)
+    just = COST.seconds(20)
+    assert share_within(just, COST, raw, settings, store, None, dropped) == 1
+    assert share_within(just, COST, raw, settings, store, None) < 1
 
 
 def test_with_a_gate_the_edits_after_a_rejection_are_foreseen(raw, weights, tmp_path):

@@ -152,9 +152,10 @@ def test_a_gate_judges_nothing_anew_for_a_dropped_image(source, editor, tmp_path
     def gate(plan) -> LabelGate:
         def judge(sources, originals, edits):
             asked.extend(source.image_id for source in sources)
-            # One image's first attempts are rejected: its edit in the stage is a later one.
+            # One image's first attempt is rejected: its edit in the stage is the second.
+            first = asked.count(odd["image_id"]) == 1
             return [
-                ACCEPTED if source.image_id != odd["image_id"] or len(asked) > 30 else "label"
+                "label" if first and source.image_id == odd["image_id"] else ACCEPTED
                 for source in sources
             ]
 
@@ -166,7 +167,8 @@ def test_a_gate_judges_nothing_anew_for_a_dropped_image(source, editor, tmp_path
     rows = before.manifest()
     assert paid >= len(rows)
     asked.clear()
-    edit = rows.iloc[0]
+    [edit] = rows[rows["source_id"] == odd["image_id"]].to_dict("records")
+    assert edit["attempt"] == 1
     gone = a_train_row(raw, 5)
     dropped = Dropped(frozenset({tombstone(gone)}), frozenset({edit["edit_key"]}))
     left = raw_of(source, tmp_path / "raw", dropped)
@@ -176,6 +178,35 @@ def test_a_gate_judges_nothing_anew_for_a_dropped_image(source, editor, tmp_path
     )
     after, paid = made(left, editor, tmp_path, dropped, gate)
     assert (paid, asked) == (0, [])
+    assert len(after.manifest()) == len(rows) - 2
+
+
+def test_a_dropped_edit_ends_the_attempts_whatever_the_gate_says(source, editor, tmp_path):
+    """One edit serves two labels: dropped, neither of them wants another attempt of it."""
+    both_labels = shutil.copytree(source, tmp_path / "both")
+    cat = a_train_row(raw_of(source, tmp_path / "before"))
+    assert cat["label"] == "cat"
+    shutil.copy(source / cat["source_id"], both_labels / "dog")
+    raw = raw_of(both_labels, tmp_path / "raw")
+
+    seen = set()
+
+    def gate(plan) -> LabelGate:
+        def judge(sources, originals, edits):
+            """Reject a dog's first attempt."""
+            new = [s.label == "dog" and s.image_id not in seen for s in sources]
+            seen.update(source.image_id for source in sources)
+            return ["label" if one else ACCEPTED for one in new]
+
+        return LabelGate(judge, plan.verdicts(tmp_path / "gate"), 1.0)
+
+    before, _ = made(raw, editor, tmp_path, gate=gate)
+    rows = before.manifest()
+    [edit] = rows[rows["source_id"] == cat["image_id"]].to_dict("records")
+    dropped = Dropped(edits=frozenset({edit["edit_key"]}))
+    after, paid = made(raw, editor, tmp_path, dropped, gate)
+    assert paid == 0
+    assert after.notes["dropped"] == 2  # for each of the labels
     assert len(after.manifest()) == len(rows) - 2
 
 

@@ -1,5 +1,6 @@
 """Promises: training repeats from its seed, is chosen on val, with equal steps for all arms."""
 
+import multiprocessing
 import shutil
 import tracemalloc
 from dataclasses import replace
@@ -41,6 +42,24 @@ def raw(tmp_path_factory) -> Stage:
     source = write_classes(folder / "data", ["cat", "dog", "emu"], 12)
     asked = quick_settings("source.val_fraction=0.3", "source.train_per_class=null")
     return ingest(str(source), asked, folder / "raw", aside=folder / "aside")
+
+
+def test_processes_that_read_the_same_images_do_not_disturb_each_other(tmp_path):
+    images = np.repeat(np.arange(64, dtype=np.uint8), 16 * 16 * 3).reshape(64, 16, 16, 3)
+    decoded = DecodedImages(images, 16, tmp_path)
+
+    def read_all() -> None:
+        rng = np.random.default_rng()
+        for _ in range(300):
+            places = rng.integers(0, 64, 8)
+            assert (decoded[places][:, 0, 0, 0] == places).all()
+
+    forks = [multiprocessing.get_context("fork").Process(target=read_all) for _ in range(3)]
+    for fork in forks:
+        fork.start()
+    for fork in forks:
+        fork.join()
+    assert [fork.exitcode for fork in forks] == [0, 0, 0]
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import math
 import time
 from dataclasses import dataclass
 
+from diffusemix_pipeline.datasets.dropped import NOTHING, Dropped
 from diffusemix_pipeline.datasets.manifest import Stage
 from diffusemix_pipeline.editing.editor import edits_at_once
 from diffusemix_pipeline.editing.gate import ACCEPTED
@@ -83,6 +84,8 @@ def forecast(plan: Plan, store: EditStore, gate: LabelGate | None, cost: Cost) -
     images = 0.0
     for first in plan:
         *_, edit = attempts(plan, first, judged)
+        if edit.key in plan.dropped:
+            continue
         if edit.case in judged:
             images += judged[edit.case] == ACCEPTED
         else:
@@ -151,7 +154,7 @@ def run_pilot(
 
 def stored_edits(plan: Plan, store: EditStore) -> int:
     """Count the edits of a plan that need not be made."""
-    return sum(edit.key in store for edit in plan)
+    return sum(edit.key in store for edit in plan.shard(0, 1))
 
 
 def share_within(
@@ -161,6 +164,7 @@ def share_within(
     settings: Settings,
     store: EditStore,
     gate: LabelGate | None,
+    dropped: Dropped = NOTHING,
 ) -> float:
     """Return the largest `editing.share`, in hundredths, whose edits take at most so long.
 
@@ -170,7 +174,7 @@ def share_within(
     while low < high:
         tried = (low + high + 1) // 2
         editing = settings.editing.model_copy(update={"share": tried / 100})
-        plan = plan_edits(raw, settings.model_copy(update={"editing": editing}))
+        plan = plan_edits(raw, settings.model_copy(update={"editing": editing}), dropped)
         if forecast(plan, store, gate, cost).seconds <= seconds:
             low = tried
         else:

@@ -306,9 +306,13 @@ def _may_try_again(plan: Plan, edit: PlannedEdit) -> bool:
 
 
 def attempts(plan: Plan, first: PlannedEdit, judged: Mapping[str, str]) -> Iterator[PlannedEdit]:
-    """Walk from a first attempt to the one that was not rejected, or to the last."""
+    """Walk from a first attempt to the one that was dropped or not rejected, or to the last."""
     yield first
-    while judged.get(first.case, ACCEPTED) != ACCEPTED and _may_try_again(plan, first):
+    while (
+        first.key not in plan.dropped
+        and judged.get(first.case, ACCEPTED) != ACCEPTED
+        and _may_try_again(plan, first)
+    ):
         first = plan.next_attempt(first)
         yield first
 
