@@ -19,6 +19,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 		"Python %d.%d will not do: name one of 3.11 to 3.13, e.g. make PYTHON=python3.12 $(MAKECMDGOALS)" % v)'
 	$(PYTHON) -m venv --clear .venv  # packages that the lock no longer names go
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@# Where Python keeps no bytecode, as in many containers, each process would compile it all anew.
 	$(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode --require-hashes --requirements requirements.lock
 	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation --editable .
 	@touch $(INSTALLED)

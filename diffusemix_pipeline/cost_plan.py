@@ -12,7 +12,6 @@ from diffusemix_pipeline.editing.cost import (
     forecast,
     run_pilot,
     share_within,
-    stored_edits,
 )
 from diffusemix_pipeline.editing.generate import adopt_edits, adopt_verdicts
 from diffusemix_pipeline.editing.planning import plan_edits
@@ -59,14 +58,13 @@ def plan_cost(
         adopt_verdicts(project.generated, plan, gate.verdicts)
     with using_edits(project):
         adopt_edits(project.generated, store)
-        stored = stored_edits(plan, store)
+        stored = [edit.key in store for edit in plan.shard(0, 1)]
         cost = run_pilot(plan, store, device=device, gate=gate, progress=progress)
     left = forecast(plan, store, gate, cost) if cost else None
     share = None
     if cost and budget:
         share = share_within(budget, cost, raw, settings, store, gate, dropped)
-    wanted = sum(1 for _ in plan.shard(0, 1))
-    return CostPlan(origin, wanted, stored, left, share)
+    return CostPlan(origin, len(stored), sum(stored), left, share)
 
 
 def _raw(settings: Settings, project: Project, progress: Progress) -> tuple[Stage, str]:

@@ -44,24 +44,6 @@ def raw(tmp_path_factory) -> Stage:
     return ingest(str(source), asked, folder / "raw", aside=folder / "aside")
 
 
-def test_processes_that_read_the_same_images_do_not_disturb_each_other(tmp_path):
-    images = np.repeat(np.arange(64, dtype=np.uint8), 16 * 16 * 3).reshape(64, 16, 16, 3)
-    decoded = DecodedImages(images, 16, tmp_path)
-
-    def read_all() -> None:
-        rng = np.random.default_rng()
-        for _ in range(300):
-            places = rng.integers(0, 64, 8)
-            assert (decoded[places][:, 0, 0, 0] == places).all()
-
-    forks = [multiprocessing.get_context("fork").Process(target=read_all) for _ in range(3)]
-    for fork in forks:
-        fork.start()
-    for fork in forks:
-        fork.join()
-    assert [fork.exitcode for fork in forks] == [0, 0, 0]
-
-
 @pytest.fixture(scope="module")
 def generated(raw, tmp_path_factory) -> Stage:
     folder = tmp_path_factory.mktemp("generated")
@@ -382,3 +364,21 @@ def test_the_curve_over_images_is_of_vanilla_and_diffusemix(raw):
     assert fit_fingerprint(Wanted("vanilla", 0), stages, asked) == fit_fingerprint(
         Wanted("vanilla", 0), stages, quick_settings()
     )
+
+
+def test_processes_that_read_the_same_images_do_not_disturb_each_other(tmp_path):
+    images = np.repeat(np.arange(64, dtype=np.uint8), 16 * 16 * 3).reshape(64, 16, 16, 3)
+    decoded = DecodedImages(images, 16, tmp_path)
+
+    def read_all() -> None:
+        rng = np.random.default_rng()
+        for _ in range(300):
+            places = rng.integers(0, 64, 8)
+            assert (decoded[places][:, 0, 0, 0] == places).all()
+
+    forks = [multiprocessing.get_context("fork").Process(target=read_all) for _ in range(3)]
+    for fork in forks:
+        fork.start()
+    for fork in forks:
+        fork.join()
+    assert [fork.exitcode for fork in forks] == [0, 0, 0]

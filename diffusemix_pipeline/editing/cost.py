@@ -152,11 +152,6 @@ def run_pilot(
     )
 
 
-def stored_edits(plan: Plan, store: EditStore) -> int:
-    """Count the edits of a plan that need not be made."""
-    return sum(edit.key in store for edit in plan.shard(0, 1))
-
-
 def share_within(
     seconds: float,
     cost: Cost,
