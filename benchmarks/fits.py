@@ -28,7 +28,7 @@ from diffusemix_pipeline.terminal import progress_bars
 from diffusemix_pipeline.training.arms import Fit, Wanted, fit_arm, fit_fingerprint
 from diffusemix_pipeline.training.classifier import load_classifier
 from diffusemix_pipeline.training.data import load_images
-from diffusemix_pipeline.training.fold_teachers import fit_label_gate
+from diffusemix_pipeline.training.fold_teachers import label_gate
 
 Item = TypeVar("Item")
 
@@ -66,7 +66,7 @@ def make_stages(raw: Stage, settings: Settings, folder: Path, *, kept: Path) -> 
             store=EditStore(kept / "edits"),
             aside=aside,
             device=device,
-            fit_gate=lambda plan: fit_label_gate(
+            gate_of=lambda plan: label_gate(
                 plan, raw, folder=kept / "gate", aside=aside, device=device, progress=progress
             ),
             progress=progress,

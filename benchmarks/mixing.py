@@ -312,7 +312,9 @@ def _run_for_peak(stage: str, here: Path) -> int:
     if stage == "raw":
         _ingested(here, settings)
     elif stage == "teachers":
-        _gate(here, plan_edits(read_stage(here / "raw"), settings))
+        gate = _gate(here, plan_edits(read_stage(here / "raw"), settings))
+        assert gate
+        gate.fit()
     elif stage == "made":
         _make_with_no_editor(here, settings)
     elif stage == "generated":
@@ -376,14 +378,14 @@ class _NoEditor:
 
 
 def _gate(here: Path, plan: Plan) -> LabelGate | None:
-    """Fit or read the label gate where it is on."""
+    """Return the label gate where it is on."""
     if not plan.gate:
         return None
     # Imported here: it brings torch, which processes that neither make nor judge do without.
-    from diffusemix_pipeline.training.fold_teachers import fit_label_gate
+    from diffusemix_pipeline.training.fold_teachers import label_gate
 
     raw, aside = read_stage(here / "raw"), here / "aside"
-    return fit_label_gate(plan, raw, folder=here / "gate", aside=aside, device="cpu")
+    return label_gate(plan, raw, folder=here / "gate", aside=aside, device="cpu")
 
 
 def _make_with_no_editor(here: Path, settings: Settings) -> None:

@@ -38,6 +38,7 @@ from diffusemix_pipeline.evaluation.statistics import CONFIDENCE, Estimate, holm
 from diffusemix_pipeline.files import link_or_copy, write_bytes, write_json
 from diffusemix_pipeline.identity import digest, file_sha256, seed_from
 from diffusemix_pipeline.mixing.fractals import fractals_version
+from diffusemix_pipeline.recipes import training_identity
 from diffusemix_pipeline.settings import Arm, Settings, load_settings
 from diffusemix_pipeline.training.arms import BASELINE, SUBJECTS, all_fits
 
@@ -107,7 +108,7 @@ def _question(arm: Arm, seed: int, raw: Stage, settings: Settings) -> str:
 
     Not by the edits' bytes, which differ in their last bits from machine to machine.
     """
-    recipe = settings.training.model_dump(exclude={"arms", "seeds", "few_images"})
+    recipe = training_identity(settings.training)
     asked = settings.evaluation.model_dump(exclude={"bootstrap_samples", "batch_size"})
     made: list[Any] = []
     if arm == "pixmix":

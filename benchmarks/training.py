@@ -22,12 +22,12 @@ import torch
 from torch.nn import functional
 
 from diffusemix_pipeline.devices import is_fast_at_bfloat16
+from diffusemix_pipeline.recipes import recipe_of
 from diffusemix_pipeline.settings import Training
 from diffusemix_pipeline.training import loop
 from diffusemix_pipeline.training.augmentations import NONE
 from diffusemix_pipeline.training.classifier import Classifier, build_classifier, to_tensor
 from diffusemix_pipeline.training.data import DecodedImages, LabelledImages
-from diffusemix_pipeline.training.recipes import recipe_of
 
 IMAGES = 2000
 CLASSES = 10

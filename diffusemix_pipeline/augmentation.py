@@ -27,7 +27,7 @@ from diffusemix_pipeline.preflight import check_augmentation
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.project import Project, using_edits
 from diffusemix_pipeline.settings import Settings
-from diffusemix_pipeline.training.fold_teachers import fit_label_gate
+from diffusemix_pipeline.training.fold_teachers import label_gate
 
 SOURCES = "sources.parquet"
 
@@ -74,7 +74,7 @@ def augment_folder(
             store=EditStore(project.edits),
             aside=parts,
             device=device,
-            fit_gate=lambda plan: fit_label_gate(
+            gate_of=lambda plan: label_gate(
                 plan, raw, folder=project.gate, aside=parts, device=device, progress=progress
             ),
             progress=progress,

@@ -511,11 +511,12 @@ def verify() -> None:
 @store.command()
 @click.option("--yes", is_flag=True, help="Remove them; without it they are only counted.")
 def prune(yes: bool) -> None:
-    """Remove the edits that no present dataset of this project uses.
+    """Remove the edits that no present dataset of this project uses and nobody dropped.
 
     Those of a preview, a plan or a run that was cut off are not used yet: they go as well, but for
     edits of the last day, which may be of a run that is still going on.
     """
+    from diffusemix_pipeline.datasets.dropped import read_dropped
     from diffusemix_pipeline.datasets.manifest import MANIFEST, read_manifest
     from diffusemix_pipeline.editing.store import EditStore
 
@@ -529,7 +530,9 @@ def prune(yes: bool) -> None:
             "bring it back with `dvc checkout` or a run first."
         )
     with alone_with_edits(project):
-        used = {key for stage in present for key in read_manifest(stage, ["edit_key"])["edit_key"]}
+        used = set(read_dropped(project.dropped).edits)  # whoever wants one back does not pay again
+        for stage in present:
+            used.update(read_manifest(stage, ["edit_key"])["edit_key"])
         every = list(edits)
         unused = [key for key in every if key not in used]
         old = [key for key in unused if time.time() - edits.path(key).stat().st_mtime > _DAY]

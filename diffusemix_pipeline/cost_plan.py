@@ -13,14 +13,14 @@ from diffusemix_pipeline.editing.cost import (
     run_pilot,
     share_within,
 )
-from diffusemix_pipeline.editing.generate import adopt_edits, adopt_verdicts
+from diffusemix_pipeline.editing.generate import adopt_edits, adopt_verdicts, fit_where_needed
 from diffusemix_pipeline.editing.planning import plan_edits
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.preflight import check_augmentation
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.project import Project, using_edits
 from diffusemix_pipeline.settings import Settings
-from diffusemix_pipeline.training.fold_teachers import fit_label_gate
+from diffusemix_pipeline.training.fold_teachers import label_gate
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,11 @@ def plan_cost(
     gate = None
     if plan.gate:  # what lies in `project.aside` goes when a run begins
         aside = project.state / "plan" / "aside"
-        gate = fit_label_gate(
+        gate = label_gate(
             plan, raw, folder=project.gate, aside=aside, device=device, progress=progress
         )
         adopt_verdicts(project.generated, plan, gate.verdicts)
+        fit_where_needed(gate, plan)
     with using_edits(project):
         adopt_edits(project.generated, store)
         stored = [edit.key in store for edit in plan.shard(0, 1)]

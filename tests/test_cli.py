@@ -11,6 +11,7 @@ from conftest import QUICK, tiny_editor, write_classes
 from PIL import Image
 
 from diffusemix_pipeline.cli import main
+from diffusemix_pipeline.datasets.manifest import read_stage
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.project import Project, using_edits
 
@@ -197,8 +198,13 @@ def test_the_store_is_looked_after(here, weights):
         os.utime(edit, (0, 0))
     unused = call("store", "prune").output
     assert unused.startswith("6 edits are not used")  # the damaged one was in the dataset, too
-    assert "6 edits removed, 6 kept" in call("store", "prune", "--yes").output
-    assert "6 edits" in call("store", "status").output
+    stored = (edit.stem for edit in (here / ".diffusemix" / "edits").glob("??/*.png"))
+    [stage] = Path(".diffusemix/augment").glob("*/generated")
+    used = set(read_stage(stage).manifest(["edit_key"])["edit_key"])
+    dropped = next(key for key in stored if key not in used)
+    Path("dropped.txt").write_text(f"edit {dropped}\n")
+    assert "5 edits removed, 7 kept" in call("store", "prune", "--yes").output
+    assert "7 edits" in call("store", "status").output
     with using_edits(Project(here)):  # as a run does
         assert "Edits are being made or used" in call("store", "prune", "--yes").output
         assert "Edits are being made or used" in call("store", "verify").output

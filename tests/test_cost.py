@@ -102,7 +102,7 @@ def test_with_a_gate_the_edits_after_a_rejection_are_foreseen(raw, weights, tmp_
         """Accept cats alone, so half of all."""
         return [ACCEPTED if source.label == "cat" else "label" for source in sources]
 
-    gate = LabelGate(judge, plan.verdicts(tmp_path / "gate"), 1)
+    gate = LabelGate(judge, plan.verdicts(tmp_path / "gate"), lambda: 1)
     tries = 1 + 1 / 2 + 1 / 4
     half = replace(COST, accepted=0.5)
     left = forecast(plan, store, gate, half)

@@ -108,7 +108,7 @@ def made(raw: Stage, editor, folder, dropped: Dropped = NOTHING, gate=None):
         aside=folder / "aside",
         device="cpu",
         dropped=dropped,
-        fit_gate=gate,
+        gate_of=gate,
     )
     return found.stage, found.made
 
@@ -147,7 +147,7 @@ def test_a_dropped_edit_that_the_store_lost_is_not_made_again(source, editor, tm
 
 
 def test_a_gate_judges_nothing_anew_for_a_dropped_image(source, editor, tmp_path):
-    asked = []
+    asked, fitted = [], []
 
     def gate(plan) -> LabelGate:
         def judge(sources, originals, edits):
@@ -159,14 +159,18 @@ def test_a_gate_judges_nothing_anew_for_a_dropped_image(source, editor, tmp_path
                 for source in sources
             ]
 
-        return LabelGate(judge, plan.verdicts(tmp_path / "gate"), 1.0)
+        return LabelGate(
+            judge, plan.verdicts(tmp_path / "gate"), lambda: fitted.append(plan) or 1.0
+        )
 
     raw = raw_of(source, tmp_path / "raw")
     odd = a_train_row(raw, 1)
     before, paid = made(raw, editor, tmp_path, gate=gate)
     rows = before.manifest()
     assert paid >= len(rows)
+    assert len(fitted) == 1
     asked.clear()
+    fitted.clear()
     [edit] = rows[rows["source_id"] == odd["image_id"]].to_dict("records")
     assert edit["attempt"] == 1
     gone = a_train_row(raw, 5)
@@ -177,7 +181,7 @@ def test_a_gate_judges_nothing_anew_for_a_dropped_image(source, editor, tmp_path
         plan_edits(left, settings).gate == plan_edits(raw_of(source, tmp_path / "o"), settings).gate
     )
     after, paid = made(left, editor, tmp_path, dropped, gate)
-    assert (paid, asked) == (0, [])
+    assert (paid, asked, fitted) == (0, [], [])
     assert len(after.manifest()) == len(rows) - 2
 
 
@@ -198,7 +202,7 @@ def test_a_dropped_edit_ends_the_attempts_whatever_the_gate_says(source, editor,
             seen.update(source.image_id for source in sources)
             return ["label" if one else ACCEPTED for one in new]
 
-        return LabelGate(judge, plan.verdicts(tmp_path / "gate"), 1.0)
+        return LabelGate(judge, plan.verdicts(tmp_path / "gate"), lambda: 1.0)
 
     before, _ = made(raw, editor, tmp_path, gate=gate)
     rows = before.manifest()

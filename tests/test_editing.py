@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from diffusemix_pipeline.datasets.dropped import Dropped
 from diffusemix_pipeline.datasets.images import read_square, to_square
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import REJECTED, Stage, read_stage
@@ -55,6 +56,8 @@ from diffusemix_pipeline.settings import Settings
 
 IMAGES = np.stack([to_square(picture(seed), 32) for seed in range(3)])
 PROMPTS = ["sunset", "mosaic", "sunset"]
+FIRST_DOG = "train/dog/0-"
+GATE = "editing.gate.enabled=true"
 
 
 @pytest.fixture(scope="module")
@@ -452,6 +455,20 @@ def test_an_image_that_changed_since_it_was_read_is_named(weights, tmp_path):
         generate(raw, settings, tmp_path / "out", store=store, aside=aside, device="cpu")
 
 
+@pytest.mark.parametrize("gate", [None, GATE])
+def test_an_edit_that_is_wanted_again_before_a_run_collects_is_named(gate, weights, tmp_path):
+    raw, settings = ingested(tmp_path, weights, *([gate] if gate else []))
+    store, aside = EditStore(tmp_path / "edits"), tmp_path / "aside"
+    plan = plan_edits(raw, settings)
+    taken_out = next(iter(plan))
+    without = plan_edits(raw, settings, Dropped(edits=frozenset({taken_out.key})))
+    verdicts = plan.verdicts(tmp_path / "gate")
+    judge = LabelGate(lambda sources, originals, edits: [ACCEPTED] * len(edits), verdicts, int)
+    make_edits(without, store=store, device="cpu", gate=judge if gate else None)
+    with pytest.raises(UserError, match=f"{taken_out.source.image_id} lacks .* Run it again"):
+        collect_edits(plan, tmp_path / "out", store, verdicts if gate else None, aside)
+
+
 def test_cut_off_work_goes_on_where_it_was(weights, tmp_path, monkeypatch):
     few = "editing.batch_size=3"
     whole = rows(generated(tmp_path / "whole", weights, few))
@@ -607,7 +624,7 @@ def test_shards_judge_and_retry_alike(weights, tmp_path):
     whole = gated(tmp_path, weights, by_content)
     raw, settings = ingested(tmp_path, weights, GATE)
     plan, store = plan_edits(raw, settings), EditStore(tmp_path / "other")
-    gate = LabelGate(by_content, Ledger(tmp_path / "others"), 1)
+    gate = LabelGate(by_content, Ledger(tmp_path / "others"), lambda: 1)
     made = [
         make_edits(plan, store=store, device="cpu", gate=gate, shard=shard, shards=3)
         for shard in (2, 0, 1)
@@ -625,10 +642,6 @@ def test_the_gate_changes_no_edit_and_while_off_no_stage(weights, tmp_path):
     assert plan_edits(raw, off).fingerprint == plan_edits(raw, plain).fingerprint
     assert plan_edits(raw, on).fingerprint != plan_edits(raw, plain).fingerprint
     assert list(plan_edits(raw, on)) == list(plan_edits(raw, plain))
-
-
-FIRST_DOG = "train/dog/0-"
-GATE = "editing.gate.enabled=true"
 
 
 def ingested(tmp_path: Path, weights: Path, *overrides: str) -> tuple[Stage, Settings]:
@@ -650,7 +663,7 @@ def gated(tmp_path: Path, weights: Path, judge: Judge, *overrides: str) -> Gener
         store=EditStore(tmp_path / "edits"),
         aside=tmp_path / "aside",
         device="cpu",
-        fit_gate=lambda plan: LabelGate(judge, plan.verdicts(tmp_path / "gate"), 1),
+        gate_of=lambda plan: LabelGate(judge, plan.verdicts(tmp_path / "gate"), lambda: 1),
     )
 
 

@@ -24,7 +24,7 @@ from diffusemix_pipeline.training.fold_teachers import (
     Fitted,
     assign_folds,
     fit_fold_teachers,
-    fit_label_gate,
+    label_gate,
 )
 
 CLASSES = ["cat", "dog", "emu"]
@@ -136,12 +136,13 @@ def test_a_fitted_gate_is_read_back_without_its_images(raw, tmp_path, monkeypatc
     settings = quick_settings(FOLDS, "editing.gate.enabled=true", "editing.gate.min_change=0")
     plan = plan_edits(raw, settings)
     where = {"folder": tmp_path / "gate", "aside": tmp_path / "aside", "device": "cpu"}
-    first = fit_label_gate(plan, raw, **where)
+    first = label_gate(plan, raw, **where)
+    accuracy = first.fit()
     fitted = fit_fold_teachers(raw, settings, **where | {"folder": tmp_path / "gate" / "teachers"})
     assert not [path for path in (tmp_path / "aside").rglob("*") if path.is_file()]
     monkeypatch.setattr(fold_teachers, "load_images", lambda *args, **how: pytest.fail("decoded"))
-    again = fit_label_gate(plan, raw, **where)
-    assert again.teacher_accuracy == first.teacher_accuracy
+    again = label_gate(plan, raw, **where)
+    assert again.fit() == accuracy
     sources = [edit.source for edit in plan]
     originals = np.stack([read_square(source.path, 32) for source in sources])
     edits = originals[:, ::-1]
@@ -159,7 +160,7 @@ def test_a_fitted_gate_is_read_back_without_its_images(raw, tmp_path, monkeypatc
         assert np.array_equal(arrays["folds"], fitted.teachers.folds)
         assert arrays["folders"].tolist() == list(fitted.folders)
         assert np.array_equal(arrays["thresholds"], thresholds)
-    assert first.teacher_accuracy == fitted.accuracy
+    assert accuracy == fitted.accuracy
     strange = sources[0]._replace(sha256="f" * 64)
     assert len(again.judge([strange], originals[:1], edits[:1])) == 1  # by any: none has seen it
 

@@ -4,18 +4,20 @@ import multiprocessing
 import shutil
 import tracemalloc
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from conftest import quick_settings, write_classes, write_edits
 
-from diffusemix_pipeline import settings
+from diffusemix_pipeline import recipes, settings
 from diffusemix_pipeline.datasets.images import read_square
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import Stage
+from diffusemix_pipeline.editing.planning import teacher_recipe
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.recipes import recipe_of
 from diffusemix_pipeline.training import arms, loop
 from diffusemix_pipeline.training.arms import (
     Fit,
@@ -33,7 +35,6 @@ from diffusemix_pipeline.training.classifier import (
     save_classifier,
 )
 from diffusemix_pipeline.training.data import DecodedImages, LabelledImages, load_images
-from diffusemix_pipeline.training.recipes import recipe_of
 
 
 @pytest.fixture(scope="module")
@@ -318,6 +319,20 @@ def test_the_recipe_follows_from_the_model_where_settings_leave_it_open(override
     found = recipe_of(quick_settings(*overrides).training)
     assert found.optimizer == recipe[0]
     assert found[1:] == pytest.approx(recipe[1:])
+
+
+def test_a_new_recipe_makes_new_fits_and_new_teachers_alone_where_it_is_used(raw, monkeypatch):
+    def identities(*overrides: str) -> list[Any]:
+        settings = quick_settings("training.model=resnet18", *overrides)
+        wanted = fit_fingerprint(Wanted("vanilla", 0), {"raw": raw}, settings)
+        return [wanted, teacher_recipe(settings)]
+
+    open_before = identities()
+    fixed = ["training.optimizer=sgd", "training.learning_rate=1", "training.weight_decay=0"]
+    fixed_before = identities(*fixed)
+    monkeypatch.setitem(recipes._RECIPES, "resnet[0-9]*", recipes.Recipe("sgd", 0.3, 5e-4))
+    assert not [same for same, was in zip(identities(), open_before, strict=True) if same == was]
+    assert identities(*fixed) == fixed_before
 
 
 @pytest.mark.parametrize("model", ["resnet18", "vit_tiny_patch16_224", "preact_resnet18"])

@@ -61,8 +61,11 @@ class LabelGate:
 
     judge: Judge
     verdicts: Ledger
-    teacher_accuracy: float
-    """Top-1, 0 to 1, of its teachers on originals that they did not see."""
+    fit: Callable[[], float]
+    """Makes it ready to judge, or fails before an edit is paid for.
+
+    Returns the top-1, 0 to 1, of its teachers on originals that they did not see.
+    """
 
 
 def generate(
@@ -74,12 +77,12 @@ def generate(
     aside: Path,
     device: str,
     dropped: Dropped = NOTHING,
-    fit_gate: Callable[[Plan], LabelGate] | None = None,
+    gate_of: Callable[[Plan], LabelGate] | None = None,
     progress: Progress = silent,
 ) -> Generated:
     """Edit the training images of `raw`; only edits that the store lacks cost UNet evaluations.
 
-    `fit_gate` is asked for the label gate where it is on and there is something to do.
+    `gate_of` is asked for the label gate where it is on.
     """
     plan = plan_edits(raw, settings, dropped)
     finished = finished_stage(out, plan.fingerprint)
@@ -88,9 +91,10 @@ def generate(
     adopt_edits(out, store)
     gate = None
     if plan.gate:
-        assert fit_gate  # without it, what nobody judged would count as judged
-        gate = fit_gate(plan)
+        assert gate_of  # without it, what nobody judged would count as judged
+        gate = gate_of(plan)
         adopt_verdicts(out, plan, gate.verdicts)
+        fit_where_needed(gate, plan)
     made = make_edits(plan, store=store, device=device, gate=gate, progress=progress)
     verdicts = gate.verdicts if gate else None
     return Generated(collect_edits(plan, out, store, verdicts, aside, progress), made)
@@ -170,7 +174,8 @@ def collect_edits(
     """Write the stage folder from the store, which holds every edit of the plan.
 
     With a gate, an edit is the first accepted attempt; `rejected.parquet` has a row for each of the
-    others. Raises UserError where nothing was accepted.
+    others. Raises UserError where nothing was accepted, or where an edit is missing: the plan of
+    those who made them left it out, or it was pruned.
     """
     judged = verdicts_by_case(verdicts) if verdicts else {}
     accepted, dropped, rejected = 0, 0, []
@@ -181,9 +186,14 @@ def collect_edits(
                 if edit.key in plan.dropped:
                     dropped += 1
                     continue
-                verdict = judged[edit.case] if verdicts else None
-                row = _row(edit, verdict, plan.settings.size)
-                if verdict in (None, ACCEPTED):
+                verdict = judged.get(edit.case) if verdicts else ACCEPTED
+                if verdict is None or (verdict == ACCEPTED and edit.key not in records):
+                    raise UserError(
+                        f"{edit.source.image_id} lacks its edit to '{edit.prompt}': dropped.txt or "
+                        "the store changed during the run. Run it again: what was made is kept."
+                    )
+                row = _row(edit, verdict if verdicts else None, plan.settings.size)
+                if verdict == ACCEPTED:
                     link_or_copy(store.path(edit.key), stage.folder / row["file_name"])
                     accepted += 1
                     stage.add({**row, "sha256": records[edit.key].sha256})
@@ -315,6 +325,12 @@ def attempts(plan: Plan, first: PlannedEdit, judged: Mapping[str, str]) -> Itera
     ):
         first = plan.next_attempt(first)
         yield first
+
+
+def fit_where_needed(gate: LabelGate, plan: Plan) -> float | None:
+    """Fit the gate if it has an edit of the plan to judge; None where it has not."""
+    judged = verdicts_by_case(gate.verdicts)
+    return gate.fit() if next(open_edits(plan, judged), None) else None
 
 
 def open_edits(plan: Plan, judged: Mapping[str, str]) -> Iterator[PlannedEdit]:

@@ -17,6 +17,7 @@ from diffusemix_pipeline.datasets.manifest import Stage, class_names
 from diffusemix_pipeline.editing.editor import editor_fingerprint, locate_editor, locate_lora
 from diffusemix_pipeline.files import Ledger
 from diffusemix_pipeline.identity import digest, draw, seed_from
+from diffusemix_pipeline.recipes import training_identity
 from diffusemix_pipeline.settings import PLACE_OR_SPEED, Editing, Settings
 
 CODE_VERSION = "1"
@@ -206,8 +207,8 @@ def _gate_version(raw: Stage, train: pd.DataFrame, settings: Settings) -> str | 
 
 def teacher_recipe(settings: Settings) -> list[Any]:
     """Return what shapes every teacher of the gate beside the images that it sees."""
-    of_arms = {"arms", "seeds", "few_images", "validations"}
-    recipe = settings.training.model_dump(exclude=of_arms)
+    recipe = training_identity(settings.training)
+    del recipe["validations"]  # teachers have one, after the last step
     return [GATE_VERSION, settings.size, settings.seed, recipe]
 
 

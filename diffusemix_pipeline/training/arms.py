@@ -20,6 +20,7 @@ from diffusemix_pipeline.identity import digest, seed_from
 from diffusemix_pipeline.mixing.fractals import fractals_version, load_fractals
 from diffusemix_pipeline.mixing.masks import half_mask
 from diffusemix_pipeline.progress import Progress, silent
+from diffusemix_pipeline.recipes import training_identity
 from diffusemix_pipeline.settings import Arm, Settings
 from diffusemix_pipeline.training import augmentations
 from diffusemix_pipeline.training.augmentations import Augmentation
@@ -86,13 +87,12 @@ def fit_fingerprint(wanted: Wanted, stages: Mapping[str, Stage], settings: Setti
     arm, seed, per_class = wanted
     added = _ADDED_STAGE.get(arm)
     versions = [_version_of_seen(stages["raw"]), stages[added].version if added else None]
-    recipe = settings.training.model_dump(exclude={"arms", "seeds", "few_images"})
     drawn: list[Any] = []
     if arm in _USES_FRACTALS:
         drawn.append(fractals_version(settings.mixing, settings.seed))
     if arm == "diffusemix_online":
         drawn.append(settings.mixing.model_dump(include={"masks", "seam", "lam"}))
-    of_run = [settings.size, settings.seed, recipe, drawn]
+    of_run = [settings.size, settings.seed, training_identity(settings.training), drawn]
     return digest("fit", CODE_VERSION, arm, seed, per_class, versions, *of_run)
 
 

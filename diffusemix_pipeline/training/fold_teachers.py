@@ -8,6 +8,7 @@ import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +125,7 @@ def fit_fold_teachers(
     return Fitted(teachers, folders, train.labels, held_out, accuracy)
 
 
-def fit_label_gate(
+def label_gate(
     plan: Plan,
     raw: Stage,
     *,
@@ -133,31 +134,36 @@ def fit_label_gate(
     device: str,
     progress: Progress = silent,
 ) -> LabelGate:
-    """Train or read the teachers of a plan's gate; `folder` keeps them and the verdicts.
+    """Return a plan's gate, whose teachers are trained or read when they are asked for first.
 
-    What is known of a fitted gate is kept too: shards, which follow, decode no training image.
+    `folder` keeps them, the verdicts, and what is known of a fitted gate: shards, which follow,
+    decode no training image.
     """
     settings, gate = plan.settings, plan.settings.editing.gate
     known, home = folder / "fitted" / f"{plan.gate}.npz", folder / "teachers"
-    if not known.exists():
-        fitted = fit_fold_teachers(
-            raw, settings, folder=home, aside=aside, device=device, progress=progress
-        )
-        _keep_fitted(known, fitted, gate.false_reject_rate, aside)
-        del fitted  # not to be held beside what is read
     classes = class_names(raw.counts)
-    with np.load(known, allow_pickle=False) as kept:
-        read = _load(home, kept["folders"].tolist(), device)
-        teachers = FoldTeachers(classes, kept["ids"], kept["folds"], read)
-        thresholds, accuracy = kept["thresholds"], float(kept["accuracy"])
     index = {name: place for place, name in enumerate(classes)}
 
+    @cache
+    def fitted() -> tuple[FoldTeachers, np.ndarray, float]:
+        if not known.exists():
+            found = fit_fold_teachers(
+                raw, settings, folder=home, aside=aside, device=device, progress=progress
+            )
+            _keep_fitted(known, found, gate.false_reject_rate, aside)
+            del found  # not to be held beside what is read
+        with np.load(known, allow_pickle=False) as kept:
+            read = _load(home, kept["folders"].tolist(), device)
+            teachers = FoldTeachers(classes, kept["ids"], kept["folds"], read)
+            return teachers, kept["thresholds"], float(kept["accuracy"])
+
     def judge(sources: Sequence[Source], originals: np.ndarray, edits: np.ndarray) -> list[str]:
+        teachers, thresholds, _ = fitted()
         labels = np.array([index[source.label] for source in sources])
         probabilities = teachers.probabilities([source.sha256 for source in sources], edits)
         return verdicts(originals, edits, labels, probabilities, thresholds, gate)
 
-    return LabelGate(judge, plan.verdicts(folder), accuracy)
+    return LabelGate(judge, plan.verdicts(folder), lambda: fitted()[2])
 
 
 def _keep_fitted(path: Path, fitted: Fitted, false_reject_rate: float, aside: Path) -> None:

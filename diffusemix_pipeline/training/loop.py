@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 from diffusemix_pipeline.devices import is_fast_at_bfloat16, usable_cores
 from diffusemix_pipeline.identity import seed_from
 from diffusemix_pipeline.progress import Progress, silent
+from diffusemix_pipeline.recipes import Recipe, recipe_of
 from diffusemix_pipeline.settings import Training
 from diffusemix_pipeline.training.augmentations import NONE, Augmentation
 from diffusemix_pipeline.training.classifier import Classifier, to_tensor
 from diffusemix_pipeline.training.data import LabelledImages
-from diffusemix_pipeline.training.recipes import Recipe, recipe_of
 
 _WARM_UP = 0.05  # share of the steps
 _MOMENTUM = 0.9

@@ -27,11 +27,12 @@ warnings.filterwarnings("ignore", "Parameter `data_version`", dg.BetaWarning)
     required_resource_keys=RESOURCE_KEYS,
     pool="gpu",
     description="Which edits are wanted; a step for each shard of them, if any has work to do. "
-    "The label gate's teachers are trained here, once for all shards, and a pilot tells the cost.",
+    "Where edits are to be judged, the label gate's teachers are trained here, once for all. "
+    "A pilot tells the cost.",
 )
 def plan_edits(context: dg.OpExecutionContext) -> Iterator[dg.DynamicOutput[int] | dg.Output[dict]]:
     from diffusemix_pipeline.datasets.manifest import finished_stage
-    from diffusemix_pipeline.editing.generate import adopt_edits, adopt_verdicts
+    from diffusemix_pipeline.editing.generate import adopt_edits, adopt_verdicts, fit_where_needed
     from diffusemix_pipeline.editing.store import EditStore
 
     project, settings = context.resources.project, context.resources.settings
@@ -42,10 +43,12 @@ def plan_edits(context: dg.OpExecutionContext) -> Iterator[dg.DynamicOutput[int]
         return
     adopt_edits(project.generated, EditStore(project.edits))
     gate = _gate(context, plan)
+    accuracy = None
     if gate:
         adopt_verdicts(project.generated, plan, gate.verdicts)
+        accuracy = fit_where_needed(gate, plan)
     predicted = _predicted(context, plan, gate)
-    observed = {"gate_teachers_accuracy": gate.teacher_accuracy} if gate else {}
+    observed = {} if accuracy is None else {"gate_teachers_accuracy": accuracy}
     if observed or predicted:
         metadata = {**observed, **predicted}
         context.log_event(dg.AssetObservation("generated_images", metadata=metadata))
@@ -133,12 +136,12 @@ def _plan(project: Project, settings: Settings) -> "Plan":
 def _gate(context: dg.OpExecutionContext, plan: "Plan") -> "LabelGate | None":
     from diffusemix_pipeline.datasets.manifest import read_stage
     from diffusemix_pipeline.devices import choose_device
-    from diffusemix_pipeline.training.fold_teachers import fit_label_gate
+    from diffusemix_pipeline.training.fold_teachers import label_gate
 
     if not plan.gate:
         return None
     project = context.resources.project
-    return fit_label_gate(
+    return label_gate(
         plan,
         read_stage(project.raw),
         folder=project.gate,

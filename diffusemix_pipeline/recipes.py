@@ -1,7 +1,10 @@
-"""The recipe table: which optimiser suits which model, where the settings leave it open."""
+"""The recipe table: which optimiser suits which model, where the settings leave it open.
+
+It lies below `training`, for edits are known by the recipe of the classifiers that judge them.
+"""
 
 from fnmatch import fnmatch
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from diffusemix_pipeline.settings import Optimizer, Training
 
@@ -46,3 +49,12 @@ def recipe_of(training: Training) -> Recipe:
         rate if given is None else given,
         suited.weight_decay if decay is None else decay,
     )
+
+
+def training_identity(training: Training) -> dict[str, Any]:
+    """Return what tells one training from another: `training`, with what it leaves open filled in.
+
+    Without what is asked of several trainings: which arms, seeds and numbers of images.
+    """
+    said = training.model_dump(exclude={"arms", "seeds", "few_images"})
+    return {**said, **recipe_of(training)._asdict()}
