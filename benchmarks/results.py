@@ -1,6 +1,6 @@
 """The published results: every arm of an experiment, three seeds, read on test once.
 
-    python -m benchmarks.results EXPERIMENT --data DATASET --folder FOLDER [--seeds 0,1]
+    python -m benchmarks.results EXPERIMENT --data DATASET --folder FOLDER [--seeds 0,1] [--arms A,B]
     python -m benchmarks.results
 
 The first trains and asks what is not answered yet, hours on two cores, and goes on where it was
@@ -49,8 +49,10 @@ IMAGES_TAKEN = {"cifar10": {"train": 590, "test": 200}}
 """Images a class; of 590, some 500 stay for training where val is split off."""
 
 
-def produce(name: str, data: Path, folder: Path, seeds: Sequence[int]) -> None:
-    """Answer what an experiment asks for, seed by seed, and keep it in `HOME`."""
+def produce(
+    name: str, data: Path, folder: Path, seeds: Sequence[int], arms: Sequence[str] | None
+) -> None:
+    """Answer what an experiment asks for, seed by seed, and keep it in `HOME`; `arms` None: all."""
     source = _taken(data, folder / "taken", IMAGES_TAKEN[name]) if name in IMAGES_TAKEN else data
     settings = _settings(name, [f"source.path={source.resolve()}"])
     raw = ingest(str(source), settings, folder / "raw", aside=folder / "aside")
@@ -60,11 +62,14 @@ def produce(name: str, data: Path, folder: Path, seeds: Sequence[int]) -> None:
         wanted
         for wanted in all_fits(settings)
         if wanted.seed in seeds
+        and (arms is None or wanted.arm in arms)
         and _question(wanted.arm, wanted.seed, raw, settings) not in set(readings["question"])
     ]
     if not missing:
         return
-    stages = make_stages(raw, settings, folder, kept=folder)
+    stages = {"raw": raw}
+    if any(wanted.arm in WITH_EDITS for wanted in missing):
+        stages = make_stages(raw, settings, folder, kept=folder)
     for seed in sorted({wanted.seed for wanted in missing}):
         tasks = [
             Task(wanted, stages, settings, "test", folder)
@@ -209,12 +214,14 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, help="a folder with train/ and test/")
     parser.add_argument("--folder", type=Path, help="where everything is kept")
     parser.add_argument("--seeds", default="0,1,2", help="which of them")
+    parser.add_argument("--arms", help="which of them; all")
     options = parser.parse_args()
     if options.experiment:
         if not options.data or not options.folder:
             parser.error("an experiment needs --data and --folder")
         chosen = [int(seed) for seed in options.seeds.split(",")]
-        produce(options.experiment, options.data, options.folder, chosen)
+        arms = options.arms.split(",") if options.arms else None
+        produce(options.experiment, options.data, options.folder, chosen, arms)
     else:
         for text in tables(Path("outputs/results")):
             print(text)
