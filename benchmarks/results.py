@@ -1,6 +1,6 @@
 """The published results: every arm of an experiment, three seeds, read on test once.
 
-    python -m benchmarks.results EXPERIMENT --data DATASET --folder FOLDER [--seeds 0,1] [--arms A,B]
+    python -m benchmarks.results EXPERIMENT --data DATASET --folder FOLDER [--seeds 0,1]
     python -m benchmarks.results
 
 The first trains and asks what is not answered yet, hours on two cores, and goes on where it was

@@ -84,6 +84,11 @@ class Project:
         return self.state / "evidence"
 
     @property
+    def test_reads(self) -> Path:
+        """How often each version of the test images was read on this machine."""
+        return self.state / "test_reads.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.state / "checkpoints"
 

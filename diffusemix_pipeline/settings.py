@@ -366,6 +366,31 @@ class Tracking(Section):
     )
 
 
+class Checks(Section):
+    """What a run must reach to go on, and a new model to take the champion's place."""
+
+    gate_yield: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="The least share of edits that the label gate lets through, before mixing.",
+    )
+    val_accuracy: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="The least val accuracy of the best model, before promotion; empty: more than "
+        "naming the most frequent class gives but once in a thousand.",
+    )
+    promotion_tolerance: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="How far clean or corrupted val accuracy may fall below the champion's, while "
+        "their mean does not.",
+    )
+
+
 class Settings(Section):
     """All settings."""
 
@@ -390,6 +415,7 @@ class Settings(Section):
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
+    checks: Checks = Checks()
 
 
 PLACE_OR_SPEED = ("editor", "revision", "lora", "batch_size", "shards", "dtype", "compile")
@@ -397,8 +423,8 @@ PLACE_OR_SPEED = ("editor", "revision", "lora", "batch_size", "shards", "dtype",
 
 
 def flatten(settings: Settings) -> dict[str, Any]:
-    """Return every setting that shapes a result by its dotted key; where it is tracked does not."""
-    values = settings.model_dump(mode="json", exclude={"tracking", "executor"})
+    """Return every setting that shapes a result by its dotted key; not those of what follows it."""
+    values = settings.model_dump(mode="json", exclude={"tracking", "executor", "checks"})
     return {key: _value_at(values, key) for key, _ in _leaves(Settings) if _holds(values, key)}
 
 
@@ -408,7 +434,8 @@ def data_settings(settings: Settings) -> str:
     What was asked of the source is in the notes of `data/raw`, the editor's identity in those of
     `data/generated`: both may come from elsewhere than these settings say.
     """
-    elsewhere = {"device", "executor", "source", "training", "evaluation", "tracking"}
+    elsewhere = {"device", "executor", "source", "training", "evaluation"}
+    elsewhere |= {"tracking", "checks"}
     values = settings.model_dump(exclude=elsewhere)
     for name in PLACE_OR_SPEED:
         del values["editing"][name]

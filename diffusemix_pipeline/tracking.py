@@ -74,6 +74,13 @@ class LoggedRun:
     model_version: str | None
 
 
+class Registered(NamedTuple):
+    """A version of the registered model, and what is noted on it."""
+
+    version: str
+    tags: Mapping[str, str]
+
+
 @dataclass(frozen=True)
 class Run:
     """A run that is under way: `training_run` gives it."""
@@ -207,6 +214,48 @@ class Tracker:
             return None
         tags = found[0].data.tags
         return LoggedRun(found[0].info.run_id, tags.get(_MODEL_ID), tags.get(_MODEL_VERSION))
+
+    def registered(self, alias: str) -> Registered | None:
+        """Return the version that has the alias now; None where none has."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            aliases = self._client.get_registered_model(self.model_name).aliases
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        if alias not in aliases:
+            return None
+        version_there = str(aliases[alias])
+        found = self._client.get_model_version(self.model_name, version_there)
+        return Registered(version_there, found.tags)
+
+    def set_alias(self, alias: str, version: str) -> None:
+        """Give a version the alias, which another may have had."""
+        self._client.set_registered_model_alias(self.model_name, alias, version)
+
+    def remove_alias(self, alias: str) -> None:
+        """Take the alias from whichever version has it."""
+        self._client.delete_registered_model_alias(self.model_name, alias)
+
+    def note(self, version: str, tags: Mapping[str, str]) -> None:
+        """Write tags on a version, over those of the same keys."""
+        for key, value in tags.items():
+            self._client.set_model_version_tag(self.model_name, version, key, value)
+
+    def classifier_of(self, version: str, folder: Path) -> Path:
+        """Bring a version's files into `folder`; return where `training.load_classifier` reads."""
+        import mlflow
+
+        from diffusemix_pipeline.training.classifier import DESCRIPTION
+
+        uri = f"models:/{self.model_name}/{version}"
+        there = mlflow.artifacts.download_artifacts(
+            uri, dst_path=str(folder), tracking_uri=self.uri
+        )
+        [description] = Path(there).rglob(DESCRIPTION)
+        return description.parent
 
     def reconcile(self) -> list[str]:
         """Mark as KILLED the runs whose process on this machine is gone; return their ids."""

@@ -23,6 +23,7 @@ ASSETS = [
     "fractal_augmented_dataset",
     "trained_classifier",
     "robustness_report",
+    "champion",
 ]
 QUICK = [
     "size=32",
@@ -43,6 +44,7 @@ QUICK = [
     "evaluation.corruptions=[gaussian_noise, contrast]",
     "evaluation.severities=[3]",
     "evaluation.bootstrap_samples=500",
+    "checks.val_accuracy=0",
     "device=cpu",
 ]
 

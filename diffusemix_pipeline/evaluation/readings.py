@@ -14,15 +14,24 @@ def version_of_test(raw: Stage) -> str:
     return digest(sorted(rows[["label", "sha256"]].itertuples(index=False, name=None)))
 
 
+def count_reads(path: Path, version: str) -> int:
+    """Return how often this version of the test images was read."""
+    return len(_reads(path).get(version, []))
+
+
 def record_read(path: Path, version: str, reading: str) -> int:
     """Note a reading of this version of the test images; return how many there were by now.
 
     A reading is one model's evaluation under one choice of attacks and corruptions. The same one
     counts once: looking again at what is known chooses nothing.
     """
-    reads: dict[str, list[str]] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    reads = _reads(path)
     readings = reads.setdefault(version, [])
     if reading not in readings:
         readings.append(reading)
         write_json(path, reads)
     return len(readings)
+
+
+def _reads(path: Path) -> dict[str, list[str]]:
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}

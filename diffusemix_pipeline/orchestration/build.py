@@ -3,6 +3,7 @@
 import dagster as dg
 
 from diffusemix_pipeline.orchestration import automation, checks, jobs
+from diffusemix_pipeline.orchestration.assets.champion import champion
 from diffusemix_pipeline.orchestration.assets.fractal_augmented_dataset import (
     fractal_augmented_dataset,
 )
@@ -36,6 +37,7 @@ def build_definitions(
             fractal_augmented_dataset,
             trained_classifier,
             robustness_report,
+            champion,
         ],
         asset_checks=checks.ALL,
         jobs=[jobs.diffusemix],

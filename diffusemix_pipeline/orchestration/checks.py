@@ -11,6 +11,8 @@ from diffusemix_pipeline.orchestration.assets.fractal_augmented_dataset import (
 from diffusemix_pipeline.orchestration.assets.generated_images import generated_images
 from diffusemix_pipeline.orchestration.assets.hybrid_images import hybrid_images
 from diffusemix_pipeline.orchestration.assets.raw_dataset import raw_dataset
+from diffusemix_pipeline.orchestration.assets.robustness_report import robustness_report
+from diffusemix_pipeline.orchestration.assets.trained_classifier import trained_classifier
 
 _STAGES = {
     "raw": raw_dataset,
@@ -91,6 +93,71 @@ def splits_disjoint(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResu
     )
 
 
+@dg.asset_check(
+    asset=generated_images,
+    blocking=True,
+    required_resource_keys={"project", "settings"},
+    description="The label gate, where it is on, let through a larger share than the least.",
+)
+def gate_yield_above_floor(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
+    from diffusemix_pipeline.datasets.manifest import read_stage
+    from diffusemix_pipeline.editing.gate import ACCEPTED
+    from diffusemix_pipeline.editing.generate import judged_edits
+
+    judged = judged_edits(read_stage(context.resources.project.generated))["verdict"]
+    if judged.empty:
+        return _result(True, "The label gate is off.", {})
+    share, least = float((judged == ACCEPTED).mean()), context.resources.settings.checks.gate_yield
+    return _result(
+        share >= least,
+        f"The gate let through {share:.0%} of {len(judged)} edits; checks.gate_yield asks for "
+        f"{least:.0%}. Its yield by prompt says which prompts to leave out.",
+        {"gate_yield": share, "least": least},
+    )
+
+
+@dg.asset_check(
+    asset=trained_classifier,
+    blocking=True,
+    required_resource_keys={"project", "settings"},
+    description="Every weight of every classifier is a finite number.",
+)
+def weights_finite(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
+    from diffusemix_pipeline.orchestration.learning import trained_fits
+    from diffusemix_pipeline.training.classifier import broken_weights
+
+    fits = trained_fits(context.resources.project, context.resources.settings)
+    broken = {f"{fit.arm}, seed {fit.seed}": broken_weights(fit.folder) for fit in fits}
+    broken = {name: weights for name, weights in broken.items() if weights}
+    found = f"{len(fits)} classifiers" + "".join(f"; {name}: {w[0]}" for name, w in broken.items())
+    return _result(not broken, found, {"broken": broken})
+
+
+@dg.asset_check(
+    asset=robustness_report,
+    blocking=True,
+    required_resource_keys={"project", "settings"},
+    description="The best classifier's val accuracy is above the floor: no chance result, or "
+    "what the settings ask for. Without it no model is promoted.",
+)
+def val_accuracy_above_floor(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
+    from diffusemix_pipeline.datasets.manifest import read_stage
+    from diffusemix_pipeline.evaluation.promotion import best_by_chance
+    from diffusemix_pipeline.orchestration.learning import trained_fits
+
+    project, settings = context.resources.project, context.resources.settings
+    reached = max(fit.best["val_accuracy"] for fit in trained_fits(project, settings))
+    floor = settings.checks.val_accuracy
+    if floor is None:
+        floor = best_by_chance(read_stage(project.raw).counts["by_split"]["val"].values())
+    return _result(
+        reached >= floor,
+        f"The best val accuracy is {reached:.1%}, the floor {floor:.1%}. Look at the labels and at "
+        "the learning curves.",
+        {"val_accuracy": reached, "floor": floor},
+    )
+
+
 def _result(
     passed: bool,
     description: str,
@@ -106,4 +173,7 @@ ALL = [
     *(_files_match_manifest(name, asset) for name, asset in _STAGES.items()),
     *(_labels_kept(name, asset) for name, asset in _STAGES.items() if name != "raw"),
     splits_disjoint,
+    gate_yield_above_floor,
+    weights_finite,
+    val_accuracy_above_floor,
 ]

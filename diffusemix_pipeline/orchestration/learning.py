@@ -55,7 +55,8 @@ from diffusemix_pipeline.training.classifier import load_classifier
 from diffusemix_pipeline.training.data import LabelledImages, load_images
 from diffusemix_pipeline.versioning import pinned_digest
 
-_FIT_TAG = "diffusemix.fit"
+FIT_TAG = "diffusemix.fit"
+"""What MLflow knows a fit by."""
 
 
 @dataclass(frozen=True)
@@ -82,17 +83,17 @@ def train_arms(
     """Train and log what is not there yet: one MLflow run an arm and seed."""
     tracker = open_tracking(project, settings.tracking)
     tracker.reconcile()
-    stages = _stages(project)
+    stages = stages_of(project)
     dataset = Dataset("fractal_augmented_dataset", "data", _data_digest(project))
     fits, urls, reused = [], {}, True
     for wanted in (*all_fits(settings), *few_image_fits(settings, stages["raw"])):
         fingerprint = fit_fingerprint(wanted, stages, settings)
         fit = finished_fit(project.checkpoints, fingerprint)
-        logged = tracker.find_run(_FIT_TAG, fingerprint)
+        logged = tracker.find_run(FIT_TAG, fingerprint)
         if fit is None or logged is None:
             reused = False
             tags = {
-                _FIT_TAG: fingerprint,
+                FIT_TAG: fingerprint,
                 "diffusemix.arm": wanted.arm,
                 "diffusemix.seed": str(wanted.seed),
                 "diffusemix.images_a_class": str(wanted.per_class or "all"),
@@ -127,20 +128,20 @@ def judge(project: Project, settings: Settings, progress: Progress) -> Judged:
 
     A report on the same fits, test images and settings is left as it is.
     """
-    stages = _stages(project)
+    stages = stages_of(project)
     raw = stages["raw"]
-    fits = [_expected_fit(project, wanted, stages, settings) for wanted in all_fits(settings)]
+    fits = [expected_fit(project, wanted, stages, settings) for wanted in all_fits(settings)]
     few = [
-        _expected_fit(project, wanted, stages, settings) for wanted in few_image_fits(settings, raw)
+        expected_fit(project, wanted, stages, settings) for wanted in few_image_fits(settings, raw)
     ]
     test = version_of_test(raw)
-    clean = _clean_alone(settings)
+    clean = without_attacks(settings, corruptions=False)
     sets = corrupted_sets_version(settings.evaluation.corrupted_sets)
     keys = {fit.fingerprint: _evidence_key(fit, test, settings, sets) for fit in fits}
     keys |= {fit.fingerprint: _evidence_key(fit, test, clean, "") for fit in few}
-    reads = [record_read(project.state / "test_reads.json", test, key) for key in keys.values()][-1]
+    reads = [record_read(project.test_reads, test, key) for key in keys.values()][-1]
     tracker = open_tracking(project, settings.tracking)
-    runs = {fit.fingerprint: _logged_run(tracker, fit) for fit in fits}
+    runs = {fit.fingerprint: logged_run(tracker, fit) for fit in fits}
     versions = {
         "data.dvc": _data_digest(project),
         "test": test,
@@ -155,9 +156,9 @@ def judge(project: Project, settings: Settings, progress: Progress) -> Judged:
         report = read_report(project.report)
         if report.versions == versions:
             return Judged(report, digest(versions), reused=True)
-    found = _evidence_of(fits, keys, project, raw, settings, progress)
+    found = evidence_of(fits, keys, "test", project, raw, settings, progress)
     evidence = {(fit.arm, fit.seed): found[fit.fingerprint] for fit in fits}
-    found = _evidence_of(few, keys, project, raw, clean, progress)
+    found = evidence_of(few, keys, "test", project, raw, clean, progress)
     inputs = ReportInputs(
         evidence=evidence,
         classes=class_names(raw.counts),
@@ -200,8 +201,8 @@ def _is_logged(project: Project, logged: dict[str, Any]) -> bool:
     return path.exists() and json.loads(path.read_text(encoding="utf-8")) == logged
 
 
-def _logged_run(tracker: Tracker, fit: Fit) -> LoggedRun:
-    run = tracker.find_run(_FIT_TAG, fit.fingerprint)
+def logged_run(tracker: Tracker, fit: Fit) -> LoggedRun:
+    run = tracker.find_run(FIT_TAG, fit.fingerprint)
     if run is None:
         raise UserError(
             f"MLflow has no run of the arm {fit.arm}, seed {fit.seed}: "
@@ -210,7 +211,7 @@ def _logged_run(tracker: Tracker, fit: Fit) -> LoggedRun:
     return run
 
 
-def _stages(project: Project) -> dict[str, Stage]:
+def stages_of(project: Project) -> dict[str, Stage]:
     folders = {
         "raw": project.raw,
         "generated": project.generated,
@@ -227,7 +228,13 @@ def _data_digest(project: Project) -> str:
     return pinned
 
 
-def _expected_fit(
+def trained_fits(project: Project, settings: Settings) -> list[Fit]:
+    """Return the fits of all arms and seeds on all images; UserError where one is not there."""
+    stages = stages_of(project)
+    return [expected_fit(project, wanted, stages, settings) for wanted in all_fits(settings)]
+
+
+def expected_fit(
     project: Project, wanted: Wanted, stages: dict[str, Stage], settings: Settings
 ) -> Fit:
     fit = finished_fit(project.checkpoints, fit_fingerprint(wanted, stages, settings))
@@ -247,32 +254,46 @@ def _evidence_key(fit: Fit, test: str, settings: Settings, sets: str) -> str:
     return digest(EVIDENCE_VERSION, fit.fingerprint, test, asked, sets, settings.seed)
 
 
-def _clean_alone(settings: Settings) -> Settings:
-    """Return settings under which classifiers are asked about the clean images alone."""
-    none: dict[str, Any] = {"fgsm_epsilons": [], "corruptions": [], "corrupted_sets": ""}
-    none |= {"attack_epsilon": 1, "attack_images": 0, "autoattack_images": 0, "severities": [1]}
+def test_evidence(project: Project, fit: Fit, raw: Stage, settings: Settings) -> Evidence:
+    """Return what a fit answered on the test images; UserError where it was not asked."""
+    sets = corrupted_sets_version(settings.evaluation.corrupted_sets)
+    key = _evidence_key(fit, version_of_test(raw), settings, sets)
+    if not (project.evidence / key).exists():
+        raise UserError(
+            f"The arm {fit.arm}, seed {fit.seed}, was not judged on the test images: "
+            "materialize robustness_report first."
+        )
+    return Evidence.load(project.evidence / key)
+
+
+def without_attacks(settings: Settings, *, corruptions: bool) -> Settings:
+    """Return settings under which classifiers are asked about clean images, or corrupted too."""
+    none: dict[str, Any] = {"fgsm_epsilons": [], "corrupted_sets": ""}
+    none |= {"attack_epsilon": 1, "attack_images": 0, "autoattack_images": 0}
+    none |= {} if corruptions else {"corruptions": [], "severities": [1]}
     evaluation = settings.evaluation.model_copy(update=none)
     return settings.model_copy(update={"evaluation": evaluation})
 
 
-def _evidence_of(
+def evidence_of(
     fits: Sequence[Fit],
     keys: Mapping[str, str],
+    split: str,
     project: Project,
     raw: Stage,
     settings: Settings,
     progress: Progress,
 ) -> dict[str, Evidence]:
-    """Return the answers on the test images by fit, asking those that have not answered yet.
+    """Return the answers on a split's images by fit, asking those that have not answered yet.
 
     A fit is known by its fingerprint, its answers by `keys`.
     """
     folders = {fit.fingerprint: project.evidence / keys[fit.fingerprint] for fit in fits}
     silent = [fit for fit in fits if not folders[fit.fingerprint].exists()]
     if silent:
-        test = load_images(
+        images = load_images(
             [raw],
-            "test",
+            split,
             class_names(raw.counts),
             settings.size,
             aside=project.aside,
@@ -280,7 +301,7 @@ def _evidence_of(
         )
         for seed in sorted({fit.seed for fit in silent}):  # arms at once, as they share the images
             of_seed = [fit for fit in silent if fit.seed == seed]
-            _ask(of_seed, folders, project, test, settings, progress)
+            _ask(of_seed, folders, project, images, settings, progress)
     return {key: Evidence.load(folder) for key, folder in folders.items()}
 
 
@@ -288,11 +309,11 @@ def _ask(
     fits: Sequence[Fit],
     folders: Mapping[str, Path],
     project: Project,
-    test: LabelledImages,
+    images: LabelledImages,
     settings: Settings,
     progress: Progress,
 ) -> None:
-    """Ask some fits about the test images, and keep what each answers in its folder."""
+    """Ask some fits about a split's images, and keep what each answers in its folder."""
     device = choose_device(settings.device)
     classifiers = {fit.fingerprint: load_classifier(fit.folder, device) for fit in fits}
     classes = classifiers[fits[0].fingerprint].classes
@@ -301,7 +322,7 @@ def _ask(
     }
     answers = evaluate(
         {name: classifier.model for name, classifier in classifiers.items()},
-        test,
+        images,
         settings.evaluation,
         seed_from(settings.seed, "corruptions"),
         device,

@@ -163,6 +163,12 @@ def load_classifier(folder: Path, device: str = "cpu") -> Classifier:
     return Classifier(model, classifier.name, classifier.classes, classifier.size)
 
 
+def broken_weights(folder: Path) -> list[str]:
+    """Name the weights of a classifier's folder that are not all finite."""
+    weights = load_file(folder / WEIGHTS)
+    return [name for name, values in weights.items() if not torch.isfinite(values).all()]
+
+
 def to_tensor(images: np.ndarray | torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """Turn uint8 (N, H, W, 3) into float (N, 3, H, W) in [0, 1] on a device."""
     on_device = torch.as_tensor(images).to(device, non_blocking=True)

@@ -1,0 +1,60 @@
+"""`champion`: the model that is served, and why it is that one."""
+
+import dagster as dg
+
+from diffusemix_pipeline.orchestration.assets.robustness_report import robustness_report
+from diffusemix_pipeline.orchestration.assets.trained_classifier import trained_classifier
+from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
+
+
+@dg.asset(
+    deps=[trained_classifier, robustness_report],
+    group_name="diffusemix",
+    kinds={"mlflow"},
+    code_version="1",
+    required_resource_keys=RESOURCE_KEYS,
+    check_specs=[
+        dg.AssetCheckSpec(
+            "challenger_is_promoted",
+            asset="champion",
+            description="The best new model is the champion now: on val, clean and corrupted, it "
+            "is no worse than the one before.",
+        )
+    ],
+    description="The registered model with the alias `champion`. Guarantees: chosen on val; it "
+    "changes only for a model that passed the checks and the rule of promotion; the reason is "
+    "noted on the challenger, whichever way it went.",
+)
+def champion(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+    from diffusemix_pipeline.orchestration.promotion import promote
+
+    progress = context.resources.progress(context.log)
+    made = promote(context.resources.project, context.resources.settings, progress)
+    context.log.info(made.decision.reason)
+    before = made.champion_score
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(made.champion),
+        metadata={
+            "reused": made.reused,
+            "challenger": f"version {made.version}: {made.model}",
+            "champion": f"version {made.champion}",
+            "reason": made.decision.reason,
+            "val_clean": made.score.clean,
+            "val_corrupted": made.score.corrupted,
+            **(
+                {"champion_val_clean": before.clean, "champion_val_corrupted": before.corrupted}
+                if before
+                else {}
+            ),
+            **{f"test_{name}": value for name, value in made.test.items()},
+            "test_reads": made.test_reads,
+        },
+        check_results=[
+            dg.AssetCheckResult(
+                check_name="challenger_is_promoted",
+                passed=made.decision.promoted,
+                severity=dg.AssetCheckSeverity.WARN,
+                description=made.decision.reason,
+            )
+        ],
+    )
