@@ -23,6 +23,7 @@ from diffusemix_pipeline.settings import (
     describe,
     load_layers,
     load_settings,
+    nested_overrides,
     preset_names,
 )
 
@@ -544,6 +545,89 @@ def prune(yes: bool) -> None:
         click.echo(f"{len(old):,} edits are not used; `diffusemix store prune --yes` removes them.")
     if young := len(unused) - len(old):
         click.echo(f"{young:,} more are not used, but are of the last day, and stay.")
+
+
+@main.command()
+@click.argument("images", nargs=-1, required=True, type=_FOLDER)
+@click.option("--alias", default="champion", show_default=True, help="Which registered model.")
+def predict(images: Sequence[Path], alias: str) -> None:
+    """Name what images show, by the registered champion; a folder stands for its images.
+
+    \b
+    diffusemix predict cat.jpg
+    diffusemix predict photos --alias challenger
+    """
+    from diffusemix_pipeline.datasets.images import UnreadableImageError
+    from diffusemix_pipeline.datasets.items import visible_files
+    from diffusemix_pipeline.tracking import open_tracking
+
+    asked = [f for path in images for f in (visible_files(path) if path.is_dir() else [path])]
+    if not asked:
+        raise UserError(f"No files are in {', '.join(map(str, images))}.")
+    tracking = load_settings(Path.cwd()).tracking
+    model = open_tracking(Project(Path.cwd()), tracking).load(alias)
+    failed = 0
+    for path in asked:
+        try:
+            [answer] = model.predict([str(path)]).to_dict("records")
+        except UnreadableImageError as error:
+            failed += 1
+            click.echo(f"{path}: {error}", err=True)
+            continue
+        label = answer["label"]
+        click.echo(f"{path}\t{label}\t{answer[f'p({label})']:.3f}")
+    raise SystemExit(1 if failed else 0)
+
+
+@main.command()
+@click.option("--url", envvar="DAGSTER_URL", required=True, help="Dagster's address; DAGSTER_URL.")
+@click.option("--job", default="diffusemix", show_default=True, help="What to launch.")
+@click.option("--tag", "tags", metavar="KEY=VALUE", multiple=True, help="A tag of the run.")
+@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="As for `run`.")
+@click.option("--wait", is_flag=True, help="Follow the run; the exit code is how it ended.")
+@click.option("--report", type=_FOLDER, help="Where to write the run's report as Markdown.")
+def trigger(
+    url: str,
+    job: str,
+    tags: Sequence[str],
+    overrides: Sequence[str],
+    wait: bool,
+    report: Path | None,
+) -> None:
+    """Launch a run on a Dagster that is up elsewhere, with its settings.
+
+    With --wait, the exit code is 0 where the run succeeded and its model is the champion, 1 where
+    the run failed or was cancelled, and 3 where the promotion was refused. A token for a proxy
+    before the server is read from DAGSTER_TOKEN.
+
+    \b
+    diffusemix trigger --url http://127.0.0.1:3000 --tag git_sha=$(git rev-parse HEAD) --wait
+    """
+    from diffusemix_pipeline.orchestration.trigger import launch
+
+    tagged = dict(_named(tag, "--tag") for tag in tags)
+    token = os.environ.get("DAGSTER_TOKEN")
+    run = launch(url, job, tagged, nested_overrides(overrides), token)
+    click.echo(f"Launched: {run.address}")
+    if not wait:
+        return
+    ending = run.follow(click.echo)
+    if report and ending.report:
+        report.write_text(ending.report, encoding="utf-8")
+    click.echo(f"{ending.status.value}: {run.address}")
+    if not ending.succeeded:
+        raise SystemExit(1)
+    if ending.refused:
+        click.echo(f"Not promoted. {ending.refused}", err=True)
+        raise SystemExit(3)
+
+
+def _named(text: str, option: str) -> tuple[str, str]:
+    """Split KEY=VALUE at its first equals sign."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"{option} {text}: write it as KEY=VALUE.")
+    return key, value
 
 
 def _become(command: list[str]) -> NoReturn:

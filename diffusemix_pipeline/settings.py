@@ -492,7 +492,7 @@ def load_layers(
     that brings images of its own, that preset is left out with a warning, as it fits those alone.
     Raises UserError for a file that is missing or no YAML mapping, and for an unknown preset.
     """
-    layers = [_from_environment(environment), _from_overrides(overrides)]
+    layers = [_from_environment(environment), Layer("--set", nested_overrides(overrides), {})]
     if config is not None:
         layers.insert(0, _read_yaml(config))
     choosing = list(layers)
@@ -585,7 +585,8 @@ def _from_environment(environment: Mapping[str, str]) -> Layer:
     return Layer("environment", values, {})
 
 
-def _from_overrides(overrides: Sequence[str]) -> Layer:
+def nested_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return `key.path=value` texts as nested values; UserError for one that is none."""
     values: dict[str, Any] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -594,7 +595,7 @@ def _from_overrides(overrides: Sequence[str]) -> Layer:
                 f"--set {text}: write it as key.path=value, e.g. --set editing.steps=20."
             )
         _merge_into(values, _nested(key.strip(), _parse(value, f"--set {key}")))
-    return Layer("--set", values, {})
+    return values
 
 
 def _parse(text: str, name: str) -> Any:

@@ -36,6 +36,7 @@ from diffusemix_pipeline.project import Project
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import DatasetInput
+    from mlflow.pyfunc import PyFuncModel
 
 # Read when MLflow is imported, by this process and by the server that it starts.
 for _name, _value in {
@@ -230,6 +231,19 @@ class Tracker:
         version_there = str(aliases[alias])
         found = self._client.get_model_version(self.model_name, version_there)
         return Registered(version_there, found.tags)
+
+    def load(self, alias: str) -> "PyFuncModel":
+        """Load the model that has the alias; UserError where none has."""
+        import mlflow
+
+        found = self.registered(alias)
+        if found is None:
+            raise UserError(
+                f"No version of {self.model_name} is {alias} at {self.uri}: a run that promotes "
+                "its model makes one."
+            )
+        mlflow.set_tracking_uri(self.uri)
+        return mlflow.pyfunc.load_model(f"models:/{self.model_name}/{found.version}")
 
     def set_alias(self, alias: str, version: str) -> None:
         """Give a version the alias, which another may have had."""

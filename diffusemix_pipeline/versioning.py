@@ -24,6 +24,7 @@ from filelock import FileLock
 
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import write_bytes
+from diffusemix_pipeline.identity import digest
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.project import Project
 
@@ -115,11 +116,39 @@ def pinned_digest(root: Path) -> str | None:
     if not path.exists() or not path.stat().st_size:  # emptied, where DVC was killed while writing
         return None
     try:
-        return str(yaml.safe_load(path.read_text(encoding="utf-8"))["outs"][0]["md5"])
-    except (yaml.YAMLError, LookupError, TypeError, UnicodeDecodeError):
-        raise UserError(
-            f"{path} is damaged. Restore it (`git checkout data.dvc`), or delete it to pin anew."
-        ) from None
+        return _md5_of(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError:
+        raise _damaged(str(path)) from None
+
+
+def pinned_raw_version(root: Path) -> str | None:
+    """Identify `data/raw` as `data.dvc` pins it; None where nothing is pinned.
+
+    A run that pins new edits of the same images leaves it as it was. Where the list of files is not
+    in the cache yet, as before the first pull, the version of all of `data/` stands for it.
+    """
+    pinned = pinned_digest(root)
+    if pinned is None or not _is_cached(root, pinned):
+        return pinned
+    listed = json.loads(_cached(root, pinned).read_text(encoding="utf-8"))
+    raw = sorted((f["relpath"], f["md5"]) for f in listed if f["relpath"].startswith("raw/"))
+    return digest(raw)
+
+
+def committed_digest(root: Path) -> str | None:
+    """Return what the `data.dvc` of git's HEAD pins; None without git or where it pins nothing."""
+    command = ["git", "-C", str(root), "show", "HEAD:./data.dvc"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return _md5_of(done.stdout, "data.dvc of git's HEAD") if done.returncode == 0 else None
+
+
+def basis_digest(root: Path) -> str | None:
+    """Return the version from which `data/` was last made on this machine; None before any."""
+    basis = _basis(root)
+    return basis.read_text() if basis.exists() else None
 
 
 def pull(root: Path) -> bool:
@@ -129,29 +158,28 @@ def pull(root: Path) -> bool:
     `data/` is then left as it is. Raises UserError where the remote fails, or where `data/` holds
     files that no version holds.
     """
-    digest = pinned_digest(root)
-    if digest is None:
+    pinned = pinned_digest(root)
+    if pinned is None:
         return False
     ensure_repository(root)
     project = Project(root)
     with _locked(root):
-        basis = _basis(root)
-        if project.raw.exists() and basis.exists() and basis.read_text() == digest:
+        if project.raw.exists() and basis_digest(root) == pinned:
             return True  # what a killed run left half made since then is for its stages to finish
         remote = _default_remote(root)
         if remote is not None:
             _use_remote(root, remote, "fetch", "data.dvc")
         # DVC fetches without complaint where the list of files itself is nowhere, and a checkout
         # then takes data/ away.
-        if not _is_cached(root, digest) and remote is not None:
+        if not _is_cached(root, pinned) and remote is not None:
             raise UserError(
-                f"The DVC remote '{remote}' does not hold the version {digest} that "
+                f"The DVC remote '{remote}' does not hold the version {pinned} that "
                 f"{root / 'data.dvc'} pins. Run `dvc push` where that version was made."
             )
-        if remote is None and not _is_cached(root, digest):
+        if remote is None and not _is_cached(root, pinned):
             return False
         _run_dvc(root, "checkout", "data.dvc")
-        write_bytes(basis, digest.encode())
+        write_bytes(_basis(root), pinned.encode())
         return True
 
 
@@ -189,9 +217,28 @@ def _default_remote(root: Path) -> str | None:
     return _configured(root, "core", "remote")
 
 
-def _is_cached(root: Path, digest: str) -> bool:
+def _md5_of(pin: str, name: str) -> str:
+    """Return the digest in the text of a `data.dvc`; UserError, with `name`, where it is none."""
+    try:
+        return str(yaml.safe_load(pin)["outs"][0]["md5"])
+    except (yaml.YAMLError, LookupError, TypeError):
+        raise _damaged(name) from None
+
+
+def _damaged(name: str) -> UserError:
+    return UserError(
+        f"{name} is damaged. Restore it (`git checkout data.dvc`), or delete it to pin anew."
+    )
+
+
+def _is_cached(root: Path, md5: str) -> bool:
+    return _cached(root, md5).exists()
+
+
+def _cached(root: Path, md5: str) -> Path:
+    """Return where the cache holds, or would hold, the content of a digest."""
     cache = root / ".dvc" / (_configured(root, "cache", "dir") or "cache")
-    return (cache / "files" / "md5" / digest[:2] / digest[2:]).exists()
+    return cache / "files" / "md5" / md5[:2] / md5[2:]
 
 
 def _configured(root: Path, section: str, option: str) -> str | None:

@@ -20,6 +20,7 @@ from diffusemix_pipeline.datasets.manifest import (
     read_stage,
     write_stage,
 )
+from diffusemix_pipeline.datasets.published import PUBLISHED
 from diffusemix_pipeline.datasets.sources import NAMES, list_items, source_digest
 from diffusemix_pipeline.datasets.splits import assign_splits, thin_train
 from diffusemix_pipeline.errors import UserError
@@ -28,7 +29,7 @@ from diffusemix_pipeline.identity import digest
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings
 
-CODE_VERSION = "4"
+CODE_VERSION = "5"
 
 
 def ingest(
@@ -74,6 +75,7 @@ def ingest(
     left_out_by_train_per_class = len(readable) - len(used)
     used, notes_of_dropped = _without(used, dropped, settings.source.max_pixels)
     with write_stage(out, name="raw", fingerprint=fingerprint, aside=aside) as stage:
+        stage.notes["content"] = source if source in PUBLISHED else content  # as source_version
         stage.notes["set_aside"] = set_aside
         stage.notes["dropped"] = notes_of_dropped
         stage.notes["left_out_by_train_per_class"] = left_out_by_train_per_class

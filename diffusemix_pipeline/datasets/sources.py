@@ -45,6 +45,26 @@ def list_items(
     return _folder(Path(source).expanduser())
 
 
+def source_version(source: str) -> str:
+    """Identify what a source holds now, as `ingest` notes it.
+
+    A published dataset's archives do not change, so its name says it: nothing is downloaded.
+    """
+    return source if source in PUBLISHED else source_digest(list_items(source))
+
+
+def listing_version(source: str) -> str:
+    """Identify a folder's files by name, size and time: cheap, and another where any was touched.
+
+    UserError for a folder that is not there.
+    """
+    root = Path(source).expanduser()
+    if not root.is_dir():
+        raise UserError(f"The image folder {root} does not exist. Give a folder of class folders.")
+    stats = ((path, path.stat()) for path in sorted(visible_files(root)))
+    return digest_of_text(digest(written(str(p)), s.st_size, s.st_mtime_ns) for p, s in stats)
+
+
 def source_digest(items: Iterable[Item]) -> str:
     """Identify the content of a source: names, labels, splits and bytes, not times."""
     by_name = sorted(items, key=lambda item: item.source_id)

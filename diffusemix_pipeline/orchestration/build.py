@@ -11,6 +11,7 @@ from diffusemix_pipeline.orchestration.assets.generated_images import generated_
 from diffusemix_pipeline.orchestration.assets.hybrid_images import hybrid_images
 from diffusemix_pipeline.orchestration.assets.raw_dataset import raw_dataset
 from diffusemix_pipeline.orchestration.assets.robustness_report import robustness_report
+from diffusemix_pipeline.orchestration.assets.source_images import source_images
 from diffusemix_pipeline.orchestration.assets.trained_classifier import trained_classifier
 from diffusemix_pipeline.orchestration.executors import EXECUTORS
 from diffusemix_pipeline.orchestration.resources import (
@@ -31,6 +32,7 @@ def build_definitions(
     """Return the pipeline of a project: `settings` are what the launchpad starts from."""
     return dg.Definitions(
         assets=[
+            source_images,
             raw_dataset,
             generated_images,
             hybrid_images,
@@ -42,6 +44,11 @@ def build_definitions(
         asset_checks=checks.ALL,
         jobs=[jobs.diffusemix],
         schedules=[automation.weekly_retrain],
+        sensors=[
+            automation.new_images_sensor(project, settings),
+            automation.new_data_sensor(project, settings),
+            automation.failed_runs,
+        ],
         executor=EXECUTORS[settings.executor],
         resources={
             "settings": settings_resource(settings),

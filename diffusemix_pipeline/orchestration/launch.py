@@ -9,16 +9,13 @@ from importlib import resources
 import dagster as dg
 from dagster._utils.error import SerializableErrorInfo
 
-from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import write_bytes
 from diffusemix_pipeline.orchestration.build import build_definitions
+from diffusemix_pipeline.orchestration.failures import innermost, told_to_user
 from diffusemix_pipeline.orchestration.resources import IN_PROCESS
 from diffusemix_pipeline.progress import Progress
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings
-
-_WRAPPERS = {"DagsterExecutionStepExecutionError", "DagsterResourceFunctionError"}
-_TOLD = {UserError.__name__, dg.Failure.__name__}
 
 
 @dataclass
@@ -82,12 +79,8 @@ def run_here(project: Project, settings: Settings, progress: Progress) -> Outcom
 
 def _explain(error: SerializableErrorInfo | None, what: str, outcome: Outcome) -> None:
     """Add what failed: a UserError as it was meant, anything else with its trace."""
-    while error is not None and error.cls_name in _WRAPPERS and error.cause is not None:
-        error = error.cause
     if error is None:
         return
-    if error.cls_name in _TOLD:
-        outcome.user_error = True
-        outcome.problems.append(error.message.split(": ", 1)[1].strip())
-    else:
-        outcome.problems.append(f"{what} failed.\n{error.to_string()}")
+    message = told_to_user(error)
+    outcome.user_error |= message is not None
+    outcome.problems.append(message or f"{what} failed.\n{innermost(error).to_string()}")

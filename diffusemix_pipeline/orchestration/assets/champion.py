@@ -6,6 +6,8 @@ from diffusemix_pipeline.orchestration.assets.robustness_report import robustnes
 from diffusemix_pipeline.orchestration.assets.trained_classifier import trained_classifier
 from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
 
+PROMOTED = "challenger_is_promoted"
+
 
 @dg.asset(
     deps=[trained_classifier, robustness_report],
@@ -15,7 +17,7 @@ from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
     required_resource_keys=RESOURCE_KEYS,
     check_specs=[
         dg.AssetCheckSpec(
-            "challenger_is_promoted",
+            PROMOTED,
             asset="champion",
             description="The best new model is the champion now: on val, clean and corrupted, it "
             "is no worse than the one before.",
@@ -51,7 +53,7 @@ def champion(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         },
         check_results=[
             dg.AssetCheckResult(
-                check_name="challenger_is_promoted",
+                check_name=PROMOTED,
                 passed=made.decision.promoted,
                 severity=dg.AssetCheckSeverity.WARN,
                 description=made.decision.reason,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
+from diffusemix_pipeline.orchestration.assets.source_images import record_source, source_images
 from diffusemix_pipeline.orchestration.metadata import picture, stage_metadata, stage_sheet
 from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
 from diffusemix_pipeline.progress import Progress
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 
 @dg.asset(
+    deps=[source_images],
     group_name="diffusemix",
     kinds={"python", "dvc"},
     code_version="1",
@@ -31,6 +33,7 @@ def raw_dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
     check_run(context.resources.project, context.resources.settings)
     started = time.monotonic()
     stage, origin = _bring(context)
+    record_source(context, stage)
     check_outputs(context.resources.project)  # DVC may have had to mend them first
     shown = stage_metadata(stage, time.monotonic() - started)
     set_aside = stage.notes["set_aside"]

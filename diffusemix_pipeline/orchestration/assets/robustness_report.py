@@ -7,6 +7,9 @@ from diffusemix_pipeline.orchestration.assets.trained_classifier import trained_
 from diffusemix_pipeline.orchestration.metadata import picture
 from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
 
+REPORT_MD = "report_md"
+"""The metadata with the report for a pull request."""
+
 
 @dg.asset(
     deps=[raw_dataset, trained_classifier],
@@ -19,6 +22,7 @@ from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
     '"no significant difference" is said in those words.',
 )
 def robustness_report(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+    from diffusemix_pipeline.evaluation.report import MARKDOWN
     from diffusemix_pipeline.orchestration.learning import judge
 
     project, settings = context.resources.project, context.resources.settings
@@ -34,6 +38,7 @@ def robustness_report(context: dg.AssetExecutionContext) -> dg.MaterializeResult
             "headline": report.headline,
             "report": dg.MetadataValue.path(str(report.html)),
             "reused": judged.reused,
+            REPORT_MD: dg.MetadataValue.md((report.folder / MARKDOWN).read_text(encoding="utf-8")),
             "table": dg.MetadataValue.md(table.to_markdown(index=False)),
             **{plot.stem: picture(plot.read_bytes(), plot.stem) for plot in report.plots},
         },

@@ -1,0 +1,24 @@
+"""What made a step fail, without what Dagster wraps around it."""
+
+import dagster as dg
+from dagster._utils.error import SerializableErrorInfo
+
+from diffusemix_pipeline.errors import UserError
+
+_WRAPPERS = {"DagsterExecutionStepExecutionError", "DagsterResourceFunctionError"}
+_TOLD = {UserError.__name__, dg.Failure.__name__}
+
+
+def told_to_user(error: SerializableErrorInfo) -> str | None:
+    """Return the message of a failure that a person can mend; None for any other."""
+    cause = innermost(error)
+    if cause.cls_name in _TOLD:
+        return cause.message.split(": ", 1)[1].strip()
+    return None
+
+
+def innermost(error: SerializableErrorInfo) -> SerializableErrorInfo:
+    """Return what was raised within a step."""
+    while error.cls_name in _WRAPPERS and error.cause is not None:
+        error = error.cause
+    return error

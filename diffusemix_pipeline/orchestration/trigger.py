@@ -1,0 +1,153 @@
+"""Launching a run on a Dagster elsewhere, as CI does: through its GraphQL API, over HTTP alone.
+
+What belongs here: launching, following, and what an ending means. What does not: a terminal.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import dagster as dg
+from dagster_graphql import DagsterGraphQLClient, DagsterGraphQLClientError
+from requests.exceptions import RequestException
+
+from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.orchestration.assets.champion import PROMOTED
+from diffusemix_pipeline.orchestration.assets.robustness_report import REPORT_MD
+
+_POLL_SECONDS = 2.0
+_UNREACHABLE_SECONDS = 120.0
+"""How long a server may be away, as while it restarts, before following it ends."""
+_EVENTS = """
+query Events($run: ID!, $cursor: String) {
+  logsForRun(runId: $run, afterCursor: $cursor) {
+    __typename
+    ... on EventConnection {
+      cursor
+      hasMore
+      events {
+        __typename
+        ... on MessageEvent { message stepKey }
+        ... on AssetCheckEvaluationEvent { evaluation { checkName success description } }
+        ... on MaterializationEvent {
+          metadataEntries { label ... on MarkdownMetadataEntry { mdStr } }
+        }
+      }
+    }
+  }
+}
+"""
+_TOLD = {"ExecutionStepStartEvent", "ExecutionStepSuccessEvent", "ExecutionStepFailureEvent"}
+_ENDED = {
+    dg.DagsterRunStatus.SUCCESS,
+    dg.DagsterRunStatus.FAILURE,
+    dg.DagsterRunStatus.CANCELED,
+}
+
+
+@dataclass
+class Ending:
+    """How a run ended, and what it said on its way."""
+
+    status: dg.DagsterRunStatus = dg.DagsterRunStatus.NOT_STARTED
+    report: str | None = None
+    """The Markdown of the report that it made."""
+    failed_checks: dict[str, str] = field(default_factory=dict)
+    """Their descriptions by name."""
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether every step did what it was to do."""
+        return self.status == dg.DagsterRunStatus.SUCCESS
+
+    @property
+    def refused(self) -> str | None:
+        """Why its model was not promoted; None where it was."""
+        return self.failed_checks.get(PROMOTED)
+
+
+class RemoteRun(NamedTuple):
+    """A run that was launched, and where a browser shows it."""
+
+    client: DagsterGraphQLClient
+    run_id: str
+    address: str
+
+    def follow(self, tell: Callable[[str], None]) -> Ending:
+        """Wait until the run has ended, telling each step; UserError where the server is gone."""
+        ending, cursor, last_answer = Ending(), None, time.monotonic()
+        while ending.status not in _ENDED:
+            time.sleep(_POLL_SECONDS)
+            try:
+                # First, so that all events of an ended run are read.
+                status = self.client.get_run_status(self.run_id)
+                more = True
+                while more:
+                    events, cursor, more = self._page(cursor)
+                    _take(events, ending, tell)
+            except (DagsterGraphQLClientError, RequestException) as error:
+                if time.monotonic() - last_answer > _UNREACHABLE_SECONDS:
+                    raise UserError(
+                        f"The server no longer answers: {error}. See {self.address} later."
+                    ) from None
+                continue
+            last_answer = time.monotonic()
+            if status != ending.status:
+                tell(status.value)
+            ending.status = status
+        return ending
+
+    def _page(self, cursor: str | None) -> tuple[list[dict[str, Any]], str, bool]:
+        """Return the events after a cursor, the next cursor, and whether there are more."""
+        answer = self.client._execute(_EVENTS, {"run": self.run_id, "cursor": cursor})
+        page = answer["logsForRun"]
+        if page["__typename"] != "EventConnection":
+            raise UserError(f"The server has no events of run {self.run_id}.")
+        return page["events"], page["cursor"], page["hasMore"]
+
+
+def launch(
+    url: str, job: str, tags: Mapping[str, str], settings: Mapping[str, Any], token: str | None
+) -> RemoteRun:
+    """Launch a job with its server's settings but for `settings`; `token` is sent as a bearer's.
+
+    Raises UserError for a server that does not answer and for what it refuses.
+    """
+    parts = urlsplit(url if "//" in url else f"//{url}", scheme="http")
+    if not parts.hostname:
+        raise UserError(f"{url} is no address: write it like http://127.0.0.1:3000.")
+    headers = {"Authorization": f"Bearer {token}"} if token else None
+    config = {"resources": {"settings": {"config": settings}}} if settings else {}
+    try:
+        client = DagsterGraphQLClient(
+            parts.hostname,
+            port_number=parts.port,
+            use_https=parts.scheme == "https",
+            headers=headers,
+            path_prefix=parts.path.rstrip("/"),
+        )
+        run_id = client.submit_job_execution(job, run_config=config, tags=dict(tags))
+    except (DagsterGraphQLClientError, RequestException) as error:
+        raise UserError(f"{url} did not launch {job}: {error.__cause__ or error}") from None
+    home = f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/")
+    return RemoteRun(client, run_id, f"{home}/runs/{run_id}")
+
+
+def _take(events: list[dict[str, Any]], ending: Ending, tell: Callable[[str], None]) -> None:
+    for event in events:
+        kind = event["__typename"]
+        if kind in _TOLD:
+            tell(event["message"])
+        elif kind == "AssetCheckEvaluationEvent":
+            check = event["evaluation"]
+            if check["success"]:
+                ending.failed_checks.pop(check["checkName"], None)
+            else:
+                tell(f"{check['checkName']}: {check['description']}")
+                ending.failed_checks[check["checkName"]] = check["description"] or ""
+        elif kind == "MaterializationEvent":
+            for entry in event["metadataEntries"]:
+                if entry["label"] == REPORT_MD:
+                    ending.report = entry["mdStr"]

@@ -1,0 +1,199 @@
+"""Promises: staleness follows bytes, sensors ask for one run a change, a failure is told."""
+
+import json
+import os
+import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from conftest import picture, quick_settings, write_classes
+from dagster._core.definitions.data_version import CachingStaleStatusResolver
+from dagster._core.definitions.observe import observe
+from dagster._core.loader import LoadingContext
+
+from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.orchestration import automation
+from diffusemix_pipeline.orchestration.build import build_definitions
+from diffusemix_pipeline.settings import Settings
+
+
+class Loading(LoadingContext):
+    def __init__(self, instance: dg.DagsterInstance) -> None:
+        self._instance, self._loaders = instance, {}
+
+    @property
+    def instance(self) -> dg.DagsterInstance:
+        return self._instance
+
+    @property
+    def loaders(self) -> dict:
+        return self._loaders
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    return write_classes(tmp_path / "photos", ["cat", "dog"], 8)
+
+
+@pytest.fixture
+def settings(source) -> Settings:
+    return quick_settings(
+        f"source.path={source}", "source.val_fraction=0.2", "source.test_fraction=0.2"
+    )
+
+
+def is_stale(definitions: dg.Definitions, instance: dg.DagsterInstance) -> bool:
+    graph = definitions.resolve_asset_graph()
+    resolver = CachingStaleStatusResolver(instance, graph, Loading(instance))
+    return resolver.get_status(dg.AssetKey("raw_dataset")).name == "STALE"
+
+
+def make_raw(definitions: dg.Definitions, instance: dg.DagsterInstance) -> None:
+    job = definitions.resolve_implicit_global_asset_job_def()
+    done = job.execute_in_process(instance=instance, asset_selection=[dg.AssetKey("raw_dataset")])
+    assert done.success
+
+
+def look(definitions: dg.Definitions, instance: dg.DagsterInstance) -> None:
+    assets = definitions.resolve_asset_graph().assets_defs
+    [source_images] = [one for one in assets if dg.AssetKey("source_images") in one.keys]
+    assert observe([source_images], instance=instance).success
+
+
+def test_a_changed_byte_is_stale_and_a_touched_file_is_not(project, source, settings):
+    definitions = build_definitions(project, settings)
+    with dg.DagsterInstance.ephemeral() as instance:
+        make_raw(definitions, instance)  # nobody has observed the source before
+        look(definitions, instance)
+        assert not is_stale(definitions, instance)
+        image = next(source.rglob("*.png"))
+        os.utime(image, (0, 0))
+        image.write_bytes(image.read_bytes())
+        look(definitions, instance)
+        assert not is_stale(definitions, instance)
+        picture(99).save(image)
+        look(definitions, instance)
+        assert is_stale(definitions, instance)
+        make_raw(definitions, instance)
+        assert not is_stale(definitions, instance)
+        look(definitions, instance)
+        assert not is_stale(definitions, instance)
+
+
+class Sensor:
+    """A sensor that is ticked as its daemon does: the cursor is all that is kept."""
+
+    def __init__(self, definitions: dg.Definitions, name: str) -> None:
+        self.definition, self.cursor = definitions.resolve_sensor_def(name), None
+
+    def tick(self) -> list[dg.RunRequest] | str:
+        """Return the runs that are asked for, or why there are none."""
+        with dg.DagsterInstance.ephemeral() as instance:
+            context = dg.build_sensor_context(instance=instance, cursor=self.cursor)
+            tick = self.definition.evaluate_tick(context)
+        self.cursor = tick.cursor
+        return tick.run_requests or tick.skip_message
+
+
+def test_new_images_ask_for_one_run_once_they_stay_as_they_are(project, source, settings):
+    definitions = build_definitions(project, settings)
+    sensor = Sensor(definitions, "new_images")
+    assert "waiting" in sensor.tick()
+    [request] = sensor.tick()
+    assert "new or changed" in request.tags["diffusemix/why"]
+    assert "Nothing changed" in sensor.tick()  # whatever became of that run
+    with dg.DagsterInstance.ephemeral() as instance:
+        make_raw(definitions, instance)
+    for number in range(10):
+        picture(100 + number).save(source / "cat" / f"new-{number}.png")
+        if number == 5:
+            assert "waiting" in sensor.tick()  # they are still being copied
+    assert "waiting" in sensor.tick()
+    [other] = sensor.tick()
+    assert other.run_key != request.run_key
+    assert "Nothing changed" in sensor.tick()
+
+
+def test_the_same_bytes_again_ask_for_no_run(project, source, settings):
+    definitions = build_definitions(project, settings)
+    with dg.DagsterInstance.ephemeral() as instance:
+        make_raw(definitions, instance)
+    sensor = Sensor(definitions, "new_images")
+    assert "waiting" in sensor.tick()
+    assert "same bytes" in sensor.tick()  # of what the last run read
+    for image in source.rglob("*.png"):
+        os.utime(image, (0, 0))
+    assert "waiting" in sensor.tick()
+    assert "same bytes" in sensor.tick()
+    assert "Nothing changed" in sensor.tick()
+
+
+def test_a_folder_that_is_gone_fails_the_tick_by_name(project, source, settings):
+    sensor = Sensor(build_definitions(project, settings), "new_images")
+    source.rename(source.with_name("elsewhere"))
+    with pytest.raises(UserError, match=f"The image folder {source} does not exist"):
+        sensor.tick()
+
+
+def test_another_data_dvc_in_git_asks_for_one_run(project):
+    def git(*command: str) -> None:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *who, *command], cwd=project.root, check=True, capture_output=True)
+
+    def commit(md5: str) -> None:
+        pin.write_text(f"outs:\n- md5: {md5}\n  path: data\n")
+        git("add", "data.dvc")
+        git("commit", "-m", md5)
+
+    pin = project.root / "data.dvc"
+    sensor = Sensor(build_definitions(project, quick_settings("source.path=''")), "new_data")
+    assert "no data.dvc" in sensor.tick()
+    git("init")
+    commit("1" * 32 + ".dir")
+    [request] = sensor.tick()
+    assert "1" * 32 in request.tags["diffusemix/why"]
+    assert "was made from" in sensor.tick()
+    pin.write_text("outs:\n- md5: another\n  path: data\n")  # as a run leaves it
+    assert "not as it is committed" in sensor.tick()
+    commit("2" * 32 + ".dir")
+    assert len(sensor.tick()) == 1
+    project.state.mkdir()
+    commit("3" * 32 + ".dir")
+    (project.state / "data_version").write_text("3" * 32 + ".dir")
+    assert "was made from" in sensor.tick()  # a run here made it, and a person committed it
+
+
+def test_a_failed_run_is_told_in_the_log_and_to_the_webhook(project, monkeypatch, caplog):
+    heard = []
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            heard.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *args) -> None:
+            pass
+
+    definitions = build_definitions(project, quick_settings("source.path=/nowhere"))
+    with dg.DagsterInstance.ephemeral() as instance, HTTPServer(("127.0.0.1", 0), Hook) as hook:
+        threading.Thread(target=hook.serve_forever, daemon=True).start()
+        monkeypatch.setenv(automation.WEBHOOK, f"http://127.0.0.1:{hook.server_port}/secret")
+        job = definitions.resolve_job_def("diffusemix")
+        failed = job.execute_in_process(instance=instance, raise_on_error=False)
+        [event] = [e for e in failed.all_events if e.event_type_value == "PIPELINE_FAILURE"]
+        context = dg.build_run_status_sensor_context(
+            sensor_name="failed_runs",
+            dagster_event=event,
+            dagster_instance=instance,
+            dagster_run=failed.dagster_run,
+        ).for_run_failure()
+        automation.failed_runs(context)
+        hook.shutdown()
+    [told] = heard
+    assert told["run_id"] == failed.run_id
+    assert "raw_dataset" in told["text"]
+    assert "/nowhere" in told["text"]
