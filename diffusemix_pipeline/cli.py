@@ -678,6 +678,11 @@ def _what_to_know(outcome: "Outcome") -> Iterator[str]:
         first = raw["first_set_aside"].value
         yield f"{set_aside} files are set aside, named in data/raw/stage.json; first: {first}"
     yield f"DVC: {outcome.metadata['fractal_augmented_dataset']['dvc_push'].value}"
+    champion = outcome.metadata["champion"]
+    yield (
+        f"Champion: {champion['champion'].value}; challenger: {champion['challenger'].value}. "
+        + (champion["reason"].value)
+    )
 
 
 def _editing_took(edits: Mapping[str, Any], seconds: str, images: str, megabytes: str) -> str:
