@@ -468,6 +468,95 @@ def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
 
 
 @main.group()
+def data() -> None:
+    """Versions of data/: which is here, which trained what, and the way back to one."""
+
+
+@data.command("status")
+def data_status() -> None:
+    """Say which version is pinned, and whether data/ is that."""
+    from diffusemix_pipeline.versioning import changes, committed_digest, pinned_digest
+
+    root = Path.cwd()
+    pinned = pinned_digest(root)
+    if pinned is None:
+        raise UserError("data.dvc pins nothing: a run makes it.")
+    click.echo(f"data.dvc pins {pinned}")
+    committed = committed_digest(root)
+    if committed:
+        same = "the same" if committed == pinned else f"{committed}: commit data.dvc to keep this"
+        click.echo(f"git's HEAD pins {same}")
+    changed = changes(root)
+    counts = ", ".join(f"{number} {kind}" for kind, number in sorted(changed.items()))
+    click.echo(f"data/ is {'as pinned' if not changed else f'not as pinned: {counts}'}")
+
+
+@data.command("push")
+def data_push() -> None:
+    """Send the pinned version to the DVC remote."""
+    from diffusemix_pipeline.versioning import push
+
+    click.echo(f"Pushed to the DVC remote '{push(Path.cwd())}'.")
+
+
+@data.command("pull")
+def data_pull() -> None:
+    """Make data/ what data.dvc pins."""
+    from diffusemix_pipeline.versioning import pinned_digest, pull
+
+    root = Path.cwd()
+    if not pull(root):
+        raise UserError(
+            "data.dvc pins nothing that the DVC cache here or a remote holds: push it from where "
+            "it was made."
+        )
+    click.echo(f"data/ is {pinned_digest(root)}")
+
+
+@data.command("history")
+def data_history() -> None:
+    """List the versions: which commit pins each, and which models were trained on it."""
+    from diffusemix_pipeline.orchestration.data_versions import history
+    from diffusemix_pipeline.terminal import print_table
+    from diffusemix_pipeline.versioning import pinned_digest
+
+    project = Project(Path.cwd())
+    here = pinned_digest(project.root)
+    rows = []
+    for version in history(project, load_settings(project.root)):
+        mark = " *" if version.digest == here else ""
+        cells = [version.digest[:8] + mark, " ".join(version.commits)]
+        if not version.trainings:
+            rows.append([*cells, "", "", "", "", ""])
+        for training in version.trainings:
+            accuracy = training.metrics.get("test_clean")
+            cells += [
+                f"{training.started:%Y-%m-%d %H:%M}",
+                training.name,
+                training.model_version or "",
+                "" if accuracy is None else f"{100 * accuracy:.1f}",
+                training.run_id,
+            ]
+            rows.append(cells)
+            cells = ["", ""]
+    columns = ["data", "commits", "trained (UTC)", "arm", "model", "test %", "report of run"]
+    print_table(columns, rows, "Versions of data/; * is pinned now")
+
+
+@data.command("checkout")
+@click.argument("version")
+def data_checkout(version: str) -> None:
+    """Bring a version back, by the start of its digest or a commit that pins it."""
+    from diffusemix_pipeline.orchestration.data_versions import checkout
+
+    project = Project(Path.cwd())
+    digest, kept = checkout(project, load_settings(project.root), version)
+    click.echo(f"data/ is {digest}")
+    if kept:
+        click.echo(f"Its models are made again by: diffusemix run --config {kept}")
+
+
+@main.group()
 def store() -> None:
     """Look after the edit store: every edit that was ever paid for."""
 
@@ -679,10 +768,8 @@ def _what_to_know(outcome: "Outcome") -> Iterator[str]:
         yield f"{set_aside} files are set aside, named in data/raw/stage.json; first: {first}"
     yield f"DVC: {outcome.metadata['fractal_augmented_dataset']['dvc_push'].value}"
     champion = outcome.metadata["champion"]
-    yield (
-        f"Champion: {champion['champion'].value}; challenger: {champion['challenger'].value}. "
-        + (champion["reason"].value)
-    )
+    yield f"Champion: {champion['champion'].value}; challenger: {champion['challenger'].value}"
+    yield str(champion["reason"].value)
 
 
 def _editing_took(edits: Mapping[str, Any], seconds: str, images: str, megabytes: str) -> str:

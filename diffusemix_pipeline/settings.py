@@ -409,6 +409,10 @@ class Settings(Section):
         "in_process",
         description="How the steps of a run run that the UI or a schedule starts; read on loading.",
     )
+    retrain_cron: str = Field(
+        "0 4 * * 1",
+        description="When the schedule `retrain` runs, in UTC, as cron writes it; read on loading.",
+    )
     source: Source = Source()
     editing: Editing = Editing()
     mixing: Mixing = Mixing()
@@ -424,7 +428,9 @@ PLACE_OR_SPEED = ("editor", "revision", "lora", "batch_size", "shards", "dtype",
 
 def flatten(settings: Settings) -> dict[str, Any]:
     """Return every setting that shapes a result by its dotted key; not those of what follows it."""
-    values = settings.model_dump(mode="json", exclude={"tracking", "executor", "checks"})
+    values = settings.model_dump(
+        mode="json", exclude={"tracking", "executor", "retrain_cron", "checks"}
+    )
     return {key: _value_at(values, key) for key, _ in _leaves(Settings) if _holds(values, key)}
 
 
@@ -435,7 +441,7 @@ def data_settings(settings: Settings) -> str:
     `data/generated`: both may come from elsewhere than these settings say.
     """
     elsewhere = {"device", "executor", "source", "training", "evaluation"}
-    elsewhere |= {"tracking", "checks"}
+    elsewhere |= {"tracking", "checks", "retrain_cron"}
     values = settings.model_dump(exclude=elsewhere)
     for name in PLACE_OR_SPEED:
         del values["editing"][name]

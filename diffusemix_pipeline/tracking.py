@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -82,6 +83,21 @@ class Registered(NamedTuple):
     tags: Mapping[str, str]
 
 
+class Training(NamedTuple):
+    """A finished training run as the history of versions shows it."""
+
+    run_id: str
+    name: str
+    started: datetime
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]
+
+    @property
+    def model_version(self) -> str | None:
+        """Its version in the registry; None where it registered no model."""
+        return self.tags.get(_MODEL_VERSION)
+
+
 @dataclass(frozen=True)
 class Run:
     """A run that is under way: `training_run` gives it."""
@@ -100,7 +116,8 @@ class Run:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / Path(name).name
             file.write_bytes(content)
-            self._client.log_artifact(self.run_id, str(file), str(Path(name).parent))
+            inside = str(Path(name).parent)
+            self._client.log_artifact(self.run_id, str(file), None if inside == "." else inside)
 
     def log_classifier(self, folder: Path, alias: str) -> LoggedRun:
         """Log and register the classifier of a folder that `training.save_classifier` wrote.
@@ -193,13 +210,16 @@ class Tracker:
 
     def report(self, run_id: str, folder: Path) -> Path:
         """Bring a run's report into `folder`; UserError for a run that is not here or has none."""
+        return self._download(run_id, "report/report.json", folder)
+
+    def _download(self, run_id: str, name: str, folder: Path) -> Path:
         from mlflow.exceptions import MlflowException
 
         try:
-            return Path(self._client.download_artifacts(run_id, "report/report.json", str(folder)))
+            return Path(self._client.download_artifacts(run_id, name, str(folder)))
         except (MlflowException, OSError) as error:
             raise UserError(
-                f"MLflow at {self.uri} has no report of the run {run_id}: {error}"
+                f"MLflow at {self.uri} has no {name} of the run {run_id}: {error}"
             ) from None
 
     def find_run(self, tag: str, value: str) -> LoggedRun | None:
@@ -215,6 +235,34 @@ class Tracker:
             return None
         tags = found[0].data.tags
         return LoggedRun(found[0].info.run_id, tags.get(_MODEL_ID), tags.get(_MODEL_VERSION))
+
+    def trainings(self) -> list[Training]:
+        """Return every finished run of this model name, newest first."""
+        found, token = [], ""
+        while token is not None:
+            page = self._client.search_runs(
+                [self.experiment_id],
+                f"tags.`{_MODEL_NAME}` = '{self.model_name}' and attributes.status = 'FINISHED'",
+                order_by=["attributes.start_time DESC"],
+                page_token=token or None,
+            )
+            found += page
+            token = page.token
+        return [
+            Training(
+                run.info.run_id,
+                run.info.run_name,
+                datetime.fromtimestamp(run.info.start_time / 1000, UTC),
+                run.data.tags,
+                run.data.metrics,
+            )
+            for run in found
+        ]
+
+    def file_of(self, run_id: str, name: str) -> bytes:
+        """Return a file that was kept with a run; UserError where it is not there."""
+        with tempfile.TemporaryDirectory() as folder:
+            return self._download(run_id, name, Path(folder)).read_bytes()
 
     def registered(self, alias: str) -> Registered | None:
         """Return the version that has the alias now; None where none has."""

@@ -135,14 +135,37 @@ def pinned_raw_version(root: Path) -> str | None:
     return digest(raw)
 
 
-def committed_digest(root: Path) -> str | None:
-    """Return what the `data.dvc` of git's HEAD pins; None without git or where it pins nothing."""
-    command = ["git", "-C", str(root), "show", "HEAD:./data.dvc"]
+def committed_digest(root: Path, commit: str = "HEAD") -> str | None:
+    """Return what the `data.dvc` of a commit pins; None without git or where it has none."""
+    pin = _committed_pin(root, commit)
+    return None if pin is None else _md5_of(pin.decode(), f"data.dvc of {commit}")
+
+
+def _committed_pin(root: Path, commit: str) -> bytes | None:
+    command = ["git", "-C", str(root), "show", f"{commit}:./data.dvc"]
+    try:
+        done = subprocess.run(command, capture_output=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def committed_versions(root: Path) -> dict[str, list[str]]:
+    """Return the commits of HEAD's history by the version that they pinned, both newest first.
+
+    Empty without git.
+    """
+    command = ["git", "-C", str(root), "log", "--format=%h", "--", "data.dvc"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        return None
-    return _md5_of(done.stdout, "data.dvc of git's HEAD") if done.returncode == 0 else None
+        return {}
+    found: dict[str, list[str]] = {}
+    for commit in done.stdout.split():
+        pinned = committed_digest(root, commit)
+        if pinned is not None:
+            found.setdefault(pinned, []).append(commit)
+    return found
 
 
 def basis_digest(root: Path) -> str | None:
@@ -181,6 +204,51 @@ def pull(root: Path) -> bool:
         _run_dvc(root, "checkout", "data.dvc")
         write_bytes(_basis(root), pinned.encode())
         return True
+
+
+def restore(
+    root: Path, wanted: str, *, pin: bytes | None = None, commit: str | None = None
+) -> None:
+    """Make `data.dvc` and `data/` those of an earlier version, by its `pin` or a commit's.
+
+    Raises UserError, with `data.dvc` as it was, where neither cache nor remote has the version, or
+    where `data/` holds files that no version holds.
+    """
+    pin = pin or _committed_pin(root, str(commit))
+    assert pin is not None  # whoever names the commit has read it
+    path = root / "data.dvc"
+    before = path.read_bytes() if path.exists() else None
+    write_bytes(path, pin)
+    try:
+        if not pull(root):
+            raise UserError(
+                f"The files of version {wanted} are neither in the DVC cache here nor on a remote: "
+                "push them from where they were made (`diffusemix data push`)."
+            )
+    except UserError:
+        if before is not None:
+            write_bytes(path, before)
+        raise
+
+
+def push(root: Path) -> str:
+    """Send what `data.dvc` pins to the default remote; return its name. UserError without one."""
+    ensure_repository(root)
+    remote = _default_remote(root)
+    if remote is None:
+        raise UserError("No DVC remote is configured: add one with `dvc remote add -d NAME URL`.")
+    with _locked(root):
+        _use_remote(root, remote, "push")
+    return remote
+
+
+def changes(root: Path) -> dict[str, int]:
+    """Count the files of `data/` that differ from what `data.dvc` pins, by added, modified, …."""
+    ensure_repository(root)
+    with _locked(root):
+        told = json.loads(_run_dvc(root, "data", "status", "--granular", "--json"))
+    uncommitted = told.get("uncommitted", {})
+    return {kind: len(files) for kind, files in uncommitted.items() if isinstance(files, list)}
 
 
 def _basis(root: Path) -> Path:

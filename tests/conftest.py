@@ -2,11 +2,19 @@
 
 import hashlib
 import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from diffusemix_pipeline.datasets.images import png_bytes, read_square
 from diffusemix_pipeline.datasets.manifest import Stage, read_stage, write_stage
@@ -86,6 +94,18 @@ def write_classes(folder: Path, classes: list[str], images: int, seed: int = 0) 
         (folder / label).mkdir(parents=True, exist_ok=True)
         for index in range(images):
             picture(seed + 1000 * number + index).save(folder / label / f"{index}.png")
+    return folder
+
+
+def write_digits(folder: Path, *, shuffled: bool = False, first: int = 0, last: int = 1797) -> Path:
+    """Write some of scikit-learn's digits as `folder/<digit>/<n>.png`; shuffled, of wrong names."""
+    bunch = load_digits()
+    labels = np.random.default_rng(0).permutation(bunch.target) if shuffled else bunch.target
+    for number in range(first, last):
+        place = folder / str(labels[number])
+        place.mkdir(parents=True, exist_ok=True)
+        grey = Image.fromarray((bunch.images[number] * 15).astype(np.uint8))
+        grey.resize((32, 32)).convert("RGB").save(place / f"{number:04d}.png")
     return folder
 
 
@@ -229,3 +249,37 @@ def _character_tokenizer():
     words = [*letters, *(f"{letter}</w>" for letter in letters)]
     vocabulary = {word: n for n, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+
+
+@contextmanager
+def serving(project: Project, command: str) -> Iterator[str]:
+    """Run `diffusemix COMMAND` on a free port; end it with all its children."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = (project.root / f"{command}.log").open("w")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "diffusemix_pipeline.cli", command, "--port", str(port)],
+        cwd=project.root,
+        env={k: v for k, v in os.environ.items() if k != "DAGSTER_HOME"},
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline and server.poll() is None:
+            with closing(socket.socket()) as client:
+                if client.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.5)
+        else:
+            pytest.fail(f"{command} did not start:\n{Path(log.name).read_text()}")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(server.pid, signal.SIGINT)
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+        log.close()

@@ -1,19 +1,12 @@
 """Promise: the UI shows the pipeline, "Materialize all" runs it, and the report reads well."""
 
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ASSETS, quick_settings, tiny_editor
+from conftest import ASSETS, quick_settings, serving, tiny_editor
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from diffusemix_pipeline.orchestration.launch import run_here
@@ -55,40 +48,6 @@ def page(browser) -> Iterator[Page]:
     page.set_default_timeout(60_000)
     yield page
     context.close()
-
-
-@contextmanager
-def serving(project: Project, command: str) -> Iterator[str]:
-    """Run `diffusemix COMMAND` on a free port; end it with all its children."""
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = (project.root / f"{command}.log").open("w")
-    server = subprocess.Popen(
-        [sys.executable, "-m", "diffusemix_pipeline.cli", command, "--port", str(port)],
-        cwd=project.root,
-        env={k: v for k, v in os.environ.items() if k != "DAGSTER_HOME"},
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 180
-        while time.monotonic() < deadline and server.poll() is None:
-            with closing(socket.socket()) as client:
-                if client.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.5)
-        else:
-            pytest.fail(f"{command} did not start:\n{Path(log.name).read_text()}")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(server.pid, signal.SIGINT)
-        try:
-            server.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
-        log.close()
 
 
 def test_materialize_all_in_the_ui_does_what_the_command_does(project, page):

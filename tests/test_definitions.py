@@ -6,6 +6,7 @@ import dagster as dg
 import pytest
 from conftest import ASSETS, quick_settings
 
+from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.orchestration.build import build_definitions
 from diffusemix_pipeline.project import Project
 
@@ -33,7 +34,7 @@ def test_every_asset_says_what_it_is_and_guarantees(asset, definitions):
 
 
 def test_the_schedule_asks_for_the_whole_job_once_a_week(definitions):
-    schedule = definitions.resolve_schedule_def("weekly_retrain")
+    schedule = definitions.resolve_schedule_def("retrain")
     assert schedule.cron_schedule == "0 4 * * 1"
     with dg.DagsterInstance.ephemeral() as instance:
         context = dg.build_schedule_context(instance=instance)
@@ -41,6 +42,11 @@ def test_the_schedule_asks_for_the_whole_job_once_a_week(definitions):
     assert len(requests) == 1
     job = definitions.resolve_job_def(schedule.job_name)
     assert {node.name for node in job.nodes} >= set(ASSETS)
+
+
+def test_a_cron_that_is_none_is_named(project):
+    with pytest.raises(UserError, match="retrain_cron: .*every monday"):
+        build_definitions(project, quick_settings("retrain_cron=every monday"))
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import quick_settings, tiny_editor
+from conftest import quick_settings, tiny_editor, write_digits
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
-from sklearn.datasets import load_digits
 
 from diffusemix_pipeline.cli import main
 from diffusemix_pipeline.evaluation.promotion import (
@@ -105,19 +103,6 @@ def versions(project: Project) -> tuple[dict[str, str], dict[str, dict[str, str]
     return aliases, {str(version.version): version.tags for version in found}
 
 
-def shuffled_digits(folder: Path) -> Path:
-    """Write digits under labels that have nothing to do with them."""
-    bunch = load_digits()
-    for index, (pixels, label) in enumerate(
-        zip(bunch.images, np.random.default_rng(0).permutation(bunch.target), strict=True)
-    ):
-        place = folder / str(label)
-        place.mkdir(parents=True, exist_ok=True)
-        image = Image.fromarray((pixels * 15).astype(np.uint8)).resize((32, 32))
-        image.convert("RGB").save(place / f"{index}.png")
-    return folder
-
-
 @pytest.mark.slow
 def test_a_champion_stays_until_a_model_is_no_worse(project, weights, tmp_path):
     first = run(project, weights, "training.steps=150")
@@ -146,9 +131,8 @@ def test_a_champion_stays_until_a_model_is_no_worse(project, weights, tmp_path):
     )
     assert tags["2"]["promotion.test_reads"] == "2"
 
-    sabotaged = run(
-        project, weights, "training.steps=150", f"source.path={shuffled_digits(tmp_path / 'wrong')}"
-    )
+    wrong = write_digits(tmp_path / "wrong", shuffled=True)
+    sabotaged = run(project, weights, "training.steps=150", f"source.path={wrong}")
     assert not sabotaged.success
     assert "val_accuracy_above_floor" in " ".join(sabotaged.problems)
     assert versions(project)[0]["champion"] == "1"

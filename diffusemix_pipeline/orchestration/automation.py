@@ -10,6 +10,7 @@ from typing import Any
 
 import dagster as dg
 
+from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.orchestration.failures import innermost, told_to_user
 from diffusemix_pipeline.orchestration.jobs import diffusemix
 from diffusemix_pipeline.project import Project
@@ -20,13 +21,20 @@ WEBHOOK = "FAILURE_WEBHOOK_URL"
 _EVERY_SECONDS = 30
 _TIMEOUT_SECONDS = 10
 
-weekly_retrain = dg.ScheduleDefinition(
-    name="weekly_retrain",
-    job=diffusemix,
-    cron_schedule="0 4 * * 1",
-    execution_timezone="UTC",
-    description="Mondays at 04:00 UTC. Unchanged stages are reused, so a quiet week costs seconds.",
-)
+
+def retrain_schedule(settings: Settings) -> dg.ScheduleDefinition:
+    """Return what starts a run at fixed times; UserError where `retrain_cron` is no cron."""
+    try:
+        return dg.ScheduleDefinition(
+            name="retrain",
+            job=diffusemix,
+            cron_schedule=settings.retrain_cron,
+            execution_timezone="UTC",
+            description="Runs at the times of `retrain_cron`, Mondays at 04:00 UTC by default. "
+            "Unchanged stages are reused, so a quiet week costs seconds.",
+        )
+    except dg.DagsterInvalidDefinitionError as error:
+        raise UserError(f"retrain_cron: {error}") from None
 
 
 def new_images_sensor(project: Project, settings: Settings) -> dg.SensorDefinition:

@@ -43,7 +43,7 @@ def build_definitions(
         ],
         asset_checks=checks.ALL,
         jobs=[jobs.diffusemix],
-        schedules=[automation.weekly_retrain],
+        schedules=[automation.retrain_schedule(settings)],
         sensors=[
             automation.new_images_sensor(project, settings),
             automation.new_data_sensor(project, settings),

@@ -35,6 +35,7 @@ from diffusemix_pipeline.evaluation.report import (
 )
 from diffusemix_pipeline.files import replaced_folder, write_json
 from diffusemix_pipeline.identity import digest, seed_from
+from diffusemix_pipeline.orchestration.data_versions import DATA_TAG, keep_inputs
 from diffusemix_pipeline.orchestration.metadata import stages_picture
 from diffusemix_pipeline.pictures import learning_curves
 from diffusemix_pipeline.progress import Progress
@@ -98,7 +99,7 @@ def train_arms(
                 "diffusemix.seed": str(wanted.seed),
                 "diffusemix.images_a_class": str(wanted.per_class or "all"),
                 "dagster.run_id": dagster_run_id,
-                "dvc.data": dataset.digest,
+                DATA_TAG: dataset.digest,
             }
             with tracker.training_run(str(wanted), flatten(settings), dataset, tags) as run:
                 fit = fit_arm(
@@ -112,6 +113,7 @@ def train_arms(
                     on_point=run.log_curve,
                     progress=progress,
                 )
+                keep_inputs(run, project, settings)
                 curve = learning_curves({str(wanted): fit.curve})
                 run.log_bytes("figures/learning_curve.png", curve)
                 logged = LoggedRun(run.run_id, None, None)

@@ -29,7 +29,10 @@ query Events($run: ID!, $cursor: String) {
       hasMore
       events {
         __typename
-        ... on MessageEvent { message stepKey }
+        ... on MessageEvent { message }
+        ... on ExecutionStepFailureEvent {
+          error { message errorChain { error { message } } }
+        }
         ... on AssetCheckEvaluationEvent { evaluation { checkName success description } }
         ... on MaterializationEvent {
           metadataEntries { label ... on MarkdownMetadataEntry { mdStr } }
@@ -140,6 +143,9 @@ def _take(events: list[dict[str, Any]], ending: Ending, tell: Callable[[str], No
         kind = event["__typename"]
         if kind in _TOLD:
             tell(event["message"])
+            if error := event.get("error"):
+                causes = [error, *(link["error"] for link in error["errorChain"])]
+                tell(causes[-1]["message"].strip())
         elif kind == "AssetCheckEvaluationEvent":
             check = event["evaluation"]
             if check["success"]:

@@ -1,0 +1,75 @@
+"""The life of data versions: which model was trained on which, and the way back to any of them.
+
+A version is what DVC knows `data/` by. Each training run in MLflow holds its `data.dvc` and its
+settings, so a version that git never saw is found too.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import yaml
+
+from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.files import write_bytes
+from diffusemix_pipeline.project import Project
+from diffusemix_pipeline.settings import Settings
+from diffusemix_pipeline.tracking import Run, Training, open_tracking
+from diffusemix_pipeline.versioning import committed_versions, restore
+
+DATA_TAG = "dvc.data"
+_PIN, _SETTINGS = "data.dvc", "settings.yaml"
+
+
+class DataVersion(NamedTuple):
+    """A version of `data/`: its digest, the commits that pin it, and what was trained on it."""
+
+    digest: str
+    commits: Sequence[str]
+    trainings: Sequence[Training]
+    """Newest first."""
+
+
+def keep_inputs(run: Run, project: Project, settings: Settings) -> None:
+    """Keep with a training run what is needed to come back to it."""
+    run.log_bytes(_PIN, (project.root / "data.dvc").read_bytes())
+    kept = settings.model_dump(mode="json", exclude={"tracking"})
+    kept["source"] |= {"path": "", "archives": ""}  # the images are those of the version
+    run.log_bytes(_SETTINGS, yaml.safe_dump(kept, sort_keys=False).encode())
+
+
+def history(project: Project, settings: Settings) -> list[DataVersion]:
+    """List the versions that git or MLflow knows, those with the newest training first."""
+    commits = committed_versions(project.root)
+    trained: dict[str, list[Training]] = defaultdict(list)
+    for training in open_tracking(project, settings.tracking).trainings():
+        trained[training.tags.get(DATA_TAG, "")].append(training)
+    trained.pop("", None)
+    digests = [*trained, *(digest for digest in commits if digest not in trained)]
+    return [DataVersion(d, commits.get(d, []), trained.get(d, [])) for d in digests]
+
+
+def checkout(project: Project, settings: Settings, wanted: str) -> tuple[str, str | None]:
+    """Bring a version back, by the start of its digest or by a commit that pins it.
+
+    Returns its digest, and the file that holds the settings of its newest training, if it had one.
+    Raises UserError for a version that is not known, and where neither cache nor remote has it.
+    """
+    found = [
+        version
+        for version in history(project, settings)
+        if version.digest.startswith(wanted) or any(c.startswith(wanted) for c in version.commits)
+    ]
+    if len(found) != 1:
+        what = "is not known" if not found else f"may be any of {len(found)}"
+        raise UserError(f"The version {wanted} {what}: see `diffusemix data history`.")
+    [version] = found
+    if not version.trainings:
+        restore(project.root, version.digest, commit=version.commits[0])
+        return version.digest, None
+    tracker = open_tracking(project, settings.tracking)
+    run_id = version.trainings[0].run_id
+    restore(project.root, version.digest, pin=tracker.file_of(run_id, _PIN))
+    kept = project.root / "outputs" / f"settings-{version.digest[:8]}.yaml"
+    write_bytes(kept, tracker.file_of(run_id, _SETTINGS))
+    return version.digest, str(kept.relative_to(project.root))
