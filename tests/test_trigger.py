@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import chdir
 from pathlib import Path
 
 import dagster as dg
@@ -80,12 +81,12 @@ def champion(project: Project) -> str | None:
 
 def runs(project: Project) -> list[dg.DagsterRun]:
     """Return the runs, newest first."""
-    with dg.DagsterInstance.from_config(str(project.root)) as instance:
+    with chdir(project.root), dg.DagsterInstance.from_config(str(project.root)) as instance:
         return list(instance.get_runs())
 
 
 def edits_made(project: Project, run_id: str) -> int:
-    with dg.DagsterInstance.from_config(str(project.root)) as instance:
+    with chdir(project.root), dg.DagsterInstance.from_config(str(project.root)) as instance:
         records = instance.all_logs(run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION)
     [made] = [
         entry.asset_materialization.metadata["edits_made"].value
