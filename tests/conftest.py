@@ -251,12 +251,17 @@ def _character_tokenizer():
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
 
 
+def free_port() -> int:
+    """Return a port of the loopback address on which nothing listens now."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @contextmanager
 def serving(project: Project, command: str) -> Iterator[str]:
     """Run `diffusemix COMMAND` on a free port; end it with all its children."""
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     log = (project.root / f"{command}.log").open("w")
     server = subprocess.Popen(
         [sys.executable, "-m", "diffusemix_pipeline.cli", command, "--port", str(port)],
