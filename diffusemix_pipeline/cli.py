@@ -7,7 +7,6 @@ import json
 import os
 import re
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
 
 _LOOPBACK = "127.0.0.1"
 _FOLDER = click.Path(path_type=Path)
-_DAY = 24 * 3600
-"""Seconds."""
 _THINNED = "{} training images are left out by source.train_per_class"
 
 
@@ -606,33 +603,15 @@ def prune(yes: bool) -> None:
     Those of a preview, a plan or a run that was cut off are not used yet: they go as well, but for
     edits of the last day, which may be of a run that is still going on.
     """
-    from diffusemix_pipeline.datasets.dropped import read_dropped
-    from diffusemix_pipeline.datasets.manifest import MANIFEST, read_manifest
-    from diffusemix_pipeline.editing.store import EditStore
+    from diffusemix_pipeline.orchestration.maintenance import unused_edits
 
-    project = Project(Path.cwd())
-    edits = EditStore(project.edits)
-    stages = [project.generated, *(project.state / "augment").glob("*/generated")]
-    present = [stage for stage in stages if (stage / MANIFEST).exists()]
-    if not present:
-        raise UserError(
-            f"No dataset is in {project.data}, so none of the {len(list(edits)):,} edits is used: "
-            "bring it back with `dvc checkout` or a run first."
-        )
-    with alone_with_edits(project):
-        used = set(read_dropped(project.dropped).edits)  # whoever wants one back does not pay again
-        for stage in present:
-            used.update(read_manifest(stage, ["edit_key"])["edit_key"])
-        every = list(edits)
-        unused = [key for key in every if key not in used]
-        old = [key for key in unused if time.time() - edits.path(key).stat().st_mtime > _DAY]
-        if yes:
-            edits.remove(old)
+    found = unused_edits(Project(Path.cwd()), remove=yes)
+    old = len(found.old)
     if yes:
-        click.echo(f"{len(old):,} edits removed, {len(every) - len(old):,} kept.")
+        click.echo(f"{old:,} edits removed, {found.every - old:,} kept.")
     else:
-        click.echo(f"{len(old):,} edits are not used; `diffusemix store prune --yes` removes them.")
-    if young := len(unused) - len(old):
+        click.echo(f"{old:,} edits are not used; `diffusemix store prune --yes` removes them.")
+    if young := len(found.young):
         click.echo(f"{young:,} more are not used, but are of the last day, and stay.")
 
 

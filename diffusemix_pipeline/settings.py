@@ -413,6 +413,9 @@ class Settings(Section):
         "0 4 * * 1",
         description="When the schedule `retrain` runs, in UTC, as cron writes it; read on loading.",
     )
+    keep_runs_days: int = Field(
+        90, ge=1, description="How long the job `maintenance` keeps runs; read on loading."
+    )
     source: Source = Source()
     editing: Editing = Editing()
     mixing: Mixing = Mixing()
@@ -426,11 +429,13 @@ PLACE_OR_SPEED = ("editor", "revision", "lora", "batch_size", "shards", "dtype",
 """Settings below `editing` that say where an editor is and how fast: an edit is the same edit."""
 
 
+_OF_RUNNING = {"tracking", "executor", "retrain_cron", "keep_runs_days", "checks"}
+"""What shapes no image and no classifier."""
+
+
 def flatten(settings: Settings) -> dict[str, Any]:
     """Return every setting that shapes a result by its dotted key; not those of what follows it."""
-    values = settings.model_dump(
-        mode="json", exclude={"tracking", "executor", "retrain_cron", "checks"}
-    )
+    values = settings.model_dump(mode="json", exclude=_OF_RUNNING)
     return {key: _value_at(values, key) for key, _ in _leaves(Settings) if _holds(values, key)}
 
 
@@ -440,8 +445,7 @@ def data_settings(settings: Settings) -> str:
     What was asked of the source is in the notes of `data/raw`, the editor's identity in those of
     `data/generated`: both may come from elsewhere than these settings say.
     """
-    elsewhere = {"device", "executor", "source", "training", "evaluation"}
-    elsewhere |= {"tracking", "checks", "retrain_cron"}
+    elsewhere = {"device", "source", "training", "evaluation"} | _OF_RUNNING
     values = settings.model_dump(exclude=elsewhere)
     for name in PLACE_OR_SPEED:
         del values["editing"][name]

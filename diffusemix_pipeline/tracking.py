@@ -37,6 +37,7 @@ from diffusemix_pipeline.project import Project
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import DatasetInput
+    from mlflow.entities import Run as MlflowRun
     from mlflow.pyfunc import PyFuncModel
 
 # Read when MLflow is imported, by this process and by the server that it starts.
@@ -238,16 +239,9 @@ class Tracker:
 
     def trainings(self) -> list[Training]:
         """Return every finished run of this model name, newest first."""
-        found, token = [], ""
-        while token is not None:
-            page = self._client.search_runs(
-                [self.experiment_id],
-                f"tags.`{_MODEL_NAME}` = '{self.model_name}' and attributes.status = 'FINISHED'",
-                order_by=["attributes.start_time DESC"],
-                page_token=token or None,
-            )
-            found += page
-            token = page.token
+        found = self._search(
+            f"tags.`{_MODEL_NAME}` = '{self.model_name}' and attributes.status = 'FINISHED'"
+        )
         return [
             Training(
                 run.info.run_id,
@@ -258,6 +252,22 @@ class Tracker:
             )
             for run in found
         ]
+
+    def _search(self, which: str) -> "list[MlflowRun]":
+        """Return all runs of the experiment under a filter, newest first."""
+        found: list[MlflowRun] = []
+        token: str | None = None
+        while True:
+            page = self._client.search_runs(
+                [self.experiment_id],
+                which,
+                order_by=["attributes.start_time DESC"],
+                page_token=token,
+            )
+            found += page
+            token = page.token
+            if not token:
+                return found
 
     def file_of(self, run_id: str, name: str) -> bytes:
         """Return a file that was kept with a run; UserError where it is not there."""
@@ -318,6 +328,24 @@ class Tracker:
         )
         [description] = Path(there).rglob(DESCRIPTION)
         return description.parent
+
+    def unfinished(self, days: int, *, remove: bool) -> list[str]:
+        """Find the runs that failed or were killed so long ago; remove them, as MLflow does.
+
+        They are gone from its pages, and for good after `mlflow gc`.
+        """
+        before = int((time.time() - days * 24 * 3600) * 1000)
+        ids = [
+            run.info.run_id
+            for status in ("FAILED", "KILLED")
+            for run in self._search(
+                f"attributes.status = '{status}' and attributes.start_time < {before}"
+            )
+        ]
+        if remove:
+            for run_id in ids:
+                self._client.delete_run(run_id)
+        return ids
 
     def reconcile(self) -> list[str]:
         """Mark as KILLED the runs whose process on this machine is gone; return their ids."""

@@ -2,21 +2,28 @@
 
 import json
 import os
+import sqlite3
 import subprocess
 import threading
+from contextlib import chdir
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import dagster as dg
 import pytest
-from conftest import picture, quick_settings, write_classes
+from conftest import picture, quick_settings, tiny_editor, write_classes
 from dagster._core.definitions.data_version import CachingStaleStatusResolver
 from dagster._core.definitions.observe import observe
 from dagster._core.loader import LoadingContext
 
+from diffusemix_pipeline.datasets.manifest import read_stage
+from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.orchestration import automation
 from diffusemix_pipeline.orchestration.build import build_definitions
+from diffusemix_pipeline.orchestration.launch import run_here
+from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.settings import Settings
 
 
@@ -31,6 +38,11 @@ class Loading(LoadingContext):
     @property
     def loaders(self) -> dict:
         return self._loaders
+
+
+@pytest.fixture
+def weights(tmp_path) -> Path:
+    return tiny_editor(tmp_path / "editor")
 
 
 @pytest.fixture
@@ -197,3 +209,43 @@ def test_a_failed_run_is_told_in_the_log_and_to_the_webhook(project, monkeypatch
     assert told["run_id"] == failed.run_id
     assert "raw_dataset" in told["text"]
     assert "/nowhere" in told["text"]
+
+
+@pytest.mark.slow
+def test_maintenance_counts_first_and_keeps_what_is_needed(project, settings, weights):
+    settings = quick_settings(f"editing.editor={weights}", "keep_runs_days=1")
+    for seed in (0, 1):
+        assert run_here(project, settings.model_copy(update={"seed": seed}), silent).success
+    job = build_definitions(project, settings).resolve_job_def("maintenance")
+    store = EditStore(project.edits)
+    for key in store:
+        os.utime(store.path(key), (0, 0))
+    edits = len(list(store))
+    used = len(read_stage(project.generated).manifest())
+    long_ago = datetime.now(UTC) - timedelta(days=2)
+    with chdir(project.root), dg.DagsterInstance.get() as instance:
+        [newest, older] = instance.get_runs()
+        with sqlite3.connect(project.state / "dagster/storage/history/runs.db") as runs:
+            runs.execute("UPDATE runs SET create_timestamp = ?", [f"{long_ago:%Y-%m-%d %H:%M:%S}"])
+
+        def tidy(*, remove: bool) -> dict[str, int]:
+            config = {"ops": {node.name: {"config": {"remove": remove}} for node in job.nodes}}
+            done = job.execute_in_process(instance=instance, run_config=config)
+            assert done.success
+            return {
+                event.node_name: event.step_output_data.metadata["count"].value
+                for event in done.all_events
+                if event.is_successful_output
+            }
+
+        expected = {"dagster_runs": 1, "mlflow_runs": 0, "edits": edits - used}
+        assert edits > used
+        assert tidy(remove=False) == expected
+        assert len(list(store)) == edits
+        assert tidy(remove=True) == expected
+        assert len(list(store)) == used
+        left = {run.run_id for run in instance.get_runs() if run.job_name == "diffusemix"}
+        assert left == {newest.run_id}
+        assert older.run_id not in left
+    again = run_here(project, settings.model_copy(update={"seed": 1}), silent)
+    assert again.reused

@@ -14,6 +14,7 @@ from diffusemix_pipeline.orchestration.assets.robustness_report import robustnes
 from diffusemix_pipeline.orchestration.assets.source_images import source_images
 from diffusemix_pipeline.orchestration.assets.trained_classifier import trained_classifier
 from diffusemix_pipeline.orchestration.executors import EXECUTORS
+from diffusemix_pipeline.orchestration.maintenance import maintenance_job, maintenance_schedule
 from diffusemix_pipeline.orchestration.resources import (
     MakeProgress,
     log_progress,
@@ -30,6 +31,7 @@ def build_definitions(
     project: Project, settings: Settings, make_progress: MakeProgress = log_progress
 ) -> dg.Definitions:
     """Return the pipeline of a project: `settings` are what the launchpad starts from."""
+    maintenance = maintenance_job(project, settings)
     return dg.Definitions(
         assets=[
             source_images,
@@ -42,8 +44,8 @@ def build_definitions(
             champion,
         ],
         asset_checks=checks.ALL,
-        jobs=[jobs.diffusemix],
-        schedules=[automation.retrain_schedule(settings)],
+        jobs=[jobs.diffusemix, maintenance],
+        schedules=[automation.retrain_schedule(settings), maintenance_schedule(maintenance)],
         sensors=[
             automation.new_images_sensor(project, settings),
             automation.new_data_sensor(project, settings),
