@@ -409,6 +409,11 @@ class Settings(Section):
         "in_process",
         description="How the steps of a run run that the UI or a schedule starts; read on loading.",
     )
+    owners: list[str] = Field(
+        [],
+        description="Who answers for the assets in the UI: addresses, or team:NAME; read on "
+        "loading.",
+    )
     retrain_cron: str = Field(
         "0 4 * * 1",
         description="When the schedule `retrain` runs, in UTC, as cron writes it; read on loading.",
@@ -429,7 +434,7 @@ PLACE_OR_SPEED = ("editor", "revision", "lora", "batch_size", "shards", "dtype",
 """Settings below `editing` that say where an editor is and how fast: an edit is the same edit."""
 
 
-_OF_RUNNING = {"tracking", "executor", "retrain_cron", "keep_runs_days", "checks"}
+_OF_RUNNING = {"tracking", "executor", "owners", "retrain_cron", "keep_runs_days", "checks"}
 """What shapes no image and no classifier."""
 
 

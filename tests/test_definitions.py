@@ -18,8 +18,9 @@ def definitions(project: Project) -> dg.Definitions:
 
 def test_the_assets_stand_in_a_row(definitions):
     graph = definitions.resolve_asset_graph()
-    assert {key.to_user_string() for key in graph.get_all_asset_keys()} == set(ASSETS)
-    for before, after in pairwise(ASSETS):
+    chain = ["source_images", *ASSETS]
+    assert {key.to_user_string() for key in graph.get_all_asset_keys()} == set(chain)
+    for before, after in pairwise(chain):
         parents = graph.get(dg.AssetKey(after)).parent_keys
         assert dg.AssetKey(before) in parents
 
@@ -31,6 +32,14 @@ def test_every_asset_says_what_it_is_and_guarantees(asset, definitions):
     assert node.group_name == "diffusemix"  # one group: the graph opens unfolded
     assert node.kinds
     assert node.code_version
+    assert node.tags["kept_by"] in ("dvc", "mlflow")
+
+
+def test_the_assets_are_signed_with_who_answers_for_them(project):
+    settings = quick_settings("owners=['team:vision', ann@example.org]")
+    graph = build_definitions(project, settings).resolve_asset_graph()
+    for asset in ASSETS:
+        assert graph.get(dg.AssetKey(asset)).owners == ["team:vision", "ann@example.org"]
 
 
 def test_the_schedule_asks_for_the_whole_job_once_a_week(definitions):

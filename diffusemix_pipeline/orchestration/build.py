@@ -26,23 +26,30 @@ from diffusemix_pipeline.orchestration.resources import (
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings
 
+_DATA = ("raw_dataset", "generated_images", "hybrid_images", "fractal_augmented_dataset")
+_MADE = (
+    raw_dataset,
+    generated_images,
+    hybrid_images,
+    fractal_augmented_dataset,
+    trained_classifier,
+    robustness_report,
+    champion,
+)
+
 
 def build_definitions(
     project: Project, settings: Settings, make_progress: MakeProgress = log_progress
 ) -> dg.Definitions:
     """Return the pipeline of a project: `settings` are what the launchpad starts from."""
     maintenance = maintenance_job(project, settings)
+
+    def signed(spec: dg.AssetSpec) -> dg.AssetSpec:
+        tags = {"kept_by": "dvc" if spec.key.to_user_string() in _DATA else "mlflow"}
+        return spec.replace_attributes(owners=settings.owners, tags={**spec.tags, **tags})
+
     return dg.Definitions(
-        assets=[
-            source_images,
-            raw_dataset,
-            generated_images,
-            hybrid_images,
-            fractal_augmented_dataset,
-            trained_classifier,
-            robustness_report,
-            champion,
-        ],
+        assets=[source_images, *(asset.map_asset_specs(signed) for asset in _MADE)],
         asset_checks=checks.ALL,
         jobs=[jobs.diffusemix, maintenance],
         schedules=[automation.retrain_schedule(settings), maintenance_schedule(maintenance)],

@@ -27,25 +27,39 @@ def _files_match_manifest(name: str, asset: dg.AssetsDefinition) -> dg.AssetChec
         asset=asset,
         blocking=True,
         required_resource_keys={"project"},
-        description="Every image file has its row in the manifest, and every row its file.",
+        description="Every image file has its row in the manifest, and every row its file, with "
+        "the bytes that were decoded and written.",
     )
     def files_match_manifest(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
         from diffusemix_pipeline.datasets.manifest import TABLES, read_manifest
+        from diffusemix_pipeline.identity import file_sha256
 
         folder = getattr(context.resources.project, name)
-        rows = set(read_manifest(folder, ["file_name"])["file_name"])
+        manifest = read_manifest(folder, ["file_name", "sha256"])
+        rows = set(manifest["file_name"])
         files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
         files -= TABLES
         strays, missing = sorted(files - rows), sorted(rows - files)
+        changed = [
+            name
+            for name, sha256 in manifest.itertuples(index=False, name=None)
+            if name in files and file_sha256(folder / name) != sha256
+        ]
         found = [f"{len(rows)} rows, {len(files)} files"]
+        if changed:
+            found.append(f"other bytes than were written: {', '.join(changed[:5])}")
         if strays:
             found.append(f"not the pipeline's, take out: {', '.join(strays[:5])}")
         if missing:
             found.append(f"missing: {', '.join(missing[:5])}")
         return _result(
-            rows == files,
+            rows == files and not changed,
             f"{folder.name}: {'; '.join(found)}",
-            {"rows_without_file": len(missing), "files_without_row": len(strays)},
+            {
+                "rows_without_file": len(missing),
+                "files_without_row": len(strays),
+                "changed_files": len(changed),
+            },
         )
 
     return files_match_manifest

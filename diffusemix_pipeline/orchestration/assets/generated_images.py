@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
+from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.orchestration.metadata import picture, stage_metadata, stage_sheet
 from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
 from diffusemix_pipeline.project import Project
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 # The only way for an op to give its asset a data version; dagster is pinned, so it cannot change.
 warnings.filterwarnings("ignore", "Parameter `data_version`", dg.BetaWarning)
+_RETRY_AFTER_SECONDS = 5
 
 
 @dg.op(
@@ -60,7 +62,9 @@ def plan_edits(context: dg.OpExecutionContext) -> Iterator[dg.DynamicOutput[int]
 @dg.op(
     required_resource_keys=RESOURCE_KEYS,
     pool="gpu",
-    description="Makes those edits of a shard that the store lacks; run again, it goes on.",
+    retry_policy=dg.RetryPolicy(max_retries=1, delay=_RETRY_AFTER_SECONDS),
+    description="Makes those edits of a shard that the store lacks; tried twice, as a device may "
+    "fail once; run again, it goes on.",
 )
 def edit_shard(context: dg.OpExecutionContext, shard: int) -> dict[str, Any]:
     from diffusemix_pipeline.devices import choose_device
@@ -71,15 +75,18 @@ def edit_shard(context: dg.OpExecutionContext, shard: int) -> dict[str, Any]:
     plan = _plan(project, settings)
     gate = _gate(context, plan)
     began = time.time()  # shards may be processes, so by one clock for all
-    made = make_edits(
-        plan,
-        store=EditStore(project.edits),
-        device=choose_device(settings.device),
-        gate=gate,
-        shard=shard,
-        shards=settings.editing.shards,
-        progress=context.resources.progress(context.log),
-    )
+    try:
+        made = make_edits(
+            plan,
+            store=EditStore(project.edits),
+            device=choose_device(settings.device),
+            gate=gate,
+            shard=shard,
+            shards=settings.editing.shards,
+            progress=context.resources.progress(context.log),
+        )
+    except UserError as error:  # it would fail again
+        raise dg.Failure(str(error), allow_retries=False) from error
     return {"made": made, "began": began, "ended": time.time()}
 
 

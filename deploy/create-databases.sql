@@ -1,0 +1,2 @@
+-- Run once, when PostgreSQL's volume is new; `dagster` is made by its image.
+CREATE DATABASE mlflow OWNER diffusemix;

@@ -1,0 +1,78 @@
+"""Promise: a team publishes nothing but on loopback, keeps no secret in files, and looks safely."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import free_port
+
+from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.orchestration.launch import prepare_instance
+from diffusemix_pipeline.orchestration.trigger import launch
+
+ROOT = Path(__file__).parents[1]
+COMPOSE = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
+
+
+def test_only_loopback_is_published_and_secrets_come_from_the_environment():
+    ports = [port for service in COMPOSE["services"].values() for port in service.get("ports", [])]
+    assert ports
+    assert all(port.startswith("127.0.0.1:") for port in ports)
+    text = (ROOT / "deploy" / "compose.yaml").read_text()
+    for password in re.findall(r"://[^:\s]+:([^@\s]+)@|POSTGRES_PASSWORD: (\S+)", text):
+        assert "".join(password) == "${POSTGRES_PASSWORD:?}"
+
+
+def test_every_file_that_the_image_is_made_of_is_there():
+    lines = (ROOT / "deploy" / "Dockerfile").read_text().splitlines()
+    for line in lines:
+        if line.startswith("COPY"):
+            for name in line.split()[1:-1]:
+                assert (ROOT / name).exists(), name
+
+
+@pytest.mark.slow
+def test_a_read_only_server_over_a_code_server_launches_nothing(project):
+    """The commands of compose.yaml, on ports of loopback."""
+    prepare_instance(project)
+    ports = {"code": free_port(), "readonly": free_port()}
+    workspace = project.root / "served.yaml"
+    served = (ROOT / "deploy" / "workspace.yaml").read_text()
+    workspace.write_text(
+        served.replace("host: code", "host: 127.0.0.1").replace("4000", str(ports["code"]))
+    )
+
+    def start(service: str, port: int) -> subprocess.Popen:
+        command = COMPOSE["services"][service]["command"]
+        for name, number in (("4000", port), ("3001", port), ("0.0.0.0", "127.0.0.1")):
+            command = command.replace(name, str(number))
+        command = command.replace("deploy/workspace.yaml", str(workspace))
+        return subprocess.Popen(
+            [Path(sys.executable).parent / command.split()[0], *command.split()[1:]],
+            cwd=project.root,
+            env=os.environ | {"DAGSTER_HOME": str(project.root)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    servers = [start(service, port) for service, port in ports.items()]
+    try:
+        deadline, address = time.monotonic() + 180, f"http://127.0.0.1:{ports['readonly']}"
+        refused = ""
+        while "ermission" not in refused and "authorized" not in refused:
+            assert time.monotonic() < deadline, refused
+            assert all(server.poll() is None for server in servers)
+            time.sleep(2)
+            with pytest.raises(UserError) as failed:
+                launch(address, "diffusemix", {}, {}, None)
+            refused = str(failed.value)
+    finally:
+        for server in servers:
+            os.killpg(server.pid, signal.SIGKILL)
