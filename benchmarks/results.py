@@ -22,6 +22,7 @@ import torch
 from scipy import stats
 
 from benchmarks.fits import Task, ask_all, fit_all, make_stages
+from diffusemix_pipeline.datasets.dropped import Dropped
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import Stage, class_names
 from diffusemix_pipeline.devices import choose_device, is_fast_at_bfloat16
@@ -55,7 +56,7 @@ def produce(
     """Answer what an experiment asks for, seed by seed, and keep it in `HOME`; `arms` None: all."""
     source = _taken(data, folder / "taken", IMAGES_TAKEN[name]) if name in IMAGES_TAKEN else data
     settings = _settings(name, [f"source.path={source.resolve()}"])
-    raw = ingest(str(source), settings, folder / "raw", aside=folder / "aside")
+    raw = _without_copies(str(source), settings, folder)
     write_json(HOME / name / "data.json", {"counts": raw.counts, "test": version_of_test(raw)})
     readings = _readings(name)
     missing = [
@@ -92,6 +93,18 @@ def produce(
             }
             readings = pd.concat([readings, pd.DataFrame([reading])])
         write_bytes(HOME / name / "readings.csv", readings.to_csv(index=False).encode())
+
+
+def _without_copies(source: str, settings: Settings, folder: Path) -> Stage:
+    """Ingest a source without the pictures of train and val that lie in a later split, too."""
+    out, aside = folder / "raw", folder / "aside"
+    whole = ingest(source, settings, out, aside=aside)
+    copies = {copy["image"] for copy in whole.notes["copies_across_splits"]}
+    rows = whole.manifest()
+    rows = rows[rows["source_id"].isin(copies)]
+    places = rows["split"] + "/" + rows["label"]
+    dropped = Dropped(frozenset(zip(rows["source_sha256"], places, strict=True)))
+    return ingest(source, settings, out, aside=aside, dropped=dropped)
 
 
 def _settings(name: str, overrides: Sequence[str] = ()) -> Settings:

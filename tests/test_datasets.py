@@ -230,6 +230,31 @@ def test_a_training_copy_of_a_test_image_is_told(tmp_path):
     assert stage.notes["copies_across_splits"] == [told]
 
 
+@pytest.mark.parametrize(
+    "again",
+    [
+        lambda image, path: image.save(path, quality=60),
+        lambda image, path: image.resize((20, 16), Image.Resampling.LANCZOS).save(path),
+        lambda image, path: image.point(lambda value: value * 0.9).save(path, quality=90),
+    ],
+)
+def test_a_picture_that_was_saved_anew_in_another_split_is_told(again, tmp_path):
+    write_classes(tmp_path / "data" / "train", ["cat", "dog"], 8)
+    write_classes(tmp_path / "data" / "test", ["cat", "dog"], 3, seed=500)
+    again(Image.open(tmp_path / "data/test/cat/0.png"), tmp_path / "data/train/dog/leak.jpg")
+    Image.new("RGB", (9, 9), "white").save(tmp_path / "data/train/dog/flat.png")
+    Image.new("RGB", (9, 9), "black").save(tmp_path / "data/test/dog/flat.png")
+    stage = ingested(tmp_path / "data", tmp_path, "source.val_fraction=0.1")
+    [told] = stage.notes["copies_across_splits"]
+    assert (told["image"], told["held_out"]) == ("train/dog/leak.jpg", "test/cat/0.png")
+
+
+def test_no_two_digits_are_taken_for_copies(tmp_path):
+    settings = quick_settings("source.train_per_class=null", "source.test_fraction=0.3")
+    stage = ingest("digits", settings, tmp_path / "raw", aside=tmp_path / "aside")
+    assert stage.notes["copies_across_splits"] == []
+
+
 def test_names_that_are_no_text_are_escaped(tmp_path):
     source = write_classes(tmp_path / "data", ["cat", "dog"], 6)
     first = source / "cat" / "0.png"

@@ -3,13 +3,14 @@
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from diffusemix_pipeline.datasets.copies import copies_across_splits, outline
 from diffusemix_pipeline.datasets.dropped import NOTHING, Dropped
 from diffusemix_pipeline.datasets.images import UnreadableImageError, pixels_digest
 from diffusemix_pipeline.datasets.items import Item
@@ -29,7 +30,7 @@ from diffusemix_pipeline.identity import digest
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings
 
-CODE_VERSION = "5"
+CODE_VERSION = "6"
 
 
 def ingest(
@@ -79,10 +80,7 @@ def ingest(
         stage.notes["set_aside"] = set_aside
         stage.notes["dropped"] = notes_of_dropped
         stage.notes["left_out_by_train_per_class"] = left_out_by_train_per_class
-        stage.notes["copies_across_splits"] = [
-            *_copies(used, "train", {"val", "test"}),
-            *_copies(used, "val", {"test"}),
-        ]
+        stage.notes["copies_across_splits"] = copies_across_splits(used)
         # What was asked of the source, for whoever has data/ without it.
         stage.notes["source"] = {"kind": _kind(source), "seed": settings.seed, **shape}
         del readable  # like the rest of the listing, not to be held beside the manifest
@@ -117,7 +115,7 @@ def _readable(
             set_aside.append({"source_id": item.source_id, "reason": str(reason)})
         else:
             first[pixels] = item.source_id
-            kept.append(replace(item, pixels=pixels, size=image.size))
+            kept.append(replace(item, pixels=pixels, outline=outline(image), size=image.size))
         progress("Checking images", done, total)
     if not kept:
         raise UserError(
@@ -210,13 +208,3 @@ def _stem(item: Item) -> str:
 
 def _kind(source: str) -> str:
     return source if source in NAMES else "folder"
-
-
-def _copies(items: Sequence[Item], split: str, others: set[str]) -> list[dict[str, str]]:
-    """List the images of a split whose pixels also lie in other splits."""
-    held_out = {item.pixels: item.source_id for item in items if item.split in others}
-    return [
-        {"split": split, "image": item.source_id, "held_out": held_out[item.pixels]}
-        for item in items
-        if item.split == split and item.pixels in held_out
-    ]

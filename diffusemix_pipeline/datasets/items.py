@@ -39,6 +39,8 @@ class Item:
     file: Picture
     pixels: bytes = b""
     """Identifies the picture, once it was read."""
+    outline: bytes = b""
+    """The picture in 64 bytes, once it was read: see `copies.outline`."""
     size: tuple[int, int] = (0, 0)
     """Its width and height in px, once it was read."""
 

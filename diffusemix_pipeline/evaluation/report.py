@@ -468,7 +468,7 @@ def _steps_note(steps: Mapping[str, int]) -> str:
 
 
 def _copies_note(copies: Sequence[Any]) -> str:
-    looked_for = "(compared pixel by pixel; near-copies are not looked for)"
+    looked_for = "(near-copies counted; crops and mirrored pictures are not looked for)"
     if not copies:
         return f"No picture lies in two splits {looked_for}."
     lie = "picture lies" if len(copies) == 1 else "pictures lie"

@@ -93,7 +93,8 @@ def wrong_labels(raw: pd.DataFrame, made: pd.DataFrame) -> list[str]:
     asset=raw_dataset,
     blocking=False,
     required_resource_keys={"project"},
-    description="No training image is the picture of a val or test image, nor val of a test image.",
+    description="No training image is, or nearly, the picture of a val or test image, nor one of "
+    "val that of a test image.",
 )
 def splits_disjoint(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
     from diffusemix_pipeline.datasets.manifest import read_stage
@@ -101,7 +102,8 @@ def splits_disjoint(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResu
     copies = read_stage(context.resources.project.raw).notes["copies_across_splits"]
     return _result(
         not copies,
-        f"{len(copies)} images are copies of images of another split; the report names them",
+        f"{len(copies)} images are copies, or nearly, of images of another split: the report names "
+        "them",
         {"copies": copies[:20]},
         severity=dg.AssetCheckSeverity.WARN,
     )
