@@ -7,10 +7,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import chdir, closing, contextmanager
 from pathlib import Path
 
+import dagster as dg
 import numpy as np
 import pytest
 from PIL import Image
@@ -288,3 +289,17 @@ def serving(project: Project, command: str) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             os.killpg(server.pid, signal.SIGKILL)
         log.close()
+
+
+def runs(project: Project) -> list[dg.DagsterRun]:
+    """Return the runs, newest first."""
+    with chdir(project.root), dg.DagsterInstance.from_config(str(project.root)) as instance:
+        return list(instance.get_runs())
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 300) -> None:
+    """Wait until `what` is so; fail after as long as a person would wait."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(2)

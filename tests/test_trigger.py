@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import chdir
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import dagster as dg
 import pytest
 import yaml
 from click.testing import CliRunner
-from conftest import quick_settings, serving, tiny_editor, write_digits
+from conftest import quick_settings, runs, serving, tiny_editor, wait_for, write_digits
 
 from diffusemix_pipeline.cli import main
 from diffusemix_pipeline.project import Project
@@ -24,7 +24,6 @@ from diffusemix_pipeline.tracking import open_tracking
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).parents[1] / "deploy" / "retrain.sh"
-ON_DAEMON = 300  # seconds that a person would wait for a sensor to be heard
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +78,6 @@ def champion(project: Project) -> str | None:
     return found and found.version
 
 
-def runs(project: Project) -> list[dg.DagsterRun]:
-    """Return the runs, newest first."""
-    with chdir(project.root), dg.DagsterInstance.from_config(str(project.root)) as instance:
-        return list(instance.get_runs())
-
-
 def edits_made(project: Project, run_id: str) -> int:
     with chdir(project.root), dg.DagsterInstance.from_config(str(project.root)) as instance:
         records = instance.all_logs(run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION)
@@ -94,13 +87,6 @@ def edits_made(project: Project, run_id: str) -> int:
         if entry.asset_materialization.asset_key == dg.AssetKey("generated_images")
     ]
     return made
-
-
-def wait_for(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + ON_DAEMON
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(2)
 
 
 def switch(project: Project, kind: str, action: str, name: str) -> None:
