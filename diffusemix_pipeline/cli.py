@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.project import Project, alone_with_edits
+from diffusemix_pipeline.project import Project, alone_with_edits, without_runs
 from diffusemix_pipeline.settings import (
     NO_PRESET,
     Settings,
@@ -350,6 +350,8 @@ def ui(port: int) -> None:
     from diffusemix_pipeline.orchestration.launch import prepare_instance
 
     prepare_instance(Project(Path.cwd()))
+    # A sensor reads all that is new in the source, which may take longer than Dagster's minute.
+    os.environ.setdefault("DAGSTER_SENSOR_GRPC_TIMEOUT_SECONDS", "3600")
     click.echo(f"Dagster: http://{_LOOPBACK}:{port}")
     command = ["-m", "dagster", "dev", "-h", _LOOPBACK, "-p", str(port), "-w", "workspace.yaml"]
     _become([sys.executable, *command])
@@ -501,13 +503,15 @@ def data_pull() -> None:
     """Make data/ what data.dvc pins."""
     from diffusemix_pipeline.versioning import pinned_digest, pull
 
-    root = Path.cwd()
-    if not pull(root):
+    project = Project(Path.cwd())
+    with without_runs(project):
+        pulled = pull(project.root, afresh=True)
+    if not pulled:
         raise UserError(
             "data.dvc pins nothing that the DVC cache here or a remote holds: push it from where "
             "it was made."
         )
-    click.echo(f"data/ is {pinned_digest(root)}")
+    click.echo(f"data/ is {pinned_digest(project.root)}")
 
 
 @data.command("history")
@@ -547,10 +551,13 @@ def data_checkout(version: str) -> None:
     from diffusemix_pipeline.orchestration.data_versions import checkout
 
     project = Project(Path.cwd())
-    digest, kept = checkout(project, load_settings(project.root), version)
+    with without_runs(project):
+        digest, kept = checkout(project, load_settings(project.root), version)
     click.echo(f"data/ is {digest}")
     if kept:
-        click.echo(f"Its models are made again by: diffusemix run --config {kept}")
+        click.echo(f"Its models are made again by: diffusemix run --config {kept.settings}")
+        if kept.dropped:
+            click.echo(f"Other images or edits were dropped then: put {kept.dropped} in its place.")
 
 
 @main.group()
@@ -651,7 +658,7 @@ def predict(images: Sequence[Path], alias: str) -> None:
 @click.option("--url", envvar="DAGSTER_URL", required=True, help="Dagster's address; DAGSTER_URL.")
 @click.option("--job", default="diffusemix", show_default=True, help="What to launch.")
 @click.option("--tag", "tags", metavar="KEY=VALUE", multiple=True, help="A tag of the run.")
-@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="As for `run`.")
+@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="A setting.")
 @click.option("--wait", is_flag=True, help="Follow the run; the exit code is how it ended.")
 @click.option("--report", type=_FOLDER, help="Where to write the run's report as Markdown.")
 def trigger(
@@ -662,7 +669,7 @@ def trigger(
     wait: bool,
     report: Path | None,
 ) -> None:
-    """Launch a run on a Dagster that is up elsewhere, with its settings.
+    """Launch a run on a Dagster that is up elsewhere, with its settings but for those of --set.
 
     With --wait, the exit code is 0 where the run succeeded and its model is the champion, 1 where
     the run failed or was cancelled, and 3 where the promotion was refused. A token for a proxy
@@ -673,6 +680,8 @@ def trigger(
     """
     from diffusemix_pipeline.orchestration.trigger import launch
 
+    if report and not wait:
+        raise click.UsageError("--report needs --wait.")
     tagged = dict(_named(tag, "--tag") for tag in tags)
     token = os.environ.get("DAGSTER_TOKEN")
     run = launch(url, job, tagged, nested_overrides(overrides), token)

@@ -89,6 +89,11 @@ class Project:
         return self.state / "test_reads.json"
 
     @property
+    def values(self) -> Path:
+        """What steps told each other, by run."""
+        return self.state / "dagster" / "values"
+
+    @property
     def checkpoints(self) -> Path:
         return self.state / "checkpoints"
 
@@ -99,6 +104,15 @@ class Project:
     @property
     def report(self) -> Path:
         return self.root / "outputs" / "report"
+
+
+@contextmanager
+def without_runs(project: Project) -> Iterator[None]:
+    """Let no run be at work meanwhile; UserError where one is."""
+    with _opened(project.run_lock) as lock:
+        if not taken_alone(lock):
+            raise UserError(f"A run is at work in {project.root}. Wait for it to end.")
+        yield
 
 
 @contextmanager

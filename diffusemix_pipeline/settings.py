@@ -45,6 +45,7 @@ PAPER_PROMPTS = [
 ]
 
 Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
+Owner = Annotated[str, StringConstraints(pattern=r"^(team:.+|[^@\s]+@[^@\s]+\.[^@\s]+)$")]
 Mask = Literal["left", "right", "top", "bottom"]
 Arm = Literal[
     "vanilla",
@@ -360,6 +361,9 @@ class Tracking(Section):
     """Where MLflow keeps runs and models."""
 
     uri: str = Field("", description="An MLflow server; empty: a database under .diffusemix/.")
+    address: str = Field(
+        "", description="Where a browser finds that server, if not at `uri`; for links."
+    )
     experiment: str = Field("diffusemix", min_length=1, description="The MLflow experiment.")
     model_name: str = Field(
         "diffusemix-classifier", min_length=1, description="The registered model's name."
@@ -409,7 +413,7 @@ class Settings(Section):
         "in_process",
         description="How the steps of a run run that the UI or a schedule starts; read on loading.",
     )
-    owners: list[str] = Field(
+    owners: list[Owner] = Field(
         [],
         description="Who answers for the assets in the UI: addresses, or team:NAME; read on "
         "loading.",

@@ -12,7 +12,6 @@ MLflow takes seconds to import, so functions import it when they need it.
 import json
 import os
 import shutil
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -26,12 +25,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import psutil
 from filelock import FileLock
 
 from diffusemix_pipeline import settings
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import link_or_copy, write_bytes
+from diffusemix_pipeline.processes import is_gone, this_process
 from diffusemix_pipeline.project import Project
 
 if TYPE_CHECKING:
@@ -166,6 +165,8 @@ class Tracker:
     """An MLflow experiment that is ready for runs: `open_tracking` gives it."""
 
     uri: str
+    address: str
+    """Of the pages of the server, where it is not `uri`."""
     experiment_id: str
     model_name: str
     root: Path
@@ -187,7 +188,7 @@ class Tracker:
             **_commit(self.root),
             **tags,
             _MODEL_NAME: self.model_name,
-            _PROCESS: _this_process(),
+            _PROCESS: this_process(),
         }
         run_id = self._client.create_run(
             self.experiment_id, run_name=name, tags=all_tags
@@ -330,14 +331,14 @@ class Tracker:
         return description.parent
 
     def unfinished(self, days: int, *, remove: bool) -> list[str]:
-        """Find the runs that failed or were killed so long ago; remove them, as MLflow does.
+        """Find the runs of so long ago that never finished; remove them, as MLflow does.
 
         They are gone from its pages, and for good after `mlflow gc`.
         """
         before = int((time.time() - days * 24 * 3600) * 1000)
         ids = [
             run.info.run_id
-            for status in ("FAILED", "KILLED")
+            for status in ("FAILED", "KILLED", "RUNNING")
             for run in self._search(
                 f"attributes.status = '{status}' and attributes.start_time < {before}"
             )
@@ -354,17 +355,17 @@ class Tracker:
             for run in self._client.search_runs(
                 [self.experiment_id], "attributes.status = 'RUNNING'"
             )
-            if _is_gone(run.data.tags.get(_PROCESS, ""))
+            if is_gone(run.data.tags.get(_PROCESS, ""))
         ]
         for run_id in left:
             self._client.set_terminated(run_id, "KILLED")
         return left
 
     def run_url(self, run_id: str, port: int = DEFAULT_PORT) -> str:
-        """Return where the server of `tracking.uri`, or else `diffusemix mlflow`, shows a run."""
+        """Return where a browser finds a run, by default at what `diffusemix mlflow` starts."""
         local = self.uri.startswith("sqlite:")
-        base = f"http://127.0.0.1:{port}" if local else self.uri.rstrip("/")
-        return f"{base}/#/experiments/{self.experiment_id}/runs/{run_id}"
+        base = self.address or (f"http://127.0.0.1:{port}" if local else self.uri)
+        return f"{base.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{run_id}"
 
 
 def open_tracking(project: Project, tracking: settings.Tracking) -> Tracker:
@@ -397,7 +398,14 @@ def open_tracking(project: Project, tracking: settings.Tracking) -> Tracker:
             f"`mlflow experiments restore -x {experiment.experiment_id}`, or set "
             "tracking.experiment to another name."
         )
-    return Tracker(uri, experiment.experiment_id, tracking.model_name, project.root, client)
+    return Tracker(
+        uri,
+        tracking.address,
+        experiment.experiment_id,
+        tracking.model_name,
+        project.root,
+        client,
+    )
 
 
 def mlflow_ui_command(
@@ -504,20 +512,3 @@ def _commit(root: Path) -> dict[str, str]:
         return {}
     changed = git("status", "--porcelain", "--untracked-files=no")
     return {"mlflow.source.git.commit": commit, "git.changed": str(bool(changed)).lower()}
-
-
-def _this_process() -> str:
-    return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.0f}"
-
-
-def _is_gone(process: str) -> bool:
-    """Tell whether a process of this machine has ended; one of another machine is left alone."""
-    host, _, rest = process.partition(" ")
-    if host != socket.gethostname():
-        return False
-    pid, started = rest.split()
-    try:
-        # A number may have gone to another process since; clocks may have been set by a little.
-        return abs(psutil.Process(int(pid)).create_time() - float(started)) > 5
-    except psutil.NoSuchProcess:
-        return True

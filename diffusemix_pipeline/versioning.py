@@ -141,6 +141,21 @@ def committed_digest(root: Path, commit: str = "HEAD") -> str | None:
     return None if pin is None else _md5_of(pin.decode(), f"data.dvc of {commit}")
 
 
+def digest_at(root: Path, name: str) -> str | None:
+    """Return what the `data.dvc` of the commit pins that git knows by `name`; None for no commit.
+
+    A person may write it as anything that git takes: a branch, a tag, HEAD~3, a hash's start.
+    """
+    command = ["git", "-C", str(root), "rev-parse", "--verify", "--quiet", "--end-of-options"]
+    try:
+        done = subprocess.run(
+            [*command, f"{name}^{{commit}}"], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return None
+    return committed_digest(root, done.stdout.strip()) if done.returncode == 0 else None
+
+
 def _committed_pin(root: Path, commit: str) -> bytes | None:
     command = ["git", "-C", str(root), "show", f"{commit}:./data.dvc"]
     try:
@@ -174,12 +189,12 @@ def basis_digest(root: Path) -> str | None:
     return basis.read_text() if basis.exists() else None
 
 
-def pull(root: Path) -> bool:
+def pull(root: Path, *, afresh: bool = False) -> bool:
     """Make `data/` what `data.dvc` pins; True where it is that, or was made from that since.
 
-    False where nothing is pinned, and where there is no remote and the cache alone cannot give it:
-    `data/` is then left as it is. Raises UserError where the remote fails, or where `data/` holds
-    files that no version holds.
+    `afresh` undoes what was made since. False where nothing is pinned, and where there is no remote
+    and the cache alone cannot give it: `data/` is then left as it is. Raises UserError where the
+    remote fails, or where `data/` holds files that no version holds.
     """
     pinned = pinned_digest(root)
     if pinned is None:
@@ -187,7 +202,7 @@ def pull(root: Path) -> bool:
     ensure_repository(root)
     project = Project(root)
     with _locked(root):
-        if project.raw.exists() and basis_digest(root) == pinned:
+        if not afresh and project.raw.exists() and basis_digest(root) == pinned:
             return True  # what a killed run left half made since then is for its stages to finish
         remote = _default_remote(root)
         if remote is not None:
@@ -216,11 +231,13 @@ def restore(
     """
     pin = pin or _committed_pin(root, str(commit))
     assert pin is not None  # whoever names the commit has read it
+    if _md5_of(pin.decode(), "The data.dvc that was kept") != wanted:
+        raise UserError(f"The data.dvc that was kept for the version {wanted} pins another.")
     path = root / "data.dvc"
     before = path.read_bytes() if path.exists() else None
     write_bytes(path, pin)
     try:
-        if not pull(root):
+        if not pull(root, afresh=True):
             raise UserError(
                 f"The files of version {wanted} are neither in the DVC cache here nor on a remote: "
                 "push them from where they were made (`diffusemix data push`)."

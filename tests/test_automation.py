@@ -15,6 +15,7 @@ import pytest
 from conftest import picture, quick_settings, tiny_editor, write_classes
 from dagster._core.definitions.data_version import CachingStaleStatusResolver
 from dagster._core.definitions.observe import observe
+from dagster._core.events import EngineEventData
 from dagster._core.loader import LoadingContext
 
 from diffusemix_pipeline.datasets.manifest import read_stage
@@ -25,6 +26,7 @@ from diffusemix_pipeline.orchestration.build import build_definitions
 from diffusemix_pipeline.orchestration.launch import run_here
 from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.settings import Settings
+from diffusemix_pipeline.tracking import open_tracking
 
 
 class Loading(LoadingContext):
@@ -125,8 +127,24 @@ def test_new_images_ask_for_one_run_once_they_stay_as_they_are(project, source, 
             assert "waiting" in sensor.tick()  # they are still being copied
     assert "waiting" in sensor.tick()
     [other] = sensor.tick()
-    assert other.run_key != request.run_key
+    assert request.run_key is other.run_key is None  # or Dagster would not run a key again
     assert "Nothing changed" in sensor.tick()
+
+
+def test_images_that_come_go_and_come_again_are_asked_for_each_time(project, source, settings):
+    definitions = build_definitions(project, settings)
+    with dg.DagsterInstance.ephemeral() as instance:
+        make_raw(definitions, instance)
+    sensor = Sensor(definitions, "new_images")
+    aside, there = project.root / "new.png", source / "cat" / "new.png"
+    picture(100).save(aside)
+    for before, after in ((aside, there), (there, aside), (aside, there)):
+        before.rename(after)  # which keeps its time
+        assert "waiting" in sensor.tick()
+        [request] = sensor.tick()
+        assert request.run_key is None
+        with dg.DagsterInstance.ephemeral() as instance:
+            make_raw(definitions, instance)
 
 
 def test_the_same_bytes_again_ask_for_no_run(project, source, settings):
@@ -176,6 +194,30 @@ def test_another_data_dvc_in_git_asks_for_one_run(project):
     commit("3" * 32 + ".dir")
     (project.state / "data_version").write_text("3" * 32 + ".dir")
     assert "was made from" in sensor.tick()  # a run here made it, and a person committed it
+
+
+def test_a_run_whose_process_is_gone_is_ended_and_a_living_one_is_not(project):
+    definitions = build_definitions(project, quick_settings())
+
+    def started_by_a_server(instance: dg.DagsterInstance, pid: int) -> str:
+        run = dg.DagsterRun(job_name="diffusemix", status=dg.DagsterRunStatus.STARTED)
+        instance.add_run(run)
+        instance.report_engine_event("Started process", run, EngineEventData.in_process(pid))
+        return run.run_id
+
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    with dg.DagsterInstance.ephemeral() as instance:
+        lost = started_by_a_server(instance, dead.pid)
+        alive = started_by_a_server(instance, os.getpid())
+        young = dg.DagsterRun(job_name="diffusemix", status=dg.DagsterRunStatus.STARTING)
+        instance.add_run(young)  # it has not said which process it is
+        context = dg.build_sensor_context(instance=instance)
+        tick = definitions.resolve_sensor_def("lost_runs").evaluate_tick(context)
+        assert lost in tick.skip_message
+        ended = {run.run_id for run in instance.get_runs() if run.is_finished}
+        assert ended == {lost}
+        assert not instance.get_run_by_id(alive).is_finished
 
 
 def test_a_failed_run_is_told_in_the_log_and_to_the_webhook(project, monkeypatch, caplog):
@@ -238,7 +280,11 @@ def test_maintenance_counts_first_and_keeps_what_is_needed(project, settings, we
                 if event.is_successful_output
             }
 
-        expected = {"dagster_runs": 1, "mlflow_runs": 0, "edits": edits - used}
+        tracker = open_tracking(project, settings.tracking)
+        broken = tracker._client.create_run(tracker.experiment_id, start_time=0)
+        tracker._client.set_terminated(broken.info.run_id, "FAILED")
+        expected = {"dagster_runs": 1, "mlflow_runs": 1, "edits": edits - used}
+        assert (project.values / older.run_id).exists()
         assert edits > used
         assert tidy(remove=False) == expected
         assert len(list(store)) == edits
@@ -247,5 +293,7 @@ def test_maintenance_counts_first_and_keeps_what_is_needed(project, settings, we
         left = {run.run_id for run in instance.get_runs() if run.job_name == "diffusemix"}
         assert left == {newest.run_id}
         assert older.run_id not in left
+        assert not list((project.state / "dagster").rglob(f"*{older.run_id}*"))
+        assert tracker._client.get_run(broken.info.run_id).info.lifecycle_stage == "deleted"
     again = run_here(project, settings.model_copy(update={"seed": 1}), silent)
     assert again.reused

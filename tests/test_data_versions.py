@@ -1,5 +1,6 @@
 """Promise: any version of the data comes back, and its models with it, to the same figures."""
 
+import fcntl
 import json
 import shutil
 import subprocess
@@ -84,6 +85,62 @@ def test_an_older_version_comes_back_with_its_figures(project, weights, source):
     assert again.source.path == ""
     assert accuracies(project, run_here(project, again, silent)) == before
     assert pinned_digest(project.root) == version
+
+
+def test_a_checkout_undoes_what_a_killed_run_left_and_waits_for_none(project, weights, source):
+    def git(*command: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        done = subprocess.run(
+            ["git", *who, *command], cwd=project.root, check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    git("init")
+    (project.root / ".gitignore").write_text("/.diffusemix\n/outputs\n")
+    settings = settings_of(weights, source)
+    assert run_here(project, settings, silent).success
+    git("add", ".")
+    git("commit", "-m", "data")
+    (project.root / "README").touch()
+    git("add", ".")
+    git("commit", "-m", "another")
+    version = pinned_digest(project.root)
+    shutil.rmtree(project.raw / "train")
+    shutil.rmtree(project.augmented)
+    (project.root / "dropped.txt").write_text("0123456789abcdef\n")
+    back = call(project, "data", "checkout", git("rev-parse", "HEAD"))  # which inherits data.dvc
+    assert back.exit_code == 0, back.output
+    assert version in back.output
+    assert "data/ is as pinned" in call(project, "data", "status").output
+    assert f"put outputs/dropped-{version[:8]}.txt in its place" in back.output
+    assert (project.root / f"outputs/dropped-{version[:8]}.txt").read_bytes() == b""
+
+    shutil.rmtree(project.raw / "train")
+    assert call(project, "data", "pull").exit_code == 0
+    assert "data/ is as pinned" in call(project, "data", "status").output
+    with project.run_lock.open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        for command in (["checkout", version], ["pull"]):
+            refused = call(project, "data", *command)
+            assert refused.exit_code == 2
+            assert "A run is at work" in refused.output
+
+
+def test_a_version_that_taught_no_classifier_anything_new_is_found(project, weights, source):
+    arms = "training.arms=[vanilla]"
+    assert run_here(project, settings_of(weights, source, arms), silent).success
+    first = pinned_digest(project.root)
+    assert run_here(project, settings_of(weights, source, arms, "mixing.lam=0.5"), silent).success
+    second = pinned_digest(project.root)
+    assert second != first
+    assert {one.digest for one in known(project)} == {first, second}
+    assert call(project, "data", "checkout", first).exit_code == 0
+    back = call(project, "data", "checkout", second)
+    assert back.exit_code == 0, back.output
+    kept = load_settings(
+        project.root, config=project.root / back.output.split("--config ")[1].strip()
+    )
+    assert kept.mixing.lam == 0.5
 
 
 def test_what_cannot_be_brought_back_is_named_and_nothing_changes(project, weights, source):

@@ -255,6 +255,33 @@ def test_no_two_digits_are_taken_for_copies(tmp_path):
     assert stage.notes["copies_across_splits"] == []
 
 
+def radiograph(rng: np.random.Generator) -> Image.Image:
+    """Make a picture that shares most of what it shows with all others, but for its lesion."""
+    y, x = np.mgrid[:96, :96] / 96
+    pixels = rng.normal(40, 8, (96, 96))
+    for centre in (0.3, 0.7):
+        pixels += 120 * np.exp(-((x - centre) ** 2 / 0.03 + (y - 0.5) ** 2 / 0.12))
+    where, radius = rng.uniform(0.2, 0.8, 2), rng.uniform(0.04, 0.08)
+    pixels += 50 * np.exp(-((x - where[0]) ** 2 + (y - where[1]) ** 2) / (2 * radius**2))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def test_pictures_of_one_make_are_no_copies_but_their_copies_are(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, images in (("train", 40), ("test", 20)):
+        for label in ("ill", "well"):
+            folder = tmp_path / "data" / split / label
+            folder.mkdir(parents=True)
+            for number in range(images):
+                radiograph(rng).save(folder / f"{number}.png")
+    again = Image.open(tmp_path / "data/test/ill/7.png")
+    again.save(tmp_path / "data/train/ill/again.jpg", quality=90)
+    told = ingested(tmp_path / "data", tmp_path).notes["copies_across_splits"]
+    assert [(copy["image"], copy["held_out"]) for copy in told] == [
+        ("train/ill/again.jpg", "test/ill/7.png")
+    ]
+
+
 def test_names_that_are_no_text_are_escaped(tmp_path):
     source = write_classes(tmp_path / "data", ["cat", "dog"], 6)
     first = source / "cat" / "0.png"

@@ -27,6 +27,8 @@ def test_only_loopback_is_published_and_secrets_come_from_the_environment():
     text = (ROOT / "deploy" / "compose.yaml").read_text()
     for password in re.findall(r"://[^:\s]+:([^@\s]+)@|POSTGRES_PASSWORD: (\S+)", text):
         assert "".join(password) == "${POSTGRES_PASSWORD:?}"
+    commands = [str(service.get("command")) for service in COMPOSE["services"].values()]
+    assert not any("PASSWORD" in command for command in commands)  # `ps` would show it
 
 
 def test_every_file_that_the_image_is_made_of_is_there():

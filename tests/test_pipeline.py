@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import subprocess
 from contextlib import chdir
 from pathlib import Path
@@ -15,7 +16,7 @@ from conftest import ASSETS, quick_settings, tiny_editor, write_classes
 from diffusemix_pipeline.cli import _what_to_know
 from diffusemix_pipeline.editing.instruct_pix2pix import InstructPix2PixEditor
 from diffusemix_pipeline.orchestration.launch import Outcome, prepare_instance, run_here
-from diffusemix_pipeline.orchestration.resources import IN_PROCESS
+from diffusemix_pipeline.orchestration.lost_runs import PROCESS_TAG
 from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.training import arms, fold_teachers
@@ -226,9 +227,8 @@ def test_a_second_run_at_the_same_time_is_refused(weights, project):
 
 def test_a_killed_run_is_told_and_gives_back_what_it_held(weights, project):
     prepare_instance(project)
-    killed = dg.DagsterRun(
-        job_name="diffusemix", status=dg.DagsterRunStatus.STARTED, tags=IN_PROCESS
-    )
+    process = {PROCESS_TAG: f"{socket.gethostname()} 1 1"}  # number 1 has not run since 1970
+    killed = dg.DagsterRun(job_name="diffusemix", status=dg.DagsterRunStatus.STARTED, tags=process)
     with chdir(project.root), dg.DagsterInstance.get() as instance:
         instance.add_run(killed)
         slots = instance.event_log_storage

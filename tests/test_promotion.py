@@ -45,11 +45,19 @@ def test_without_a_champion_or_with_the_same_figures_a_model_is_promoted(new):
 
 
 @given(st.lists(st.integers(1, 200), min_size=2, max_size=12))
-def test_chance_reaches_the_floor_but_once_in_a_thousand(counts):
+def test_chance_reaches_the_floor_but_once_in_a_thousand_where_images_are_many(counts):
     floor, total = best_by_chance(counts), sum(counts)
-    draws = np.random.default_rng(0).binomial(total, max(counts) / total, 20_000) / total
-    assert (draws >= floor - 1e-9).mean() < 0.003
-    assert floor > max(counts) / total
+    share = max(counts) / total
+    assert share < floor < 1
+    if floor < (share + 1) / 2:
+        draws = np.random.default_rng(0).binomial(total, share, 20_000) / total
+        assert (draws >= floor - 1e-9).mean() < 0.003
+
+
+def test_a_good_model_passes_the_floor_of_few_or_unequal_images():
+    assert best_by_chance([45, 5]) == pytest.approx(0.95)
+    assert best_by_chance([4, 4]) == 0.75
+    assert best_by_chance([20] * 10) < 0.2
 
 
 def test_a_model_of_other_classes_and_another_size_answers_in_ours():
@@ -118,6 +126,16 @@ def test_a_champion_stays_until_a_model_is_no_worse(project, weights, tmp_path):
     again = run(project, weights, "training.steps=150")
     assert again.success
     assert again.reused
+
+    client = mlflow.MlflowClient(f"sqlite:///{project.state / 'mlflow.db'}")
+    client.set_registered_model_alias("diffusemix-classifier", "challenger", "1")
+    client.delete_registered_model_alias("diffusemix-classifier", "champion")
+    cut_off = run(project, weights, "training.steps=150")  # as a kill between the two leaves it
+    assert cut_off.success
+    assert versions(project)[0] == {"champion": "1"}
+    client.set_registered_model_alias("diffusemix-classifier", "challenger", "1")
+    assert run(project, weights, "training.steps=150").reused
+    assert versions(project)[0] == {"champion": "1"}
 
     worse = run(project, weights, "training.steps=20")
     assert worse.success  # a worse model is no broken pipeline

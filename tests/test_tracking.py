@@ -16,6 +16,7 @@ from PIL import Image
 
 from diffusemix_pipeline import tracking
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.processes import is_gone, this_process
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Tracking
 from diffusemix_pipeline.tracking import Dataset, LoggedRun, Tracker
@@ -249,11 +250,11 @@ def test_a_killed_run_is_marked_and_a_living_one_is_not(
 
 
 def test_a_process_of_another_machine_or_a_reused_number_is_told_apart() -> None:
-    mine = tracking._this_process()
+    mine = this_process()
     host, pid, started = mine.split()
-    assert not tracking._is_gone(mine)
-    assert tracking._is_gone(f"{host} {pid} {float(started) - 3600:.0f}")
-    assert not tracking._is_gone(f"elsewhere {pid} 1") and not tracking._is_gone("")
+    assert not is_gone(mine)
+    assert is_gone(f"{host} {pid} {float(started) - 3600:.0f}")
+    assert not is_gone(f"elsewhere {pid} 1") and not is_gone("")
 
 
 def test_the_own_server_is_on_loopback(project: Project, tracker: Tracker) -> None:

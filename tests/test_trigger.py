@@ -137,7 +137,7 @@ def test_the_schedule_runs_by_itself(project, address):
     wait_for(lambda: len(runs(project)) > before)
     switch(project, "schedule", "stop", "retrain")
     wait_for(lambda: all(run.is_finished for run in runs(project)))
-    assert all(run.is_success for run in runs(project)[:-before])
+    assert all(run.is_success for run in runs(project)[: len(runs(project)) - before])
     assert runs(project)[0].tags["dagster/schedule_name"] == "retrain"
 
 

@@ -30,7 +30,7 @@ from diffusemix_pipeline.identity import digest
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings
 
-CODE_VERSION = "6"
+CODE_VERSION = "7"
 
 
 def ingest(

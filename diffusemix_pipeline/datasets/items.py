@@ -40,7 +40,7 @@ class Item:
     pixels: bytes = b""
     """Identifies the picture, once it was read."""
     outline: bytes = b""
-    """The picture in 64 bytes, once it was read: see `copies.outline`."""
+    """The picture in 128 bytes, once it was read: see `copies.outline`."""
     size: tuple[int, int] = (0, 0)
     """Its width and height in px, once it was read."""
 

@@ -77,11 +77,13 @@ def decide(challenger: ValScore, champion: ValScore | None, tolerance: float) ->
 def best_by_chance(images: Iterable[int]) -> float:
     """Return the accuracy that naming the most frequent class reaches but once in a thousand.
 
-    `images` are the numbers of val images a class, of which such images are drawn.
+    `images` are the numbers of val images a class, of which such images are drawn. So few images
+    that luck may get nearly all of them right ask for less: halfway from that class's share to 1.
     """
     counts = list(images)
-    total = sum(counts)
-    return float(stats.binom.ppf(0.999, total, max(counts) / total) + 1) / total
+    total, share = sum(counts), max(counts) / sum(counts)
+    by_luck = float(stats.binom.ppf(0.999, total, share) + 1) / total
+    return min(by_luck, (share + 1) / 2)
 
 
 class InClasses(nn.Module):

@@ -67,9 +67,8 @@ def new_images_sensor(project: Project, settings: Settings) -> dg.SensorDefiniti
             return dg.SkipReason(f"Files were touched in {source}, and hold the same bytes.")
         cursor["asked"] = content
         tags = {"diffusemix/why": f"new or changed images in {source}"}
-        return dg.SensorResult(
-            [dg.RunRequest(run_key=listing, tags=tags)], cursor=json.dumps(cursor)
-        )
+        # Without a key: Dagster would never again start a run of one, and images may come and go.
+        return dg.SensorResult([dg.RunRequest(run_key=None, tags=tags)], cursor=json.dumps(cursor))
 
     return dg.SensorDefinition(
         name="new_images",

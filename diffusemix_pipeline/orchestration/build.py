@@ -14,6 +14,7 @@ from diffusemix_pipeline.orchestration.assets.robustness_report import robustnes
 from diffusemix_pipeline.orchestration.assets.source_images import source_images
 from diffusemix_pipeline.orchestration.assets.trained_classifier import trained_classifier
 from diffusemix_pipeline.orchestration.executors import EXECUTORS
+from diffusemix_pipeline.orchestration.lost_runs import lost_runs
 from diffusemix_pipeline.orchestration.maintenance import maintenance_job, maintenance_schedule
 from diffusemix_pipeline.orchestration.resources import (
     MakeProgress,
@@ -57,6 +58,7 @@ def build_definitions(
             automation.new_images_sensor(project, settings),
             automation.new_data_sensor(project, settings),
             automation.failed_runs,
+            lost_runs,
         ],
         executor=EXECUTORS[settings.executor],
         resources={

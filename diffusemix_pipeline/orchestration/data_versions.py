@@ -6,6 +6,7 @@ settings, so a version that git never saw is found too.
 
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import yaml
@@ -15,10 +16,10 @@ from diffusemix_pipeline.files import write_bytes
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings
 from diffusemix_pipeline.tracking import Run, Training, open_tracking
-from diffusemix_pipeline.versioning import committed_versions, restore
+from diffusemix_pipeline.versioning import committed_versions, digest_at, restore
 
 DATA_TAG = "dvc.data"
-_PIN, _SETTINGS = "data.dvc", "settings.yaml"
+_PIN, _SETTINGS, _DROPPED = "data.dvc", "settings.yaml", "dropped.txt"
 
 
 class DataVersion(NamedTuple):
@@ -30,9 +31,18 @@ class DataVersion(NamedTuple):
     """Newest first."""
 
 
+class Kept(NamedTuple):
+    """The files that a version's newest training kept: relative to the project's root."""
+
+    settings: Path
+    dropped: Path | None
+    """What was dropped then, where other things are dropped now."""
+
+
 def keep_inputs(run: Run, project: Project, settings: Settings) -> None:
     """Keep with a training run what is needed to come back to it."""
     run.log_bytes(_PIN, (project.root / "data.dvc").read_bytes())
+    run.log_bytes(_DROPPED, _dropped(project))
     kept = settings.model_dump(mode="json", exclude={"tracking"})
     kept["source"] |= {"path": "", "archives": ""}  # the images are those of the version
     run.log_bytes(_SETTINGS, yaml.safe_dump(kept, sort_keys=False).encode())
@@ -49,17 +59,15 @@ def history(project: Project, settings: Settings) -> list[DataVersion]:
     return [DataVersion(d, commits.get(d, []), trained.get(d, [])) for d in digests]
 
 
-def checkout(project: Project, settings: Settings, wanted: str) -> tuple[str, str | None]:
+def checkout(project: Project, settings: Settings, wanted: str) -> tuple[str, Kept | None]:
     """Bring a version back, by the start of its digest or by a commit that pins it.
 
-    Returns its digest, and the file that holds the settings of its newest training, if it had one.
-    Raises UserError for a version that is not known, and where neither cache nor remote has it.
+    Returns its digest, and what its newest training kept, if it had one. Raises UserError for a
+    version that is not known, and where neither cache nor remote has it.
     """
-    found = [
-        version
-        for version in history(project, settings)
-        if version.digest.startswith(wanted) or any(c.startswith(wanted) for c in version.commits)
-    ]
+    digests = (wanted, digest_at(project.root, wanted) or wanted)
+    known = history(project, settings)
+    found = [version for version in known if version.digest.startswith(digests)]
     if len(found) != 1:
         what = "is not known" if not found else f"may be any of {len(found)}"
         raise UserError(f"The version {wanted} {what}: see `diffusemix data history`.")
@@ -70,6 +78,15 @@ def checkout(project: Project, settings: Settings, wanted: str) -> tuple[str, st
     tracker = open_tracking(project, settings.tracking)
     run_id = version.trainings[0].run_id
     restore(project.root, version.digest, pin=tracker.file_of(run_id, _PIN))
-    kept = project.root / "outputs" / f"settings-{version.digest[:8]}.yaml"
-    write_bytes(kept, tracker.file_of(run_id, _SETTINGS))
-    return version.digest, str(kept.relative_to(project.root))
+    outputs, short = Path("outputs"), version.digest[:8]
+    kept = outputs / f"settings-{short}.yaml"
+    write_bytes(project.root / kept, tracker.file_of(run_id, _SETTINGS))
+    dropped, dropped_then = tracker.file_of(run_id, _DROPPED), outputs / f"dropped-{short}.txt"
+    if dropped == _dropped(project):
+        return version.digest, Kept(kept, None)
+    write_bytes(project.root / dropped_then, dropped)
+    return version.digest, Kept(kept, dropped_then)
+
+
+def _dropped(project: Project) -> bytes:
+    return project.dropped.read_bytes() if project.dropped.exists() else b""

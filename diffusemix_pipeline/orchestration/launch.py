@@ -12,7 +12,8 @@ from dagster._utils.error import SerializableErrorInfo
 from diffusemix_pipeline.files import write_bytes
 from diffusemix_pipeline.orchestration.build import build_definitions
 from diffusemix_pipeline.orchestration.failures import innermost, told_to_user
-from diffusemix_pipeline.orchestration.resources import IN_PROCESS
+from diffusemix_pipeline.orchestration.lost_runs import PROCESS_TAG
+from diffusemix_pipeline.processes import this_process
 from diffusemix_pipeline.progress import Progress
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings
@@ -57,7 +58,7 @@ def run_here(project: Project, settings: Settings, progress: Progress) -> Outcom
                 "resources": {"settings": {"config": settings.model_dump()}},
                 "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
             },
-            tags=IN_PROCESS,
+            tags={PROCESS_TAG: this_process()},
             raise_on_error=False,
         )
     failed_checks = [

@@ -122,6 +122,11 @@ def train_arms(
                     logged = run.log_classifier(fit.folder, alias=alias)
         fits.append(fit)
         urls[str(wanted)] = tracker.run_url(logged.run_id)
+    if reused and tracker.find_run(DATA_TAG, dataset.digest) is None:
+        # Nothing is learnt from what changed in the data; the version is to be found all the same.
+        tags = {DATA_TAG: dataset.digest, "dagster.run_id": dagster_run_id}
+        with tracker.training_run("nothing new to train", {}, dataset, tags) as run:
+            keep_inputs(run, project, settings)
     return Trained(fits, urls, reused)
 
 

@@ -4,6 +4,7 @@ What belongs here: which runs, trainings and edits nobody needs. What does not: 
 are DVC's (`dvc gc`), and logs of ticks, which `dagster.yaml` keeps short.
 """
 
+import shutil
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -62,7 +63,7 @@ def unused_edits(project: Project, *, remove: bool) -> UnusedEdits:
 
 
 def old_runs(instance: dg.DagsterInstance, days: int) -> Iterator[dg.DagsterRun]:
-    """Give the runs that ended so long ago and made nothing that is still an asset's newest."""
+    """Give the ended runs that began so long ago and made nothing that is an asset's newest."""
     before = datetime.now(UTC) - timedelta(days=days)
     keys = instance.all_asset_keys()
     newest = {
@@ -96,6 +97,8 @@ def maintenance_job(project: Project, settings: Settings) -> dg.JobDefinition:
         runs = list(old_runs(context.instance, settings.keep_runs_days))
         if context.op_config["remove"]:
             for run in runs:
+                context.instance.compute_log_manager.delete_logs(prefix=[run.run_id])
+                shutil.rmtree(project.values / run.run_id, ignore_errors=True)
                 context.instance.delete_run(run.run_id)
         _say(context, len(runs), "Dagster runs")
 

@@ -94,10 +94,12 @@ def promote(project: Project, settings: Settings, progress: Progress) -> Promoti
         test={"clean": float(test.correct.mean()), "corrupted": float(test.corrupted.mean())},
         test_reads=reads,
         decision=decision,
-        reused=is_champion or _is_noted(decision, version, challenger),
+        reused=is_champion or (not decision.promoted and _is_noted(decision, version, challenger)),
     )
     if not promotion.reused:
         _record(promotion, tracker)
+    elif is_champion and challenger and challenger.version == version:
+        tracker.remove_alias(CHALLENGER)  # a run was killed before it did
     return promotion
 
 
@@ -124,7 +126,8 @@ def _champion_on_val(
     progress: Progress,
 ) -> Evidence:
     """Return the champion's answers on the present val images, in the present classes."""
-    key = _val_key(champion.tags[FIT_TAG], raw, settings)
+    fit = champion.tags.get(FIT_TAG, f"version {champion.version} of {tracker.model_name}")
+    key = _val_key(fit, raw, settings)
     folder, classes = project.evidence / key, class_names(raw.counts)
     if folder.exists():
         return Evidence.load(folder)

@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import Any, Literal, TextIO, get_args, get_origin
 
 import dagster as dg
-from dagster._core.storage.dagster_run import IN_PROGRESS_RUN_STATUSES
 
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import write_json
+from diffusemix_pipeline.orchestration.lost_runs import end_lost_runs
 from diffusemix_pipeline.progress import Progress
 from diffusemix_pipeline.project import Project, taken_alone, using_edits
 from diffusemix_pipeline.settings import Section, Settings, check
 
 RESOURCE_KEYS = {"settings", "project", "progress"}
-IN_PROCESS = {"diffusemix/in_process": "true"}
-"""Tags a run that lives and dies with one process."""
 _LOG_EVERY_SECONDS = 20.0
 
 MakeProgress = Callable[[dg.DagsterLogManager], Progress]
@@ -58,7 +56,8 @@ def project_resource(project: Project) -> dg.ResourceDefinition:
         with project.run_lock.open("a+") as lock:
             if taken_alone(lock):
                 shutil.rmtree(project.aside, ignore_errors=True)  # what killed runs left there
-                _end_killed_runs(context)
+                assert context.instance is not None  # every run has one
+                end_lost_runs(context.instance, on_server=False)
                 lock.truncate(0)
                 lock.write(str(context.run_id))
                 lock.flush()
@@ -78,21 +77,6 @@ def _held(lock: TextIO, run_id: str) -> bool:
     fcntl.flock(lock, fcntl.LOCK_SH)  # waits for a step that is just writing its run's id
     lock.seek(0)
     return lock.read() == run_id
-
-
-def _end_killed_runs(context: dg.InitResourceContext) -> None:
-    """Tell Dagster of runs whose process was killed: they hold their pools' slots for ever.
-
-    A run within one process holds the lock all its life, so without it none is alive. Runs that
-    servers started are the daemon's to end.
-    """
-    instance = context.instance
-    assert instance is not None  # every run has one
-    unfinished = dg.RunsFilter(tags=IN_PROCESS, statuses=IN_PROGRESS_RUN_STATUSES)
-    for run in instance.get_runs(unfinished):
-        if run.run_id != context.run_id:
-            instance.report_run_failed(run, "Its process was killed.")
-            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
 
 
 class JsonValues(dg.IOManager):
@@ -117,7 +101,7 @@ class JsonValues(dg.IOManager):
 def values_resource(project: Project) -> dg.IOManagerDefinition:
     """Return what carries small values from step to step."""
     return dg.IOManagerDefinition.hardcoded_io_manager(
-        JsonValues(project.state / "dagster" / "values"), "What one step tells another, as JSON."
+        JsonValues(project.values), "What one step tells another, as JSON."
     )
 
 

@@ -5,7 +5,7 @@ What belongs here: launching, following, and what an ending means. What does not
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -57,18 +57,13 @@ class Ending:
     status: dg.DagsterRunStatus = dg.DagsterRunStatus.NOT_STARTED
     report: str | None = None
     """The Markdown of the report that it made."""
-    failed_checks: dict[str, str] = field(default_factory=dict)
-    """Their descriptions by name."""
+    refused: str | None = None
+    """Why its model was not promoted; None where it was."""
 
     @property
     def succeeded(self) -> bool:
         """Whether every step did what it was to do."""
         return self.status == dg.DagsterRunStatus.SUCCESS
-
-    @property
-    def refused(self) -> str | None:
-        """Why its model was not promoted; None where it was."""
-        return self.failed_checks.get(PROMOTED)
 
 
 class RemoteRun(NamedTuple):
@@ -79,7 +74,7 @@ class RemoteRun(NamedTuple):
     address: str
 
     def follow(self, tell: Callable[[str], None]) -> Ending:
-        """Wait until the run has ended, telling each step; UserError where the server is gone."""
+        """Wait until the run has ended, telling each step; or until the server is gone for long."""
         ending, cursor, last_answer = Ending(), None, time.monotonic()
         while ending.status not in _ENDED:
             time.sleep(_POLL_SECONDS)
@@ -92,9 +87,8 @@ class RemoteRun(NamedTuple):
                     _take(events, ending, tell)
             except (DagsterGraphQLClientError, RequestException) as error:
                 if time.monotonic() - last_answer > _UNREACHABLE_SECONDS:
-                    raise UserError(
-                        f"The server no longer answers: {error}. See {self.address} later."
-                    ) from None
+                    tell(f"The server no longer answers: {error}. See {self.address} later.")
+                    break
                 continue
             last_answer = time.monotonic()
             if status != ending.status:
@@ -119,14 +113,20 @@ def launch(
     Raises UserError for a server that does not answer and for what it refuses.
     """
     parts = urlsplit(url if "//" in url else f"//{url}", scheme="http")
-    if not parts.hostname:
+    if parts.username is not None:  # and do not repeat it: it may be a password
+        raise UserError("An address with a name in it will not do: DAGSTER_TOKEN holds a token.")
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = None
+    if not host:
         raise UserError(f"{url} is no address: write it like http://127.0.0.1:3000.")
     headers = {"Authorization": f"Bearer {token}"} if token else None
     config = {"resources": {"settings": {"config": settings}}} if settings else {}
     try:
         client = DagsterGraphQLClient(
-            parts.hostname,
-            port_number=parts.port,
+            host,
+            port_number=port,
             use_https=parts.scheme == "https",
             headers=headers,
             path_prefix=parts.path.rstrip("/"),
@@ -148,11 +148,11 @@ def _take(events: list[dict[str, Any]], ending: Ending, tell: Callable[[str], No
                 tell(causes[-1]["message"].strip())
         elif kind == "AssetCheckEvaluationEvent":
             check = event["evaluation"]
-            if check["success"]:
-                ending.failed_checks.pop(check["checkName"], None)
-            else:
-                tell(f"{check['checkName']}: {check['description']}")
-                ending.failed_checks[check["checkName"]] = check["description"] or ""
+            name, passed = check["checkName"], check["success"]
+            if not passed:
+                tell(f"{name}: {check['description']}")
+            if name == PROMOTED:
+                ending.refused = None if passed else check["description"]
         elif kind == "MaterializationEvent":
             for entry in event["metadataEntries"]:
                 if entry["label"] == REPORT_MD:
