@@ -281,7 +281,7 @@ def test_maintenance_counts_first_and_keeps_what_is_needed(project, settings, we
             }
 
         tracker = open_tracking(project, settings.tracking)
-        broken = tracker._client.create_run(tracker.experiment_id, start_time=0)
+        broken = tracker._client.create_run(tracker.experiment_id, start_time=1)
         tracker._client.set_terminated(broken.info.run_id, "FAILED")
         expected = {"dagster_runs": 1, "mlflow_runs": 1, "edits": edits - used}
         assert (project.values / older.run_id).exists()

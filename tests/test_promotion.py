@@ -132,10 +132,10 @@ def test_a_champion_stays_until_a_model_is_no_worse(project, weights, tmp_path):
     client.delete_registered_model_alias("diffusemix-classifier", "champion")
     cut_off = run(project, weights, "training.steps=150")  # as a kill between the two leaves it
     assert cut_off.success
-    assert versions(project)[0] == {"champion": "1"}
+    assert versions(project)[0] == {"vanilla": "1", "champion": "1"}
     client.set_registered_model_alias("diffusemix-classifier", "challenger", "1")
     assert run(project, weights, "training.steps=150").reused
-    assert versions(project)[0] == {"champion": "1"}
+    assert versions(project)[0] == {"vanilla": "1", "champion": "1"}
 
     worse = run(project, weights, "training.steps=20")
     assert worse.success  # a worse model is no broken pipeline
