@@ -89,11 +89,6 @@ class Project:
         return self.state / "test_reads.json"
 
     @property
-    def values(self) -> Path:
-        """What steps told each other, by run."""
-        return self.state / "dagster" / "values"
-
-    @property
     def checkpoints(self) -> Path:
         return self.state / "checkpoints"
 

@@ -284,7 +284,7 @@ def test_maintenance_counts_first_and_keeps_what_is_needed(project, settings, we
         broken = tracker._client.create_run(tracker.experiment_id, start_time=1)
         tracker._client.set_terminated(broken.info.run_id, "FAILED")
         expected = {"dagster_runs": 1, "mlflow_runs": 1, "edits": edits - used}
-        assert (project.values / older.run_id).exists()
+        assert list((project.state / "dagster").rglob(f"*{older.run_id}*"))
         assert edits > used
         assert tidy(remove=False) == expected
         assert len(list(store)) == edits

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import dagster as dg
@@ -75,6 +76,15 @@ def old_runs(instance: dg.DagsterInstance, days: int) -> Iterator[dg.DagsterRun]
             yield run
 
 
+def _remove_files(folder: Path, run_ids: set[str]) -> None:
+    """Remove what Dagster leaves of deleted runs: logs, values and, with SQLite, emptied files."""
+    for path in [path for path in folder.rglob("*") if path.name.split(".")[0] in run_ids]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def _tidying_op(description: str) -> Any:
     """Return a decorator for an op that counts, and removes where it is told to."""
     remove = dg.Field(
@@ -97,9 +107,8 @@ def maintenance_job(project: Project, settings: Settings) -> dg.JobDefinition:
         runs = list(old_runs(context.instance, settings.keep_runs_days))
         if context.op_config["remove"]:
             for run in runs:
-                context.instance.compute_log_manager.delete_logs(prefix=[run.run_id])
-                shutil.rmtree(project.values / run.run_id, ignore_errors=True)
                 context.instance.delete_run(run.run_id)
+            _remove_files(project.state / "dagster", {run.run_id for run in runs})
         _say(context, len(runs), "Dagster runs")
 
     @_tidying_op("MLflow's runs that failed or were killed long ago; dead processes' are ended.")
