@@ -38,6 +38,10 @@ _CHUNK = 4
 """Images that the autoencoder takes at once: its activations are the largest of all, and a fixed
 shape leaves the bytes of an image to itself."""
 
+_CPU_LATENTS = 32 * 32**2
+"""Places of latents that the UNet takes at once on a CPU: what more of them activate leaves the
+cache, and three times as many take a tenth longer each."""
+
 
 class Text(NamedTuple):
     """An instruction as the UNet reads it: float32 (1, tokens, D), and what else it needs."""
@@ -89,7 +93,7 @@ class InstructPix2PixEditor:
         """Return what the bytes of an edit depend on beside its key and its batch."""
         layout = {"memory_format": "channels_last"}
         if self._unet.device.type == "cpu":
-            layout["small_group_norms"] = "contiguous"
+            layout |= {"small_group_norms": "contiguous", "latents_at_once": str(_CPU_LATENTS)}
         return numeric_profile(self._unet, self._editing) | layout
 
     def check_instruction(self, instruction: str) -> None:
@@ -152,13 +156,22 @@ class InstructPix2PixEditor:
     def _predict(self, latents: Tensor, time: Tensor, branches: "_Branches") -> Tensor:
         times = len(branches.sources) // len(latents)
         joined = torch.cat([latents.repeat(times, 1, 1, 1), branches.sources], dim=1)
-        predicted = self._unet(
-            joined.to(self._unet.dtype, memory_format=torch.channels_last),
-            time,
-            encoder_hidden_states=branches.hidden,
-            added_cond_kwargs=branches.added,
-        ).sample
-        return predicted.float()
+        joined = joined.to(self._unet.dtype, memory_format=torch.channels_last)
+        at_once = len(joined)
+        if joined.device.type == "cpu":
+            at_once = max(1, _CPU_LATENTS // joined[0, 0].numel())
+        predicted = [
+            self._unet(
+                joined[start : start + at_once],
+                time,
+                encoder_hidden_states=branches.hidden[start : start + at_once],
+                added_cond_kwargs={
+                    name: added[start : start + at_once] for name, added in branches.added.items()
+                },
+            ).sample
+            for start in range(0, len(joined), at_once)
+        ]
+        return torch.cat(predicted).float()
 
     def _branches(self, sources: Tensor, texts: Sequence[Text], branches: int) -> "_Branches":
         empty = self._text("")
