@@ -103,7 +103,7 @@ class Project:
 
 @contextmanager
 def without_runs(project: Project) -> Iterator[None]:
-    """Let no run be at work meanwhile; UserError where one is."""
+    """Let no step of a run be at work meanwhile; UserError where one is."""
     with _opened(project.run_lock) as lock:
         if not taken_alone(lock):
             raise UserError(f"A run is at work in {project.root}. Wait for it to end.")

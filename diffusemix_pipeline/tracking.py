@@ -30,7 +30,7 @@ from filelock import FileLock
 from diffusemix_pipeline import settings
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import link_or_copy, write_bytes
-from diffusemix_pipeline.processes import is_gone, this_process
+from diffusemix_pipeline.processes import is_gone, is_of_this_host, this_process
 from diffusemix_pipeline.project import Project
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ for _name, _value in {
 
 DEFAULT_PORT = 5000
 _PROCESS = "diffusemix.process"
+_LONGEST_RUN_DAYS = 7  # as dagster.yaml has it
 _MODEL_NAME = "diffusemix.model_name"
 _MODEL_ID = "diffusemix.model_id"
 _MODEL_VERSION = "diffusemix.model_version"
@@ -335,14 +336,18 @@ class Tracker:
 
         They are gone from its pages, and for good after `mlflow gc`.
         """
-        before = int((time.time() - days * 24 * 3600) * 1000)
-        ids = [
-            run.info.run_id
-            for status in ("FAILED", "KILLED", "RUNNING")
-            for run in self._search(
+        now, ids = time.time(), []
+        for status, least in (("FAILED", 0), ("KILLED", 0), ("RUNNING", _LONGEST_RUN_DAYS)):
+            before = int((now - max(days, least) * 24 * 3600) * 1000)
+            found = self._search(
                 f"attributes.status = '{status}' and attributes.start_time < {before}"
             )
-        ]
+            # `reconcile` has ended those of this host that do not live.
+            ids += [
+                run.info.run_id
+                for run in found
+                if status != "RUNNING" or not is_of_this_host(run.data.tags.get(_PROCESS, ""))
+            ]
         if remove:
             for run_id in ids:
                 self._client.delete_run(run_id)

@@ -144,7 +144,7 @@ def committed_digest(root: Path, commit: str = "HEAD") -> str | None:
 def digest_at(root: Path, name: str) -> str | None:
     """Return what the `data.dvc` of the commit pins that git knows by `name`; None for no commit.
 
-    A person may write it as anything that git takes: a branch, a tag, HEAD~3, a hash's start.
+    A person may write it as anything that git takes: HEAD~3, a tag, the start of a hash.
     """
     command = ["git", "-C", str(root), "rev-parse", "--verify", "--quiet", "--end-of-options"]
     try:
@@ -216,7 +216,14 @@ def pull(root: Path, *, afresh: bool = False) -> bool:
             )
         if remote is None and not _is_cached(root, pinned):
             return False
-        _run_dvc(root, "checkout", "data.dvc")
+        done = _dvc(root, "checkout", "data.dvc")
+        if "unsaved files" in done.stderr:
+            raise UserError(
+                f"{project.data} holds unsaved files, which no version holds. Move them elsewhere; "
+                "or, where a run that was cut off left them, run again, which finishes them."
+            )
+        if done.returncode:
+            raise UserError(f"`dvc checkout data.dvc` failed in {root}: {_complaint(done)}")
         write_bytes(_basis(root), pinned.encode())
         return True
 
@@ -243,7 +250,9 @@ def restore(
                 "push them from where they were made (`diffusemix data push`)."
             )
     except UserError:
-        if before is not None:
+        if before is None:
+            path.unlink()
+        else:
             write_bytes(path, before)
         raise
 

@@ -24,6 +24,7 @@ from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.orchestration import automation
 from diffusemix_pipeline.orchestration.build import build_definitions
 from diffusemix_pipeline.orchestration.launch import run_here
+from diffusemix_pipeline.orchestration.lost_runs import PROCESS_TAG
 from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.settings import Settings
 from diffusemix_pipeline.tracking import open_tracking
@@ -210,6 +211,14 @@ def test_a_run_whose_process_is_gone_is_ended_and_a_living_one_is_not(project):
     with dg.DagsterInstance.ephemeral() as instance:
         lost = started_by_a_server(instance, dead.pid)
         alive = started_by_a_server(instance, os.getpid())
+        elsewhere = dg.DagsterRun(  # on the command line of another machine
+            job_name="diffusemix",
+            status=dg.DagsterRunStatus.STARTED,
+            tags={PROCESS_TAG: "elsewhere 1 1"},
+        )
+        instance.add_run(elsewhere)
+        gone = EngineEventData.in_process(dead.pid)
+        instance.report_engine_event("Executing steps in process", elsewhere, gone)
         young = dg.DagsterRun(job_name="diffusemix", status=dg.DagsterRunStatus.STARTING)
         instance.add_run(young)  # it has not said which process it is
         context = dg.build_sensor_context(instance=instance)

@@ -23,7 +23,7 @@ from diffusemix_pipeline.datasets.images import read_square, to_square
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import REJECTED, Stage, read_stage
 from diffusemix_pipeline.editing import generate as generate_module
-from diffusemix_pipeline.editing import planning, sampling
+from diffusemix_pipeline.editing import instruct_pix2pix, planning, sampling
 from diffusemix_pipeline.editing.editor import (
     Editor,
     editor_fingerprint,
@@ -87,7 +87,8 @@ def rows(result: Generated) -> set[tuple]:
 
 
 @pytest.mark.parametrize("sampler", ["dpmsolver++", "euler_ancestral"])
-def test_an_edit_depends_on_itself_and_not_on_order_or_neighbours(sampler, weights):
+def test_an_edit_depends_on_itself_and_not_on_order_or_neighbours(sampler, weights, monkeypatch):
+    monkeypatch.setattr(instruct_pix2pix, "_CPU_LATENTS", 4 * 16**2)  # of 9 rows, 3 at once
     edit = editor(weights, f"editing.sampler={sampler}", "editing.guidance_until=0.5").edit
     images = IMAGES[[0, 1, 0]]  # a source twice, which is encoded once
     together = edit(images, PROMPTS, [1, 2, 3])
@@ -104,12 +105,15 @@ def test_an_edit_depends_on_itself_and_not_on_order_or_neighbours(sampler, weigh
     members=st.lists(st.integers(0, 7), min_size=8, max_size=8),
     dtype=st.sampled_from(["float32", "bfloat16"]),
 )
-def test_an_edit_is_the_same_in_whatever_batch_of_its_shape(members, dtype, weights):
+@pytest.mark.parametrize("at_once", [32 * 32**2, 7 * 16**2])
+def test_an_edit_is_the_same_in_whatever_batch_of_its_shape(members, dtype, at_once, weights):
     edit = editor(weights, f"editing.dtype={dtype}").edit
     images = np.stack([to_square(picture(seed), 32) for seed in range(8)])
     prompts = ["sunset", "mosaic"] * 4
-    alone = edit(images, prompts, range(8))
-    mixed = edit(images[members], [prompts[i] for i in members], members)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(instruct_pix2pix, "_CPU_LATENTS", at_once)
+        alone = edit(images, prompts, range(8))
+        mixed = edit(images[members], [prompts[i] for i in members], members)
     assert np.array_equal(mixed, alone[members])
 
 

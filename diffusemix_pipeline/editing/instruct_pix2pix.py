@@ -159,7 +159,9 @@ class InstructPix2PixEditor:
         joined = joined.to(self._unet.dtype, memory_format=torch.channels_last)
         at_once = len(joined)
         if joined.device.type == "cpu":
-            at_once = max(1, _CPU_LATENTS // joined[0, 0].numel())
+            most = max(1, _CPU_LATENTS // joined[0, 0].numel())
+            # In parts of one shape, for that shapes the bytes.
+            at_once = max(rows for rows in range(1, most + 1) if len(joined) % rows == 0)
         predicted = [
             self._unet(
                 joined[start : start + at_once],

@@ -77,11 +77,12 @@ def checkout(project: Project, settings: Settings, wanted: str) -> tuple[str, Ke
         return version.digest, None
     tracker = open_tracking(project, settings.tracking)
     run_id = version.trainings[0].run_id
-    restore(project.root, version.digest, pin=tracker.file_of(run_id, _PIN))
+    pin, made_by, dropped = (tracker.file_of(run_id, name) for name in (_PIN, _SETTINGS, _DROPPED))
+    restore(project.root, version.digest, pin=pin)
     outputs, short = Path("outputs"), version.digest[:8]
     kept = outputs / f"settings-{short}.yaml"
-    write_bytes(project.root / kept, tracker.file_of(run_id, _SETTINGS))
-    dropped, dropped_then = tracker.file_of(run_id, _DROPPED), outputs / f"dropped-{short}.txt"
+    write_bytes(project.root / kept, made_by)
+    dropped_then = outputs / f"dropped-{short}.txt"
     if dropped == _dropped(project):
         return version.digest, Kept(kept, None)
     write_bytes(project.root / dropped_then, dropped)

@@ -5,12 +5,12 @@ number of its process, which means something on the server's machine alone.
 """
 
 import dagster as dg
-from dagster._core.storage.dagster_run import IN_PROGRESS_RUN_STATUSES
 
-from diffusemix_pipeline.processes import is_gone, started_between
+from diffusemix_pipeline.processes import is_gone, lived_at
 
 PROCESS_TAG = "diffusemix/process"
 _EVERY_SECONDS = 30
+_WITH_A_PROCESS = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED]
 _GONE = "Its process is gone: it was killed, or the machine stopped."
 
 
@@ -19,16 +19,18 @@ def end_lost_runs(instance: dg.DagsterInstance, *, on_server: bool) -> list[str]
 
     Where this is not the server's machine (`on_server` False), the server's runs are left alone.
     """
-    running = instance.get_runs(dg.RunsFilter(statuses=IN_PROGRESS_RUN_STATUSES))
-    lost = [
-        run
-        for run in running
-        if is_gone(run.tags.get(PROCESS_TAG, "")) or (on_server and _has_lost(instance, run))
-    ]
-    for run in lost:
-        instance.report_run_failed(run, _GONE)
-        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
-    return [run.run_id for run in lost]
+    ended = []
+    for run in instance.get_runs(dg.RunsFilter(statuses=_WITH_A_PROCESS)):
+        # Run again from the UI, a run keeps the tags, and has a parent.
+        process = None if run.parent_run_id else run.tags.get(PROCESS_TAG)
+        lost = is_gone(process) if process else on_server and _has_lost(instance, run)
+        # Its process may have written its end and gone since the runs were listed.
+        now = instance.get_run_by_id(run.run_id) if lost else None
+        if now and now.status in _WITH_A_PROCESS:
+            instance.report_run_failed(now, _GONE)
+            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+            ended.append(run.run_id)
+    return ended
 
 
 def _has_lost(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
@@ -37,7 +39,7 @@ def _has_lost(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
         event = entry.get_dagster_event()
         pid = event.engine_event_data.metadata.get("pid")
         if pid and event.step_key is None:
-            return not started_between(int(str(pid.value)), 0, entry.timestamp + 1)
+            return not lived_at(int(str(pid.value)), entry.timestamp)
     return False  # it has not said yet
 
 

@@ -112,13 +112,13 @@ def launch(
 
     Raises UserError for a server that does not answer and for what it refuses.
     """
-    parts = urlsplit(url if "//" in url else f"//{url}", scheme="http")
+    try:
+        parts = urlsplit(url if "//" in url else f"//{url}", scheme="http")
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise UserError(f"{url} is no address: {error}.") from None
     if parts.username is not None:  # and do not repeat it: it may be a password
         raise UserError("An address with a name in it will not do: DAGSTER_TOKEN holds a token.")
-    try:
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host = None
     if not host:
         raise UserError(f"{url} is no address: write it like http://127.0.0.1:3000.")
     headers = {"Authorization": f"Bearer {token}"} if token else None
