@@ -217,13 +217,12 @@ def pull(root: Path, *, afresh: bool = False) -> bool:
         if remote is None and not _is_cached(root, pinned):
             return False
         done = _dvc(root, "checkout", "data.dvc")
-        if "unsaved files" in done.stderr:
-            raise UserError(
-                f"{project.data} holds unsaved files, which no version holds. Move them elsewhere; "
-                "or, where a run that was cut off left them, run again, which finishes them."
-            )
         if done.returncode:
-            raise UserError(f"`dvc checkout data.dvc` failed in {root}: {_complaint(done)}")
+            raise UserError(
+                f"`dvc checkout data.dvc` failed in {root}: {_complaint(done)}\nMove files that no "
+                "version holds elsewhere; or, where a run that was cut off left them, run again, "
+                "which finishes them."
+            )
         write_bytes(_basis(root), pinned.encode())
         return True
 
