@@ -227,7 +227,7 @@ def test_a_second_run_at_the_same_time_is_refused(weights, project):
 
 def test_a_killed_run_is_told_and_gives_back_what_it_held(weights, project):
     prepare_instance(project)
-    process = {PROCESS_TAG: f"{socket.gethostname()} 1 1"}  # number 1 has not run since 1970
+    process = {PROCESS_TAG: f"{socket.gethostname()} 1 9999999"}  # number 1 is older
     killed = dg.DagsterRun(job_name="diffusemix", status=dg.DagsterRunStatus.STARTED, tags=process)
     with chdir(project.root), dg.DagsterInstance.get() as instance:
         instance.add_run(killed)
