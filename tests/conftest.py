@@ -44,6 +44,7 @@ QUICK = [
     "editing.steps=2",
     "editing.batch_size=8",
     "mixing.fractal_count=3",
+    "training.model=test_resnet",
     "training.steps=4",
     "training.batch_size=8",
     "training.validations=2",

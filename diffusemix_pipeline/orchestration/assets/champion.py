@@ -3,6 +3,7 @@
 import dagster as dg
 
 from diffusemix_pipeline.orchestration.assets.robustness_report import robustness_report
+from diffusemix_pipeline.orchestration.assets.source_images import source_images
 from diffusemix_pipeline.orchestration.assets.trained_classifier import trained_classifier
 from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
 
@@ -10,7 +11,7 @@ PROMOTED = "challenger_is_promoted"
 
 
 @dg.asset(
-    deps=[trained_classifier, robustness_report],
+    deps=[source_images, trained_classifier, robustness_report],
     group_name="diffusemix",
     kinds={"mlflow"},
     code_version="1",

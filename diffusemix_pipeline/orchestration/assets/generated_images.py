@@ -24,7 +24,7 @@ _RETRY_AFTER_SECONDS = 5
 
 
 @dg.op(
-    ins={"raw_dataset": dg.In(dg.Nothing)},
+    ins={"source_images": dg.In(dg.Nothing), "raw_dataset": dg.In(dg.Nothing)},
     out={"shards": dg.DynamicOut(int), "predicted": dg.Out(dict)},
     required_resource_keys=RESOURCE_KEYS,
     pool="gpu",
@@ -206,7 +206,7 @@ def _yield_metadata(stage: "Stage") -> dict[str, Any]:
 
 
 @dg.graph_asset(
-    ins={"raw_dataset": dg.AssetIn(dagster_type=dg.Nothing)},
+    ins={name: dg.AssetIn(dagster_type=dg.Nothing) for name in ("source_images", "raw_dataset")},
     group_name="diffusemix",
     kinds={"diffusers", "pytorch"},
     code_version="2",
@@ -214,6 +214,6 @@ def _yield_metadata(stage: "Stage") -> dict[str, Any]:
     "Guarantees: train only; an edit that was made before is taken from the store; "
     "its seed follows from what it is, never from order, shard or worker.",
 )
-def generated_images(raw_dataset: None) -> None:
-    shards, predicted = plan_edits(raw_dataset)
+def generated_images(source_images: None, raw_dataset: None) -> None:
+    shards, predicted = plan_edits(source_images=source_images, raw_dataset=raw_dataset)
     return collect_edits(predicted, shards.map(edit_shard).collect())

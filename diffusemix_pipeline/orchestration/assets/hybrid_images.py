@@ -6,12 +6,13 @@ import dagster as dg
 
 from diffusemix_pipeline.orchestration.assets.generated_images import generated_images
 from diffusemix_pipeline.orchestration.assets.raw_dataset import raw_dataset
+from diffusemix_pipeline.orchestration.assets.source_images import source_images
 from diffusemix_pipeline.orchestration.metadata import stage_metadata, stage_sheet
 from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
 
 
 @dg.asset(
-    deps=[raw_dataset, generated_images],
+    deps=[source_images, raw_dataset, generated_images],
     group_name="diffusemix",
     kinds={"numpy"},
     code_version="1",

@@ -3,6 +3,7 @@
 import dagster as dg
 
 from diffusemix_pipeline.orchestration.assets.raw_dataset import raw_dataset
+from diffusemix_pipeline.orchestration.assets.source_images import source_images
 from diffusemix_pipeline.orchestration.assets.trained_classifier import trained_classifier
 from diffusemix_pipeline.orchestration.metadata import picture
 from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
@@ -12,7 +13,7 @@ REPORT_MD = "report_md"
 
 
 @dg.asset(
-    deps=[raw_dataset, trained_classifier],
+    deps=[source_images, raw_dataset, trained_classifier],
     group_name="diffusemix",
     kinds={"pytorch", "mlflow"},
     code_version="2",

@@ -23,7 +23,7 @@ warnings.filterwarnings("ignore", "Function `observable_source_asset`", dg.BetaW
     required_resource_keys=RESOURCE_KEYS,
     description="The images at `source.path`, or those that `data.dvc` pins where none is set. "
     "Guarantees: only read; its version follows from names and bytes, not from times, so that a "
-    "changed byte makes `raw_dataset` stale and a touched file does not.",
+    "changed byte makes all that follows stale and a touched file does not.",
 )
 def source_images(context: dg.OpExecutionContext) -> dg.DataVersion:
     from diffusemix_pipeline.datasets.sources import source_version

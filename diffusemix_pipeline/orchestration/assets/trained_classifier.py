@@ -6,12 +6,13 @@ from diffusemix_pipeline.orchestration.assets.fractal_augmented_dataset import (
     fractal_augmented_dataset,
 )
 from diffusemix_pipeline.orchestration.assets.raw_dataset import raw_dataset
+from diffusemix_pipeline.orchestration.assets.source_images import source_images
 from diffusemix_pipeline.orchestration.metadata import picture
 from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
 
 
 @dg.asset(
-    deps=[raw_dataset, fractal_augmented_dataset],
+    deps=[source_images, raw_dataset, fractal_augmented_dataset],
     group_name="diffusemix",
     kinds={"timm", "mlflow"},
     code_version="2",
