@@ -49,15 +49,16 @@ def page(browser) -> Iterator[Page]:
     context.close()
 
 
-@pytest.mark.timeout(5400)  # the demo, beside other tests
+@pytest.mark.timeout(3000)  # the demo, beside other tests
 def test_materialize_all_in_the_ui_does_what_the_command_does(project, page):
     with serving(project, "ui") as address:
         page.goto(f"{address}/asset-groups")
         for asset in ASSETS:
             expect(page.get_by_text(asset, exact=True).first).to_be_visible()
         page.get_by_role("button", name="Materialize all").click()
+        wait_for(lambda: bool(runs(project)), seconds=120)  # or the page leaves before it has asked
         page.goto("about:blank")  # the running UI would take a good part of a core
-        wait_for(lambda: any(run.is_finished for run in runs(project)), seconds=5000)
+        wait_for(lambda: any(run.is_finished for run in runs(project)), seconds=2400)
         assert (project.report / "report.json").exists()
         page.goto(f"{address}/assets/raw_dataset")
         expect(page.get_by_text("set_aside").first).to_be_visible()
