@@ -143,7 +143,7 @@ def test_the_schedule_runs_by_itself(project, address):
 
 def test_a_worse_model_and_a_sabotaged_one_fail_and_change_no_champion(project, address):
     kept = champion(project)
-    worse = retrain(project, address, "training.steps=12 seed=1")
+    worse = retrain(project, address, "training.steps=35 seed=1")
     assert worse.returncode == 3, worse.stdout + worse.stderr
     assert "Not promoted. " in worse.stderr
     assert (project.root / "report.md").exists()
