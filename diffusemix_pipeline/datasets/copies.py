@@ -21,7 +21,7 @@ from diffusemix_pipeline.datasets.items import Item
 _NEAR = 0.997
 _NEAR_BUT_FOR_THE_COMMON = 0.995
 _SIDE = 8
-_COMPARED = 2**22  # pairs at a time
+_COMPARED = 2**20  # pairs at a time
 
 
 def outline(image: Image.Image) -> bytes:
@@ -44,18 +44,19 @@ def _copies(items: Sequence[Item], split: str, others: set[str]) -> Iterator[dic
     if not held_out or not ours:
         return
     same = {item.pixels: item for item in held_out}
-    mine, theirs = _outlines(ours), _outlines(held_out)
-    total, others_count = mine.sum(axis=0) + theirs.sum(axis=0), len(ours) + len(held_out) - 2
-    step = max(1, _COMPARED // len(held_out))
-    for start in range(0, len(ours), step):
-        batch = mine[start : start + step]
-        alike = batch @ theirs.T
+    theirs, step = _outlines(held_out), max(1, _COMPARED // len(held_out))
+    batches = [ours[start : start + step] for start in range(0, len(ours), step)]
+    total = theirs.sum(axis=0) + sum(_outlines(batch).sum(axis=0) for batch in batches)
+    others_count = max(1, len(ours) + len(held_out) - 2)
+    for batch in batches:
+        mine = _outlines(batch)
+        alike = mine @ theirs.T
         nearest = alike.argmax(axis=1)
         pairs = theirs[nearest]
-        common = (total - batch - pairs) / max(1, others_count)
-        own = (_unit(batch - common) * _unit(pairs - common)).sum(axis=1)
+        common = (total - mine - pairs) / others_count
+        own = (_unit(mine - common) * _unit(pairs - common)).sum(axis=1)
         near = (alike.max(axis=1) > _NEAR) & (own > _NEAR_BUT_FOR_THE_COMMON)
-        for item, place, is_near in zip(ours[start : start + step], nearest, near, strict=True):
+        for item, place, is_near in zip(batch, nearest, near, strict=True):
             copy = same.get(item.pixels) or (held_out[place] if is_near else None)
             if copy:
                 yield {"split": split, "image": item.source_id, "held_out": copy.source_id}

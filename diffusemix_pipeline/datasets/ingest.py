@@ -61,7 +61,8 @@ def ingest(
     where = {"path", "archives"}  # this shapes nothing
     shape = settings.source.model_dump(exclude=where)
     content = source_digest(items)
-    present = {item.sha256 for item in items}
+    named = {sha256 for sha256, _ in dropped.sources}
+    present = {item.sha256 for item in items if item.sha256 in named}
     left_out = sorted(source for source in dropped.sources if source[0] in present)
     fingerprint = digest("raw", CODE_VERSION, train_only, settings.seed, shape, content, left_out)
     finished = finished_stage(out, fingerprint)
