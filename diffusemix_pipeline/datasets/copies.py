@@ -21,7 +21,8 @@ from diffusemix_pipeline.datasets.items import Item
 _NEAR = 0.997
 _NEAR_BUT_FOR_THE_COMMON = 0.995
 _SIDE = 8
-_COMPARED = 2**20  # pairs at a time
+_COMPARED = 2**20  # pairs at a time, of this many images at most:
+_AT_ONCE = 4096
 
 
 def outline(image: Image.Image) -> bytes:
@@ -44,7 +45,7 @@ def _copies(items: Sequence[Item], split: str, others: set[str]) -> Iterator[dic
     if not held_out or not ours:
         return
     same = {item.pixels: item for item in held_out}
-    theirs, step = _outlines(held_out), max(1, _COMPARED // len(held_out))
+    theirs, step = _outlines(held_out), min(_AT_ONCE, max(1, _COMPARED // len(held_out)))
     batches = [ours[start : start + step] for start in range(0, len(ours), step)]
     total = theirs.sum(axis=0) + sum(_outlines(batch).sum(axis=0) for batch in batches)
     others_count = max(1, len(ours) + len(held_out) - 2)
