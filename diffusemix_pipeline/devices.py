@@ -14,6 +14,13 @@ def choose_device(device: str) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def count_gpus() -> int:
+    """Return how many CUDA devices this process may use."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def is_fast_at_bfloat16(device: str) -> bool:
     """Say whether bfloat16 pays: on CUDA, and on processors with instructions for it."""
     import torch

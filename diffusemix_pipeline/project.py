@@ -1,14 +1,18 @@
 """Where things lie: every path of a project follows from its root. And who is at work there."""
 
 import fcntl
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from diffusemix_pipeline.devices import choose_device, count_gpus
 from diffusemix_pipeline.errors import UserError
+
+_LOOK_AGAIN_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,30 @@ def alone_with_edits(project: Project) -> Iterator[None]:
                 f"Edits are being made or used in {project.root}. Wait for that to end."
             )
         yield
+
+
+@contextmanager
+def own_device(project: Project, device: str) -> Iterator[str]:
+    """Give a device for oneself alone where the machine has several GPUs and none is named.
+
+    Steps that run at once, processes of their own, each get another; waits while none is free. Any
+    other device is given as it is.
+    """
+    chosen = choose_device(device)
+    gpus = count_gpus() if chosen == "cuda" else 0
+    if gpus < 2:
+        yield chosen
+        return
+    with ExitStack() as opened:
+        locks = [
+            opened.enter_context(_opened(project.state / "devices" / f"cuda-{number}.lock"))
+            for number in range(gpus)
+        ]
+        while (
+            free := next((n for n, lock in enumerate(locks) if taken_alone(lock)), None)
+        ) is None:
+            time.sleep(_LOOK_AGAIN_SECONDS)
+        yield f"cuda:{free}"
 
 
 def _opened(lock: Path) -> TextIO:

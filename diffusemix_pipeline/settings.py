@@ -62,6 +62,7 @@ Arm = Literal[
     "diffusemix+cutmix",
 ]
 Optimizer = Literal["adamw", "sgd"]
+Executor = Literal["in_process", "multiprocess", "ray"]
 Corruption = Literal[
     "gaussian_noise",
     "shot_noise",
@@ -409,9 +410,10 @@ class Settings(Section):
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="auto, cpu, cuda, cuda:N, mps."
     )
-    executor: Literal["in_process", "multiprocess"] = Field(
+    executor: Executor = Field(
         "in_process",
-        description="How the steps of a run run that the UI or a schedule starts; read on loading.",
+        description="How the steps of a run run that the UI or a schedule starts: in one process, "
+        "in one each, or as jobs of the Ray cluster at RAY_ADDRESS; read on loading.",
     )
     owners: list[Owner] = Field(
         [],

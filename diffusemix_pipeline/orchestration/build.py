@@ -13,7 +13,7 @@ from diffusemix_pipeline.orchestration.assets.raw_dataset import raw_dataset
 from diffusemix_pipeline.orchestration.assets.robustness_report import robustness_report
 from diffusemix_pipeline.orchestration.assets.source_images import source_images
 from diffusemix_pipeline.orchestration.assets.trained_classifier import trained_classifier
-from diffusemix_pipeline.orchestration.executors import EXECUTORS
+from diffusemix_pipeline.orchestration.executors import executor_of
 from diffusemix_pipeline.orchestration.lost_runs import lost_runs
 from diffusemix_pipeline.orchestration.maintenance import maintenance_job, maintenance_schedule
 from diffusemix_pipeline.orchestration.resources import (
@@ -60,7 +60,7 @@ def build_definitions(
             automation.failed_runs,
             lost_runs,
         ],
-        executor=EXECUTORS[settings.executor],
+        executor=executor_of(settings.executor, project),
         resources={
             "settings": settings_resource(settings),
             "project": project_resource(project),

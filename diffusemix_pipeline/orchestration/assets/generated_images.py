@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
+from diffusemix_pipeline.devices import choose_device
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.orchestration.metadata import picture, stage_metadata, stage_sheet
 from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
-from diffusemix_pipeline.project import Project
+from diffusemix_pipeline.project import Project, own_device
 from diffusemix_pipeline.settings import Settings
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def plan_edits(context: dg.OpExecutionContext) -> Iterator[dg.DynamicOutput[int]
         yield dg.Output({}, "predicted")
         return
     adopt_edits(project.generated, EditStore(project.edits))
-    gate = _gate(context, plan)
+    gate = _gate(context, plan, choose_device(settings.device))
     accuracy = None
     if gate:
         adopt_verdicts(project.generated, plan, gate.verdicts)
@@ -67,24 +68,23 @@ def plan_edits(context: dg.OpExecutionContext) -> Iterator[dg.DynamicOutput[int]
     "fail once; run again, it goes on.",
 )
 def edit_shard(context: dg.OpExecutionContext, shard: int) -> dict[str, Any]:
-    from diffusemix_pipeline.devices import choose_device
     from diffusemix_pipeline.editing.generate import make_edits
     from diffusemix_pipeline.editing.store import EditStore
 
     project, settings = context.resources.project, context.resources.settings
     plan = _plan(project, settings)
-    gate = _gate(context, plan)
-    began = time.time()  # shards may be processes, so by one clock for all
     try:
-        made = make_edits(
-            plan,
-            store=EditStore(project.edits),
-            device=choose_device(settings.device),
-            gate=gate,
-            shard=shard,
-            shards=settings.editing.shards,
-            progress=context.resources.progress(context.log),
-        )
+        with own_device(project, settings.device) as device:
+            began = time.time()  # shards may be processes, so by one clock for all
+            made = make_edits(
+                plan,
+                store=EditStore(project.edits),
+                device=device,
+                gate=_gate(context, plan, device),
+                shard=shard,
+                shards=settings.editing.shards,
+                progress=context.resources.progress(context.log),
+            )
     except UserError as error:  # it would fail again
         raise dg.Failure(str(error), allow_retries=False) from error
     return {"made": made, "began": began, "ended": time.time()}
@@ -140,9 +140,8 @@ def _plan(project: Project, settings: Settings) -> "Plan":
     return plan_edits(read_stage(project.raw), settings, read_dropped(project.dropped))
 
 
-def _gate(context: dg.OpExecutionContext, plan: "Plan") -> "LabelGate | None":
+def _gate(context: dg.OpExecutionContext, plan: "Plan", device: str) -> "LabelGate | None":
     from diffusemix_pipeline.datasets.manifest import read_stage
-    from diffusemix_pipeline.devices import choose_device
     from diffusemix_pipeline.training.fold_teachers import label_gate
 
     if not plan.gate:
@@ -153,7 +152,7 @@ def _gate(context: dg.OpExecutionContext, plan: "Plan") -> "LabelGate | None":
         read_stage(project.raw),
         folder=project.gate,
         aside=project.aside,
-        device=choose_device(plan.settings.device),
+        device=device,
         progress=context.resources.progress(context.log),
     )
 
@@ -162,7 +161,6 @@ def _predicted(
     context: dg.OpExecutionContext, plan: "Plan", gate: "LabelGate | None"
 ) -> dict[str, Any]:
     """Run the pilot, and return what it predicts; nothing where too few edits are missing."""
-    from diffusemix_pipeline.devices import choose_device
     from diffusemix_pipeline.editing.cost import forecast, run_pilot
     from diffusemix_pipeline.editing.store import EditStore
 

@@ -1,0 +1,100 @@
+"""Steps as jobs of a Ray cluster, whose nodes see this machine's folders at the same paths.
+
+Which node a step gets is Ray's choice: each step takes a core, and a step of the pool "gpu" a GPU
+where the cluster has any. A step whose node is lost is tried again as its retry policy says.
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from dagster._core.definitions.executor_definition import multiple_process_executor_requirements
+from dagster._core.events import DagsterEvent
+from dagster._core.execution.retries import RetryMode
+from dagster._core.executor.base import Executor
+from dagster._core.executor.init import InitExecutorContext
+from dagster._core.executor.step_delegating import StepDelegatingExecutor, StepHandlerContext
+
+from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.project import Project
+from diffusemix_pipeline.settings import ENVIRONMENT_PREFIX
+
+try:
+    from dagster_ray.core.executor import RayStepHandler
+    from ray.job_submission import JobSubmissionClient
+    from ray.util.state import list_nodes
+except ModuleNotFoundError as error:
+    raise UserError(
+        f"executor: ray needs a package that is not here ({error.name}): "
+        "install diffusemix_pipeline[ray], or choose in_process or multiprocess."
+    ) from error
+
+ADDRESS = "RAY_ADDRESS"
+"""Names the environment variable with the address of the cluster's dashboard."""
+_CORES = 1  # of the cluster, for each step that runs at once
+_CHECK_EVERY_SECONDS = 10
+
+
+def ray_executor(project: Project) -> dg.ExecutorDefinition:
+    """Return the executor that runs each step as a job of the cluster at `RAY_ADDRESS`."""
+
+    @dg.executor(name="ray", requirements=multiple_process_executor_requirements())
+    def ray(_init: InitExecutorContext) -> Executor:
+        address = os.environ.get(ADDRESS)
+        if not address:
+            raise dg.Failure(
+                f"executor: ray needs {ADDRESS}, the address of the cluster's dashboard, for "
+                f"example {ADDRESS}=http://127.0.0.1:8265.",
+                allow_retries=False,
+            )
+        return StepDelegatingExecutor(
+            _Steps(address, project.root.resolve()),
+            retries=RetryMode.ENABLED,
+            check_step_health_interval_seconds=_CHECK_EVERY_SECONDS,
+            should_verify_step=True,
+        )
+
+    return ray
+
+
+class _Steps(RayStepHandler):
+    """dagster-ray's way to start, look after and end a step, with a GPU for those that use one."""
+
+    def __init__(self, address: str, home: Path) -> None:
+        # Whoever sees the dashboard sees these: secrets are to be in the nodes' own environment.
+        chosen = {k: v for k, v in os.environ.items() if k.startswith(ENVIRONMENT_PREFIX)}
+        super().__init__(
+            client=_ClientOfProject(address, home),
+            env_vars=None,
+            runtime_env={"env_vars": {**chosen, "DAGSTER_HOME": str(home)}},
+            num_cpus=_CORES,
+            num_gpus=None,
+            memory=None,
+            resources=None,
+        )
+        nodes = list_nodes(address=address)
+        self._gpus = any((node.resources_total or {}).get("GPU") for node in nodes)
+
+    def launch_step(self, step_handler_context: StepHandlerContext) -> Iterator[DagsterEvent]:
+        """Start a step, on a GPU if it is in the pool of those and there are any."""
+        [key] = step_handler_context.execute_step_args.step_keys_to_execute or []
+        step = step_handler_context.get_step_context(key).step
+        self.num_gpus = 1 if self._gpus and step.pool == "gpu" else None
+        yield from super().launch_step(step_handler_context)
+
+
+class _ClientOfProject(JobSubmissionClient):
+    """Runs `dagster` in the project's folder, as Dagster's paths are relative, by this Python."""
+
+    def __init__(self, address: str, home: Path) -> None:
+        super().__init__(address)
+        self._home = home
+
+    def submit_job(self, *, entrypoint: str, **how: Any) -> str:
+        """Start a job; returns its id."""
+        there, python = shlex.quote(str(self._home)), shlex.quote(sys.executable)
+        return super().submit_job(entrypoint=f"cd {there} && exec {python} -m {entrypoint}", **how)

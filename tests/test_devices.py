@@ -1,0 +1,41 @@
+"""Promise: where there are several GPUs, each shard that is at work has one of its own."""
+
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
+
+import pytest
+
+from diffusemix_pipeline import project as projects
+from diffusemix_pipeline.project import Project, own_device
+
+
+@pytest.fixture
+def two_gpus(monkeypatch) -> None:
+    monkeypatch.setattr(projects, "choose_device", lambda device: device.replace("auto", "cuda"))
+    monkeypatch.setattr(projects, "count_gpus", lambda: 2)
+    monkeypatch.setattr(projects, "_LOOK_AGAIN_SECONDS", 0.01)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_each_gpu_has_one_user_and_the_next_waits_for_a_free_one(project: Project):
+    with ThreadPoolExecutor() as pool, own_device(project, "auto") as first:
+        second = own_device(project, "auto")
+        assert {first, second.__enter__()} == {"cuda:0", "cuda:1"}
+        third = own_device(project, "auto")
+        waiting = pool.submit(third.__enter__)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.2)
+        second.__exit__(None, None, None)
+        assert waiting.result(10) == "cuda:1"
+        third.__exit__(None, None, None)
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize("named", ["cpu", "cuda:1", "mps"])
+def test_a_device_that_is_named_is_given_as_it_is(project, named):
+    with own_device(project, named) as one, own_device(project, named) as other:
+        assert (one, other) == (named, named)
+
+
+def test_without_several_gpus_nobody_waits(project):
+    with own_device(project, "cpu") as one, own_device(project, "cpu") as other:
+        assert one == other == "cpu"

@@ -1,0 +1,129 @@
+"""Promise: the same definitions on a Ray cluster give the same bytes, whichever node is lost."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import dagster as dg
+import psutil
+import pytest
+import yaml
+from conftest import free_port, quick_settings, tiny_editor, wait_for
+from ray._private.node import Node
+from ray.cluster_utils import Cluster
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from diffusemix_pipeline.editing.store import EditStore
+from diffusemix_pipeline.orchestration.launch import prepare_instance, run_here
+from diffusemix_pipeline.progress import silent
+from diffusemix_pipeline.project import Project
+from diffusemix_pipeline.settings import Settings
+
+pytestmark = pytest.mark.slow
+NODE = {"num_cpus": 1, "object_store_memory": 100_000_000}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head that takes no step, and two nodes of one core, each with processes of its own."""
+    port = free_port()
+    started = Cluster(
+        initialize_head=True,
+        head_node_args={**NODE, "num_cpus": 0, "include_dashboard": True, "dashboard_port": port},
+    )
+    started.dashboard = f"http://127.0.0.1:{port}"
+    for _ in range(2):
+        started.add_node(**NODE)
+    yield started
+    started.shutdown()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    return tiny_editor(tmp_path_factory.mktemp("editor"))
+
+
+def wanted(weights: Path, *overrides: str) -> Settings:
+    """Return settings under which a shard is at work for some seconds."""
+    return quick_settings(
+        f"editing.editor={weights}", "editing.batch_size=2", "editing.steps=40", *overrides
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(weights, tmp_path_factory) -> dict[str, str]:
+    """The data that one process makes."""
+    project = Project(tmp_path_factory.mktemp("undisturbed"))
+    assert run_here(project, wanted(weights), silent).success
+    return digests(project)
+
+
+def digests(project: Project) -> dict[str, str]:
+    return {
+        path.relative_to(project.data).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(project.data.rglob("*"))
+        if path.is_file()
+    }
+
+
+def start_on_ray(project: Project, settings: Settings, cluster: Cluster) -> subprocess.Popen:
+    """Start a run of all steps on the cluster, two at once."""
+    settings_file = project.root / "diffusemix.yaml"
+    settings_file.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    prepare_instance(project)
+    with dg.DagsterInstance.get() as instance:
+        instance.event_log_storage.set_concurrency_slots("gpu", 2)
+    target = ["-m", "diffusemix_pipeline.definitions", "-j", "diffusemix"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "dagster", "job", "execute", *target],
+        cwd=project.root,
+        env=os.environ | {"DAGSTER_HOME": str(project.root), "RAY_ADDRESS": cluster.dashboard},
+    )
+
+
+def shard_at_work(client: JobSubmissionClient) -> JobDetails | None:
+    """Return a job that edits a shard now, if there is one."""
+    for job in client.list_jobs():
+        step = (job.metadata or {}).get("dagster/op", "")
+        if job.status == JobStatus.RUNNING and step.startswith("generated_images.edit_shard"):
+            return job
+    return None
+
+
+def written(store: EditStore) -> dict[str, int]:
+    """Return when each stored edit was written, in nanoseconds."""
+    return {key: store.path(key).stat().st_mtime_ns for key in store}
+
+
+def lose(cluster: Cluster, node: Node) -> None:
+    """Kill -9 all processes of a node, with the steps that it runs."""
+    own = [started.process.pid for kind in node.all_processes.values() for started in kind]
+    steps = [child for pid in own for child in psutil.Process(pid).children(recursive=True)]
+    cluster.remove_node(node, allow_graceful=False)
+    for step in steps:
+        with suppress(psutil.NoSuchProcess):
+            step.kill()
+
+
+@pytest.mark.timeout(1800)
+def test_a_lost_node_costs_its_unfinished_batches_alone(cluster, undisturbed, weights, tmp_path):
+    project = Project(tmp_path)
+    store, client = EditStore(project.edits), JobSubmissionClient(cluster.dashboard)
+    running = start_on_ray(project, wanted(weights, "executor=ray", "editing.shards=4"), cluster)
+    wait_for(
+        lambda: running.poll() is not None or (shard_at_work(client) and len(written(store)) > 8)
+    )
+    job, before = shard_at_work(client), written(store)
+    assert job is not None
+    [node] = [node for node in cluster.worker_nodes if node.node_id == job.driver_node_id]
+    lose(cluster, node)
+    assert running.wait() == 0
+    assert digests(project) == undisturbed
+    assert written(store).items() >= before.items()
+    ended = {job.submission_id: job.status for job in client.list_jobs()}
+    assert ended[job.submission_id] == JobStatus.FAILED
+    assert ended[f"{job.submission_id}-1"] == JobStatus.SUCCEEDED
