@@ -356,13 +356,13 @@ def _ingested(here: Path, settings: Settings) -> Stage:
 
 
 def _write_source(folder: Path, count: int, size: int) -> None:
-    for number, pixels in enumerate(_different_pictures(count, size, seed=0)):
+    for number, pixels in enumerate(different_pictures(count, size, seed=0)):
         path = folder / f"class-{number % 10}" / f"image-{number:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png_bytes(pixels))
 
 
-class _NoEditor:
+class NoEditor:
     """Stands where an editor does, and costs nothing: an edit is its source, nearly."""
 
     def edit(
@@ -393,7 +393,7 @@ def _make_with_no_editor(here: Path, settings: Settings) -> None:
     from diffusemix_pipeline.editing.sampling import Sampler  # torch, as above
 
     plan, store = plan_edits(read_stage(here / "raw"), settings), EditStore(here / "edits")
-    sampler = Sampler(_NoEditor(), "cpu", settings, 32)
+    sampler = Sampler(NoEditor(), "cpu", settings, 32)
     with patch.object(generate, "load_sampler", lambda plan, device: sampler):
         make_edits(plan, store=store, device="cpu", gate=_gate(here, plan))
 
@@ -414,7 +414,7 @@ def _made_pictures(count: int, size: int, seed: int) -> np.ndarray:
     return make_pictures(count, size, np.random.default_rng(seed))
 
 
-def _different_pictures(count: int, size: int, seed: int) -> Iterable[np.ndarray]:
+def different_pictures(count: int, size: int, seed: int) -> Iterable[np.ndarray]:
     """Make `count` pictures from some thirty, moved about and numbered."""
     pictures = _made_pictures(30, size, seed)
     for number in range(count):

@@ -5,7 +5,7 @@ from pathlib import Path
 from diffusemix_pipeline.datasets.manifest import STAGE
 from diffusemix_pipeline.datasets.published import PUBLISHED, check_at_hand
 from diffusemix_pipeline.datasets.sources import DIGITS, NAMES
-from diffusemix_pipeline.devices import choose_device
+from diffusemix_pipeline.devices import choose_device, count_gpus
 from diffusemix_pipeline.editing.editor import check_honoured, locate_editor, locate_lora
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import check_replaceable
@@ -28,6 +28,11 @@ def check_run(project: Project, settings: Settings) -> None:
     check_model(settings.training.model, settings.size, settings.training.pretrained)
     check_corrupted_sets(settings.evaluation.corrupted_sets)
     check_augmentation(settings)
+    processes, gpus = settings.training.processes, count_gpus()
+    if choose_device(settings.device).startswith("cuda") and processes > gpus:
+        raise UserError(
+            f"training.processes: {processes} processes want a GPU each, and {gpus} are here."
+        )
 
 
 def check_outputs(project: Project) -> None:

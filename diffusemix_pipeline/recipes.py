@@ -54,7 +54,9 @@ def recipe_of(training: Training) -> Recipe:
 def training_identity(training: Training) -> dict[str, Any]:
     """Return what tells one training from another: `training`, with what it leaves open filled in.
 
-    Without what is asked of several trainings: which arms, seeds and numbers of images.
+    Without what is asked of several trainings: which arms, seeds and numbers of images. How a batch
+    is divided counts, for batch norm sees one part at a time.
     """
-    said = training.model_dump(exclude={"arms", "seeds", "few_images"})
+    undivided = {name for name in ("processes", "accumulate") if getattr(training, name) == 1}
+    said = training.model_dump(exclude={"arms", "seeds", "few_images", *undivided})
     return {**said, **recipe_of(training)._asdict()}

@@ -296,6 +296,15 @@ class Training(Section):
     )
     steps: int = Field(900, gt=0, description="Optimiser steps, the same for every arm.")
     batch_size: int = Field(48, gt=0, description="Images a step.")
+    processes: int = Field(
+        1, gt=0, description="Processes that share each step's batch, a GPU of this machine each."
+    )
+    accumulate: int = Field(
+        1,
+        gt=0,
+        description="Parts of a process's share that are computed one after the other, where it "
+        "does not fit into memory at once.",
+    )
     optimizer: Optimizer | None = Field(
         None, description="adamw, or sgd with Nesterov's momentum; empty: what suits the model."
     )
@@ -318,6 +327,12 @@ class Training(Section):
         return values
 
     validations: int = Field(10, gt=0, description="How often val is read; the best weights stay.")
+
+    @model_validator(mode="after")
+    def _parts_of_a_batch_are_equal(self) -> Self:
+        if self.batch_size % (self.processes * self.accumulate):
+            raise ValueError("batch_size must be a multiple of processes times accumulate")
+        return self
 
 
 class Evaluation(Section):

@@ -17,6 +17,7 @@ from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import Stage
 from diffusemix_pipeline.editing.planning import teacher_recipe
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.recipes import recipe_of
 from diffusemix_pipeline.training import arms, loop
 from diffusemix_pipeline.training.arms import (
@@ -59,6 +60,7 @@ def fitted(
     per_class=None,
     edits=None,
     on_point=None,
+    progress=silent,
 ) -> Fit:
     edits = edits or raw
     return fit_arm(
@@ -70,6 +72,7 @@ def fitted(
         aside=tmp_path / "aside",
         device="cpu",
         on_point=on_point or (lambda step, metrics: None),
+        progress=progress,
     )
 
 
@@ -397,3 +400,95 @@ def test_processes_that_read_the_same_images_do_not_disturb_each_other(tmp_path)
     for fork in forks:
         fork.join()
     assert [fork.exitcode for fork in forks] == [0, 0, 0]
+
+
+class CutOffError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("arm", ["vanilla", "cutmix"])
+def test_a_training_goes_on_in_the_middle_of_an_epoch(raw, tmp_path, monkeypatch, arm):
+    monkeypatch.setattr(loop, "_KEEP_EVERY_SECONDS", 0)
+    longer = ["training.steps=7", "training.validations=2", "training.batch_size=8"]
+    whole = fitted(raw, tmp_path / "whole", *longer, arm=arm)
+    done: list[int] = []
+
+    def cut_off(description: str, step: int, total: int) -> None:
+        if description.startswith("Training"):
+            done.append(step)
+            if step in (2, 5) and done.count(step) == 1:
+                raise CutOffError
+
+    for _ in range(2):
+        with pytest.raises(CutOffError):
+            fitted(raw, tmp_path / "cut", *longer, arm=arm, progress=cut_off)
+    again = fitted(raw, tmp_path / "cut", *longer, arm=arm, progress=cut_off)
+    assert done == [1, 2, 3, 4, 5, 6, 7]
+    assert weights(again) == weights(whole)
+    assert again.curve.equals(whole.curve)
+    assert {path.suffix for path in (tmp_path / "cut" / "checkpoints").iterdir()} == {""}
+
+
+# Without batch norm, which sees a part at a time, and without draws, which differ from part to
+# part, a batch that is divided gives the very gradients of the whole one.
+EXACT = [
+    "training.model=test_vit",
+    "training.optimizer=sgd",
+    "training.learning_rate=0.05",
+    "training.crop_padding=0",
+    "training.flip=false",
+    "training.batch_size=8",
+]
+
+
+@pytest.mark.parametrize("how", ["accumulate=4", "processes=2", "processes=2,accumulate=2"])
+def test_a_divided_batch_trains_as_a_whole_one(raw, tmp_path, how):
+    divided = [f"training.{part}" for part in how.split(",")]
+    points: list[int] = []
+    one = fitted(raw, tmp_path, *EXACT)
+    other = fitted(
+        raw, tmp_path, *EXACT, *divided, on_point=lambda step, metrics: points.append(step)
+    )
+    assert one.fingerprint != other.fingerprint
+    assert points == list(other.curve["step"]) == list(one.curve["step"])
+    ours, theirs = (load_classifier(fit.folder).model.state_dict() for fit in (one, other))
+    start = build_classifier("test_vit", ["cat", "dog", "emu"], 32).model.state_dict()
+    for name, weight in ours.items():
+        assert torch.allclose(weight, theirs[name], atol=1e-5), name
+    assert any(not torch.allclose(ours[name], start[name], atol=1e-2) for name in ours)
+
+
+def test_two_processes_go_on_from_where_they_were_cut_off(raw, tmp_path):
+    def cut_off(step: int, metrics: dict[str, float]) -> None:
+        raise CutOffError
+
+    steps: list[int] = []
+    two = ["training.processes=2", "training.batch_size=8"]
+    whole = fitted(raw, tmp_path / "whole", *two)
+    with pytest.raises(CutOffError):
+        fitted(raw, tmp_path / "cut", *two, on_point=cut_off)
+    assert not multiprocessing.active_children()
+    again = fitted(
+        raw, tmp_path / "cut", *two, progress=lambda what, step, total: steps.append(step)
+    )
+    assert steps[-2:] == [3, 4]
+    assert 1 not in steps[-3:]
+    assert weights(again) == weights(whole)
+
+
+def test_shares_of_a_batch_are_the_batch(raw, tmp_path):
+    train = load_images([raw], "train", ["cat", "dog", "emu"], 32, aside=tmp_path)
+    training = quick_settings("training.crop_padding=0", "training.flip=false").training
+
+    def share(rank: int, of: int) -> list[bytes]:
+        batches = loop._Batches(train, training, loop.NONE, 0, rank, rank, of)
+        return [image.numpy().tobytes() for image in batches[3][0]]
+
+    assert sorted([*share(0, 2), *share(1, 2)]) == sorted(share(0, 1))
+
+
+def test_a_process_that_fails_ends_the_training_with_its_error(raw, tmp_path):
+    two = ["training.processes=2", "training.batch_size=8"]
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="no-such-model"):
+        fitted(raw, tmp_path, *two, "training.model=no-such-model")
+    assert not multiprocessing.active_children()

@@ -5,10 +5,11 @@ training images differ, and what is drawn anew for every batch.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,10 @@ from diffusemix_pipeline.training.augmentations import Augmentation
 from diffusemix_pipeline.training.classifier import build_classifier, save_classifier
 from diffusemix_pipeline.training.data import LabelledImages, load_images, ordered_rows
 from diffusemix_pipeline.training.loop import fit
+from diffusemix_pipeline.training.processes import Tell, train_together
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 CODE_VERSION = "3"
 # What an arm adds to the originals; those that are not here add nothing.
@@ -134,62 +139,129 @@ def fit_arm(
         for point in finished.curve.to_dict("records"):
             on_point(int(point.pop("step")), point)
         return finished
-    raw, added = stages["raw"], _ADDED_STAGE.get(arm)
-    parts = [raw, stages[added]] if added else [raw]
-    classes = class_names(raw.counts)
-    train = load_images(parts, "train", classes, settings.size, aside=aside, progress=progress)
-    sources = _sources_of_edits(raw, stages[added]) if added else np.empty(0, np.int64)
-    if per_class is not None:
-        train, sources = _few(train, sources, per_class, settings.seed)
-    val = load_images([raw], "val", classes, settings.size, aside=aside)
-    fractals = {}
-    if arm in _USES_FRACTALS:
-        mixing = settings.mixing
-        fractals = load_fractals(mixing, settings.seed, settings.size, fractal_cache, progress)
-    augmentation = _augmentation(
-        arm, len(classes), [fractals[name] for name in sorted(fractals)], train, sources, settings
-    )
-    # Every arm of a seed starts from the same weights.
-    torch.manual_seed(seed_from(settings.seed, "weights", seed))
-    classifier = build_classifier(
-        settings.training.model, classes, settings.size, pretrained=settings.training.pretrained
-    )
-    curve = fit(
-        classifier,
-        train,
-        val,
-        settings.training,
-        seed=seed_from(settings.seed, "batches", seed),
-        device=device,
-        describe=f"Training {wanted}",
-        augmentation=augmentation,
-        on_point=on_point,
-        progress=progress,
-    )
-    facts = {
-        **wanted._asdict(),
-        "fingerprint": fingerprint,
-        "images": len(train),
-        "steps": settings.training.steps,
-    }
+    images = _images_of(wanted, stages, settings, fractal_cache, aside, progress)
+    kept = checkpoints / f"{fingerprint}.begun"
+    processes = settings.training.processes
     with replaced_folder(checkpoints / fingerprint, mark=_FIT, aside=aside) as folder:
-        save_classifier(classifier, folder)
-        curve.to_csv(folder / _CURVE, index=False)
+        asked = (wanted, images, settings, device, kept, folder)
+        if processes == 1:
+            _train(*asked, None, on_point, progress)
+        else:
+            hears = {"point": on_point, "progress": progress}
+            train_together(
+                processes,
+                device,
+                _train_a_share,
+                asked,
+                lambda what, *said: hears[what](*said),
+            )
+        facts = {
+            **wanted._asdict(),
+            "fingerprint": fingerprint,
+            "images": len(images.train),
+            "steps": settings.training.steps,
+        }
         write_json(folder / _FIT, facts)
+    kept.unlink(missing_ok=True)
     done = finished_fit(checkpoints, fingerprint)
     assert done is not None
     return done
 
 
-def _augmentation(
-    arm: Arm,
-    classes: int,
-    fractals: Sequence[np.ndarray],
-    train: LabelledImages,
-    sources: np.ndarray,
+class _Images(NamedTuple):
+    """All that a fit sees."""
+
+    classes: list[str]
+    train: LabelledImages
+    """Originals first, what was made of them last."""
+    sources: np.ndarray
+    """Of what was made, int (M,): the place of each one's original."""
+    val: LabelledImages
+    fractals: list[np.ndarray]
+
+
+def _images_of(
+    wanted: Wanted,
+    stages: Mapping[str, Stage],
     settings: Settings,
-) -> Augmentation:
-    """Return what an arm draws anew for every batch; `sources` are the edits' originals' places."""
+    fractal_cache: Path,
+    aside: Path,
+    progress: Progress,
+) -> _Images:
+    raw, added = stages["raw"], _ADDED_STAGE.get(wanted.arm)
+    parts = [raw, stages[added]] if added else [raw]
+    classes = class_names(raw.counts)
+    train = load_images(parts, "train", classes, settings.size, aside=aside, progress=progress)
+    sources = _sources_of_edits(raw, stages[added]) if added else np.empty(0, np.int64)
+    if wanted.per_class is not None:
+        train, sources = _few(train, sources, wanted.per_class, settings.seed)
+    val = load_images([raw], "val", classes, settings.size, aside=aside)
+    fractals = {}
+    if wanted.arm in _USES_FRACTALS:
+        mixing = settings.mixing
+        fractals = load_fractals(mixing, settings.seed, settings.size, fractal_cache, progress)
+    return _Images(classes, train, sources, val, [fractals[name] for name in sorted(fractals)])
+
+
+def _train(
+    wanted: Wanted,
+    images: _Images,
+    settings: Settings,
+    device: str,
+    kept: Path,
+    folder: Path,
+    group: "Accelerator | None",
+    on_point: Callable[[int, dict[str, float]], None],
+    progress: Progress,
+) -> None:
+    """Train a classifier, and write it and its curve into `folder`; see `loop.fit`."""
+    training = settings.training
+    # Every arm of a seed starts from the same weights.
+    torch.manual_seed(seed_from(settings.seed, "weights", wanted.seed))
+    classifier = build_classifier(
+        training.model, images.classes, settings.size, pretrained=training.pretrained
+    )
+    curve = fit(
+        classifier,
+        images.train,
+        images.val,
+        training,
+        seed=seed_from(settings.seed, "batches", wanted.seed),
+        device=device,
+        describe=f"Training {wanted}",
+        augmentation=_augmentation(wanted.arm, images, settings),
+        on_point=on_point,
+        progress=progress,
+        kept=kept,
+        group=group,
+    )
+    if group is None or group.is_main_process:
+        save_classifier(classifier, folder)
+        curve.to_csv(folder / _CURVE, index=False)
+
+
+def _train_a_share(
+    wanted: Wanted,
+    images: _Images,
+    settings: Settings,
+    device: str,
+    kept: Path,
+    folder: Path,
+    group: "Accelerator",
+    tell: Tell,
+) -> None:
+    """Do what `_train` does in one process of several, of which the first tells how it goes."""
+
+    def heard(what: str) -> Callable[..., None]:
+        return partial(tell, what) if group.is_main_process else lambda *said: None
+
+    own = str(group.device)
+    _train(wanted, images, settings, own, kept, folder, group, heard("point"), heard("progress"))
+
+
+def _augmentation(arm: Arm, images: _Images, settings: Settings) -> Augmentation:
+    """Return what an arm draws anew for every batch."""
+    classes = len(images.classes)
     match arm:
         case "trivialaugment":
             return augmentations.trivialaugment()
@@ -202,12 +274,12 @@ def _augmentation(
         case "cutmix" | "diffusemix+cutmix":
             return augmentations.cutmix(classes)
         case "pixmix":
-            return augmentations.pixmix(fractals)
+            return augmentations.pixmix(images.fractals)
         case "diffusemix_online":
             mixing, size = settings.mixing, settings.size
             masks = [half_mask(m, size, size, mixing.seam) for m in sorted(mixing.masks)]
             return augmentations.diffusemix_redrawn(
-                train.images, sources, masks, fractals, mixing.lam
+                images.train.images, images.sources, masks, images.fractals, mixing.lam
             )
         case "vanilla" | "generated_only" | "hybrid_only" | "diffusemix":
             return augmentations.NONE

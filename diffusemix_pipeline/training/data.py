@@ -1,12 +1,13 @@
 """Stage folders as labelled images: what classifiers are trained on, chosen and judged by."""
 
-import copy
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.reduction import DupFd
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -48,9 +49,17 @@ class DecodedImages:
             assert read == image.nbytes
         return pixels
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Let a process that is just being started share the file."""
+        return {**vars(self), "_file": DupFd(self._file.fileno())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _file=os.fdopen(state["_file"].detach(), "rb"))
+
     def subset(self, index: np.ndarray) -> "DecodedImages":
         """Return the images that an int or bool array names, in the same file."""
-        subset = copy.copy(self)
+        subset = object.__new__(DecodedImages)  # copy.copy would ask for the state of a new process
+        vars(subset).update(vars(self))
         subset._places = self._places[index]
         return subset
 

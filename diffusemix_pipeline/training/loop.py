@@ -1,14 +1,16 @@
 """The training loop: a cosine with warm-up, random crop and flip, best weights on val.
 
 Everything random in a step follows from the seed and the step's number, so that batches may be made
-ahead by other processes.
+ahead by other processes, and a training that was cut off goes on as if it had not been.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -24,7 +26,12 @@ from diffusemix_pipeline.settings import Training
 from diffusemix_pipeline.training.augmentations import NONE, Augmentation
 from diffusemix_pipeline.training.classifier import Classifier, to_tensor
 from diffusemix_pipeline.training.data import LabelledImages
+from diffusemix_pipeline.training.state import TrainingState
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_KEEP_EVERY_SECONDS = 120.0
 _WARM_UP = 0.05  # share of the steps
 _MOMENTUM = 0.9
 _MOST_READERS = 8
@@ -42,12 +49,16 @@ def fit(
     augmentation: Augmentation = NONE,
     on_point: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
     progress: Progress = silent,
+    kept: Path | None = None,
+    group: "Accelerator | None" = None,
 ) -> pd.DataFrame:
     """Train `classifier` in place for `training.steps` steps and keep its best weights on val.
 
     Returns the curve: a row a validation, with step, train_loss, val_loss, val_accuracy and
     learning_rate. Val decides, test is never seen (DESIGN, promise 7). Everything random follows
-    from `seed`.
+    from `seed`. What was learnt is written to the file `kept` at each validation and every two
+    minutes: another call goes on from there. Of the processes of a `group`, each takes its share of every batch, and the first
+    alone validates, tells and returns a curve; all end with the same weights but for the best.
     """
     model = classifier.model.to(device).to(memory_format=torch.channels_last)
     recipe = recipe_of(training)
@@ -55,47 +66,67 @@ def fit(
     kind = torch.device(device).type
     half = is_fast_at_bfloat16(device)
     every = max(1, training.steps // training.validations)
-    points, losses = [], []
-    best_accuracy, best_weights = -1.0, model.state_dict()
+    rank, of = (group.process_index, group.num_processes) if group else (0, 1)
+    shared = group.prepare_model(model) if group else model
+    seed_of_share = seed_from(seed, "share", rank) if rank else seed
 
-    batches = _Batches(train, training, augmentation, seed)
-    for step, (pixels, labels) in enumerate(_read_ahead(batches, on_gpu=kind == "cuda"), 1):
+    state = TrainingState.begin(model, optimizer)
+    if kept and kept.exists():
+        state.read(kept)
+        for point in state.points:
+            on_point(int(point["step"]), {k: v for k, v in point.items() if k != "step"})
+    written = time.monotonic()
+    batches = _Batches(train, training, augmentation, seed, seed_of_share, rank, of)
+    ahead = _read_ahead(batches, range(state.step, training.steps), on_gpu=kind == "cuda")
+    for step, (pixels, labels) in enumerate(ahead, state.step + 1):
         rate = recipe.learning_rate * _schedule(step / training.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        images, targets = to_tensor(pixels, device), labels.to(device, non_blocking=True)
-        model.train()
-        with _seeded(seed, step, device):
-            if augmentation.batch:
-                images, targets = augmentation.batch(images, targets)
-            with torch.autocast(kind, torch.bfloat16, enabled=half):
-                loss = functional.cross_entropy(
-                    model(images), targets, label_smoothing=training.label_smoothing
-                )
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        model.train()
+        parts = list(
+            zip(pixels.chunk(training.accumulate), labels.chunk(training.accumulate), strict=True)
+        )
+        with _seeded(seed_of_share, step, device):
+            for number, (part, its_labels) in enumerate(parts, 1):
+                images = to_tensor(part, device)
+                targets = its_labels.to(device, non_blocking=True)
+                if augmentation.batch:
+                    images, targets = augmentation.batch(images, targets)
+                whole = number == len(parts) or group is None
+                with nullcontext() if whole else group.no_sync(shared):
+                    with torch.autocast(kind, torch.bfloat16, enabled=half):
+                        loss = functional.cross_entropy(
+                            shared(images), targets, label_smoothing=training.label_smoothing
+                        )
+                    (loss / len(parts)).backward()
+                state.losses.append(loss.detach())  # to read it would wait for the device
         optimizer.step()
-        losses.append(loss.detach())  # to read it would wait for the device
+        state.step = step
 
-        if step % every == 0 or step == training.steps:
+        validates = rank == 0 and (step % every == 0 or step == training.steps)
+        if validates:
             val_loss, val_accuracy = _validate(classifier, val)
             point = {
-                "train_loss": float(torch.stack(losses).mean()),
+                "train_loss": float(torch.stack(state.losses).mean()),
                 "val_loss": val_loss,
                 "val_accuracy": val_accuracy,
                 "learning_rate": rate,
             }
-            losses.clear()
-            points.append({"step": step, **point})
+            state.losses.clear()
+            state.points.append({"step": step, **point})
+            state.keep_if_best(val_accuracy)
+        overdue = rank == 0 and time.monotonic() - written > _KEEP_EVERY_SECONDS
+        if kept and (validates or overdue):
+            state.write(kept)
+            written = time.monotonic()
+        if validates:
             on_point(step, point)
-            if val_accuracy > best_accuracy:
-                best_accuracy = val_accuracy
-                best_weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
         progress(describe, step, training.steps)
 
-    model.load_state_dict(best_weights)
+    model.load_state_dict(state.best_weights)
     model.eval()
-    return pd.DataFrame(points)
+    return pd.DataFrame(state.points)
 
 
 def _optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -113,33 +144,47 @@ def _schedule(done: float) -> float:
 
 
 class _Batches(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """The batch of each step, from 0: uint8 (B, S, S, 3) images and int64 (B,) labels."""
+    """A share of the batch of each step, from 0: uint8 (B, S, S, 3) images and int64 (B,) labels.
+
+    `seed` says which images a step sees, `seed_of_share` what happens to those of this share.
+    """
 
     def __init__(
-        self, train: LabelledImages, training: Training, augmentation: Augmentation, seed: int
+        self,
+        train: LabelledImages,
+        training: Training,
+        augmentation: Augmentation,
+        seed: int,
+        seed_of_share: int,
+        rank: int,
+        of: int,
     ) -> None:
-        self._train, self._training = train, training
-        self._augmentation, self._seed = augmentation, seed
+        self._train, self._training, self._augmentation = train, training, augmentation
+        self._seed, self._seed_of_share = seed, seed_of_share
+        self._share = slice(rank, None, of)
 
     def __len__(self) -> int:
         return self._training.steps
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         train, augmentation = self._train, self._augmentation
-        rng = np.random.default_rng([self._seed, step])
-        places = places_of_step(step, self._training.batch_size, len(train), self._seed)
+        rng = np.random.default_rng([self._seed_of_share, step])
+        batch = places_of_step(step, self._training.batch_size, len(train), self._seed)
+        places = batch[self._share]
         images = train.images[places]
         if augmentation.redraw:
             images = augmentation.redraw(places, images, rng)
         images = _crop_and_flip(images, self._training, rng)
         if augmentation.each:
-            with _seeded(self._seed, step, "cpu"):
+            with _seeded(self._seed_of_share, step, "cpu"):
                 images = np.stack([augmentation.each(image, rng) for image in images])
         return torch.from_numpy(images), torch.from_numpy(train.labels[places])
 
 
-def _read_ahead(batches: _Batches, on_gpu: bool) -> DataLoader[tuple[torch.Tensor, torch.Tensor]]:
-    """Give each step's batch; beside a GPU, other processes make them while it computes.
+def _read_ahead(
+    batches: _Batches, steps: range, on_gpu: bool
+) -> DataLoader[tuple[torch.Tensor, torch.Tensor]]:
+    """Give the batches of `steps`; beside a GPU, other processes make them while it computes.
 
     Without one, they would take the cores that compute.
     """
@@ -147,6 +192,7 @@ def _read_ahead(batches: _Batches, on_gpu: bool) -> DataLoader[tuple[torch.Tenso
     return DataLoader(
         batches,
         batch_size=None,
+        sampler=steps,
         num_workers=readers,
         pin_memory=on_gpu,
         # Forks share the file of the decoded images, and touch no device.
