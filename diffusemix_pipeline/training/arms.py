@@ -87,7 +87,7 @@ def fit_fingerprint(wanted: Wanted, stages: Mapping[str, Stage], settings: Setti
     arm, seed, per_class = wanted
     added = _ADDED_STAGE.get(arm)
     versions = [_version_of_seen(stages["raw"]), stages[added].version if added else None]
-    drawn: list[Any] = []
+    drawn: list[Any] = [augmentations.VERSIONS[arm]] if arm in augmentations.VERSIONS else []
     if arm in _USES_FRACTALS:
         drawn.append(fractals_version(settings.mixing, settings.seed))
     if arm == "diffusemix_online":
