@@ -92,6 +92,8 @@ def fit_fingerprint(wanted: Wanted, stages: Mapping[str, Stage], settings: Setti
         drawn.append(fractals_version(settings.mixing, settings.seed))
     if arm == "diffusemix_online":
         drawn.append(settings.mixing.model_dump(include={"masks", "seam", "lam"}))
+    if per_class is not None:
+        drawn.append("by training seed")
     of_run = [settings.size, settings.seed, training_identity(settings.training), drawn]
     return digest("fit", CODE_VERSION, arm, seed, per_class, versions, *of_run)
 
@@ -140,7 +142,7 @@ def fit_arm(
     train = load_images(parts, "train", classes, settings.size, aside=aside, progress=progress)
     sources = _sources_of_edits(raw, stages[added]) if added else np.empty(0, np.int64)
     if per_class is not None:
-        train, sources = _few(train, sources, per_class, settings.seed)
+        train, sources = _few(train, sources, per_class, seed_from(settings.seed, seed))
     val = load_images([raw], "val", classes, settings.size, aside=aside)
     fractals = {}
     if arm in _USES_FRACTALS:
