@@ -42,6 +42,7 @@ from diffusemix_pipeline.mixing.fractals import fractals_version
 from diffusemix_pipeline.recipes import training_identity
 from diffusemix_pipeline.settings import Arm, Settings, load_settings
 from diffusemix_pipeline.training.arms import BASELINE, SUBJECTS, all_fits
+from diffusemix_pipeline.training.augmentations import VERSIONS
 
 HOME = Path(__file__).with_suffix("")
 TOGETHER = ("flowers12", "cifar10")
@@ -128,7 +129,7 @@ def _question(arm: Arm, seed: int, raw: Stage, settings: Settings) -> str:
     """
     recipe = training_identity(settings.training)
     asked = settings.evaluation.model_dump(exclude={"bootstrap_samples", "batch_size"})
-    made: list[Any] = []
+    made: list[Any] = [VERSIONS[arm]] if arm in VERSIONS else []
     if arm == "pixmix":
         made.append(fractals_version(settings.mixing, settings.seed))
     if arm in WITH_EDITS:

@@ -9,7 +9,7 @@ whose figures are global.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -367,34 +367,40 @@ def reliability_diagram(curves: "Mapping[str, pd.DataFrame]", *, theme: Theme = 
 
 
 def differences(
-    intervals: Mapping[str, Mapping[str, Interval]], *, label: str, theme: Theme = LIGHT
+    intervals: Mapping[str, Mapping[str, Interval]],
+    significant: Collection[tuple[str, str]],
+    *,
+    label: str,
+    theme: Theme = LIGHT,
 ) -> bytes:
     """Return a PNG of differences and their intervals around a line at 0.
 
-    `intervals` is measure -> arm -> interval. Values are -1 to 1 and drawn in points; an interval
-    that holds 0 is drawn hollow. With several arms, each has a line of its own below its measure.
+    `intervals` is measure -> arm -> interval. Values are -1 to 1 and drawn in points, hollow but
+    for those of `significant`, by measure and arm. With several arms, each has a line of its own
+    below its measure.
     """
     several = max(len(of_arm) for of_arm in intervals.values()) > 1
-    rows: list[tuple[str, int, Interval | None]] = []
+    rows: list[tuple[str, int, Interval | None, bool]] = []
     for measure, of_arm in intervals.items():
         if several:
-            rows.append((measure, 0, None))
+            rows.append((measure, 0, None, False))
         for index, (arm, interval) in enumerate(of_arm.items(), 1):
-            rows.append((arm if several else measure, index, interval))
+            name, filled = arm if several else measure, (measure, arm) in significant
+            rows.append((name, index, interval, filled))
     figure, axes = _figure(theme, height=1.0 + (0.24 if several else 0.5) * len(rows))
     axes.axvline(0, color=theme.ink, linewidth=1)
-    for y, (_, index, drawn) in enumerate(rows):
+    for y, (_, index, drawn, filled) in enumerate(rows):
         if drawn is None:
             continue
         value, low, high = (100 * number for number in drawn)
         style = _line_style(index, theme, marked=True)
-        fill = theme.paper if low <= 0 <= high else style["color"]
+        fill = style["color"] if filled else theme.paper
         axes.plot([low, high], [y, y], color=style["color"], linewidth=2, solid_capstyle="butt")
         axes.plot(
             value, y, style["marker"], color=style["color"], markerfacecolor=fill, markersize=6
         )
-    axes.set_yticks(range(len(rows)), [_escaped(name) for name, _, _ in rows])
-    for tick, (_, _, drawn) in zip(axes.get_yticklabels(), rows, strict=True):
+    axes.set_yticks(range(len(rows)), [_escaped(row[0]) for row in rows])
+    for tick, (_, _, drawn, _) in zip(axes.get_yticklabels(), rows, strict=True):
         tick.set_fontweight("bold" if several and drawn is None else "normal")
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)

@@ -61,6 +61,14 @@ def test_the_worst_still_looks_like_the_image(family):
     assert correlation > 0.5
 
 
+@pytest.mark.parametrize("side", [448, 1024])
+def test_of_a_large_image_too_a_part_is_left_by_impulses(side):
+    image = picture(side)
+    changed = corrupt(image[None], "impulse_noise", 5, ["a"], 0)[0]
+    assert (changed == image).mean() > 0.3
+    assert 0.2 < (changed == 0).mean() / (changed == 255).mean() < 5
+
+
 @settings(max_examples=10, deadline=None)
 @given(
     st.permutations(range(5)),

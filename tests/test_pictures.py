@@ -80,7 +80,9 @@ def draw_everything(text: list[str], theme: pictures.Theme = pictures.LIGHT) -> 
         pictures.yield_map(shares, theme=theme),
         pictures.yield_map(pd.DataFrame(np.eye(200, 40)), theme=theme),
         pictures.reliability_diagram(dict.fromkeys(some, BINS), theme=theme),
-        pictures.differences({name: {"arm": interval} for name in some}, label="l", theme=theme),
+        pictures.differences(
+            {name: {"arm": interval} for name in some}, {(some[0], "arm")}, label="l", theme=theme
+        ),
     ]
 
 

@@ -11,9 +11,10 @@ import dagster as dg
 import numpy as np
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 from conftest import ASSETS, quick_settings, tiny_editor, write_classes
 
-from diffusemix_pipeline.cli import _what_to_know
+from diffusemix_pipeline.cli import _what_to_know, main
 from diffusemix_pipeline.editing.instruct_pix2pix import InstructPix2PixEditor
 from diffusemix_pipeline.orchestration.launch import Outcome, prepare_instance, run_here
 from diffusemix_pipeline.orchestration.lost_runs import PROCESS_TAG
@@ -114,10 +115,28 @@ def test_each_arm_is_a_run_with_a_model_that_serves_raw_images(done):
     assert sorted(runs["tags.diffusemix.arm"]) == ["diffusemix", "vanilla"]
     assert runs["metrics.test_clean"].between(0, 1).all()
     assert runs["metrics.val_accuracy"].between(0, 1).all()
+    for measure in ("corrupted", "corrupted_unshared", "fgsm_2_255", "pgd_20_8_255"):
+        assert runs[f"metrics.test_{measure}"].between(0, 1).all()
+    of_vanilla = runs[runs["tags.diffusemix.arm"] == "vanilla"].iloc[0]
+    assert of_vanilla["metrics.test_relative_mce"] == pytest.approx(1)
+    assert (runs[["metrics.test_brier", "metrics.test_nll"]] > 0).all(axis=None)
     model = mlflow.pyfunc.load_model("models:/diffusemix-classifier/1")
     files = sorted((project.raw / "test").rglob("*.png"))[:2]
     answers = model.predict([str(file) for file in files])
     assert set(answers["label"]) <= set("0123456789")
+
+
+def test_the_reports_of_two_runs_are_compared_by_their_ids(done, monkeypatch):
+    project, _ = done
+    monkeypatch.chdir(project.root)
+    first, second = mlflow_runs(project)["run_id"]
+    told = CliRunner().invoke(main, ["report", "--compare", first, second])
+    assert told.exit_code == 0, told.output
+    assert "Settings: no difference." in told.output
+    assert CliRunner().invoke(main, ["report"]).output.startswith("**Against vanilla")
+    unknown = CliRunner().invoke(main, ["report", "--compare", first, "0" * 32])
+    assert unknown.exit_code == 2
+    assert f"has no report/report.json of the run {'0' * 32}" in unknown.output
 
 
 def test_without_a_remote_it_says_so_and_goes_on(done):
@@ -319,3 +338,15 @@ def test_another_experiment_gets_the_runs_and_their_evaluation(done, weights):
     runs = mlflow_runs(project, "other")
     assert len(runs) == 2
     assert runs["metrics.test_clean"].between(0, 1).all()
+
+
+def test_classifiers_of_fewer_images_are_judged_and_logged(done, weights):
+    project, _ = done
+    assert run(project, weights, "tracking.experiment=few", "training.few_images=[1]").success
+    runs = mlflow_runs(project, "few")
+    assert sorted(runs["tags.diffusemix.images_a_class"]) == ["1", "1", "all", "all"]
+    assert runs["metrics.test_clean"].between(0, 1).all()
+    few = json.loads((project.report / "report.json").read_text())["few_images"]
+    assert [(one["arm"], one["per_class"]) for one in few] == [
+        ("vanilla", 1), ("vanilla", 2), ("diffusemix", 1), ("diffusemix", 2)
+    ]  # fmt: skip

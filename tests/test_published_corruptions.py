@@ -35,7 +35,7 @@ def write_folders(folder) -> None:
     for severity in (1, 3):
         for label in ("n01", "n02"):
             place = folder / "fog" / str(severity) / label
-            place.mkdir(parents=True)
+            place.mkdir(parents=True, exist_ok=True)
             for number in range(3):
                 picture(severity * 10 + number).save(place / f"{number}.JPEG", quality=95)
 
@@ -59,6 +59,19 @@ def test_folders_are_known_by_class_or_synset(tmp_path):
     assert sets[0].labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert sets[1].read(2, 5, 24).shape == (3, 24, 24, 3)
     assert len(read_corrupted_sets(str(tmp_path), ["n01", "n02", "n03"])) == 2
+
+
+def test_what_lies_beside_the_images_is_no_image(tmp_path):
+    stray = tmp_path / "fog" / "1" / "n01"
+    stray.mkdir(parents=True)
+    for name in (".DS_Store", "._0.JPEG", "list.txt"):
+        (stray / name).write_text("x")
+    with pytest.raises(UserError, match="holds neither"):
+        check_corrupted_sets(str(tmp_path))
+    write_folders(tmp_path)
+    sets = read_corrupted_sets(str(tmp_path), CLASSES)
+    assert [len(one.labels) for one in sets] == [6, 6]
+    assert sets[0].read(0, 6, 24).shape == (6, 24, 24, 3)
 
 
 def test_what_is_laid_out_otherwise_is_named(tmp_path):

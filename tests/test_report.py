@@ -25,6 +25,7 @@ from diffusemix_pipeline.evaluation.report import (
     Report,
     ReportInputs,
     read_report,
+    title_of,
     write_report,
 )
 from diffusemix_pipeline.settings import Settings
@@ -126,7 +127,7 @@ def test_the_numbers_are_those_of_the_evidence(report):
 
 
 def test_the_headline_says_what_helped_what_hurt_and_what_did_neither(report):
-    assert "on 200 test images" in report.headline
+    assert "on 200 test images and one training seed, DiffuseMix" in report.headline
     assert "DiffuseMix made no significant difference to clean accuracy (+0.0" in report.headline
     assert "improved accuracy under corruption (+30.0 points, +" in report.headline
     assert "hurt FGSM accuracy at 2/255 (−20.0 points, −" in report.headline
@@ -355,8 +356,9 @@ def of_all_arms(tmp_path_factory) -> Report:
 def test_every_arm_is_reported_and_a_better_rival_is_in_the_headline(of_all_arms):
     validate(of_all_arms)
     assert list(of_all_arms.summary.index) == list(get_args(settings_module.Arm))
-    behind = "fell behind PixMix (+12.5 points, +"
-    assert f"on the mean of clean and corrupted accuracy it {behind}" in of_all_arms.headline
+    behind = r"but fell behind PixMix \(\+25\.0 points, .*\) in accuracy under corruption, PixMix "
+    assert re.search(rf"{behind}\(\+12\.5 points, .*\) in the mean of both;", of_all_arms.headline)
+    assert "Every other arm less DiffuseMix online" in words(of_all_arms)
     assert "after Holm's correction for 11 arms" in words(of_all_arms)
     names = {plot.stem for plot in of_all_arms.plots}
     assert {"corruptions_by_arm", "corruptions_diffusemix_difference"} < names
@@ -366,7 +368,7 @@ def test_families_that_arms_were_shown_are_named_and_left_out(of_all_arms):
     document = json.loads(of_all_arms.json.read_text())
     shared = document["shared_families"]
     assert shared["left_out"] == ["contrast", "fog"]
-    assert shared["arms"]["trivialaugment"] == ["brightness", "contrast"]
+    assert shared["arms"]["trivialaugment"] == ["defocus_blur", "brightness", "contrast"]
     assert "fog" in shared["prompts"]["sunset"]
     assert "mosaic edits: pixelate" in words(of_all_arms)
     # Where nothing is left, there are no such numbers, and all families count.
@@ -393,7 +395,7 @@ def test_unshared_numbers_are_of_the_families_that_no_arm_was_shown(tmp_path):
     assert ours["relative_mce"]["value"] == pytest.approx(0.5)
     assert ours["relative_mce_unshared"]["value"] == 1
     # The first sentence judges by these, and every table has them.
-    said = "made no significant difference to accuracy under corruption that no arm was shown"
+    said = "made no significant difference to accuracy under unshared corruption"
     assert said in report.headline
     assert report.summary.loc["diffusemix", "corrupted_unshared_difference"] == 0
     assert "Corrupted, unshared" in words(report)
@@ -402,15 +404,54 @@ def test_unshared_numbers_are_of_the_families_that_no_arm_was_shown(tmp_path):
 
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
-    ("fgsm", "left", "warned"), [(0.9, 0, True), (0.9, 5, False), (0.6, 0, False)]
+    ("strength", "left", "warned"),
+    [(1, 0, True), (2, 0, True), (2, 5, False), (None, 0, False)],
+    ids=["at the headline's", "at AutoAttack's", "and AutoAttack's too", "not at all"],
 )
-def test_fgsm_that_rises_alone_is_no_robustness_and_said_so(tmp_path, fgsm, left, warned):
+def test_fgsm_that_rises_alone_is_no_robustness_and_said_so(tmp_path, strength, left, warned):
     given = inputs()
     attacked = given.evidence["vanilla", 0].fgsm.copy()
-    attacked[2] = np.arange(IMAGES) < (fgsm - 0.6) * IMAGES  # at the strength of AutoAttack
-    risen = replace(evidence(0.8, 0.9, 0.4), fgsm=attacked, autoattack=np.arange(10) < left)
+    if strength:
+        attacked[strength] |= np.arange(IMAGES) < 0.9 * IMAGES
+    risen = replace(evidence(0.8, 0.6, 0.4), fgsm=attacked, autoattack=np.arange(10) < left)
     report = written(tmp_path, inputs(evidence={**given.evidence, ("diffusemix", 0): risen}))
     assert ("this is not adversarial robustness" in words(report)) == warned
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_prompts_of_which_nothing_is_known_are_named(tmp_path):
+    given = inputs(settings=with_prompts("cartoon"))
+    families = {
+        key: replace(one, corruptions=("glass_blur", "snow")) for key, one in given.evidence.items()
+    }
+    report = written(tmp_path, replace(given, evidence=families))
+    assert "What these prompts show is not known: cartoon." in words(report)
+
+
+def with_prompts(*prompts: str) -> Settings:
+    asked = SETTINGS.model_dump() | {"editing": {"prompts": list(prompts)}}
+    return Settings.model_validate(asked)
+
+
+def test_what_is_significant_is_drawn_solid(monkeypatch, tmp_path):
+    drawn: list[set[tuple[str, str]]] = []
+    differences = pictures.differences
+
+    def told(intervals, significant, **how) -> bytes:
+        drawn.append(significant)
+        return differences(intervals, significant, **how)
+
+    monkeypatch.setattr(pictures, "differences", told)
+    report = written(tmp_path, twelve())
+    titles = {"clean": "Clean", "corrupted": "Corrupted", "fgsm": "FGSM 2/255"}
+    solid = {
+        (title, title_of(arm["arm"]))
+        for arm in json.loads(report.json.read_text())["arms"]
+        for measure, title in titles.items()
+        if arm["difference"] and arm["difference"][measure]["significant"]
+    }
+    assert drawn == [solid, solid]
+    assert solid
 
 
 @pytest.mark.usefixtures("undrawn")

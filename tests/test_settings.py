@@ -1,11 +1,13 @@
 """Promise: every value has a known origin, and a wrong one gets one message that repairs it."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.settings import (
+    Corruption,
     Settings,
     describe,
     load_layers,
@@ -37,6 +39,26 @@ def test_each_layer_lies_over_the_one_before(tmp_path):
 def test_the_command_line_chooses_the_preset_over_the_file(tmp_path):
     (tmp_path / "diffusemix.yaml").write_text("preset: paper")
     assert load(tmp_path, preset="official").editing.template == "{prompt}"
+
+
+@pytest.mark.parametrize(
+    ("preset", "model"),
+    [
+        ("general", "preact_resnet18"),
+        ("fine_grained", "resnet50"),
+        ("fine_tuning", "resnet50"),
+        ("data_scarcity", "resnet50"),
+        ("adversarial", "preact_resnet18"),
+    ],
+)
+def test_the_tasks_presets_ask_for_evidence(preset, model, tmp_path):
+    asked = load(tmp_path, preset=preset)
+    assert len(asked.training.seeds) >= 3
+    assert asked.training.model.partition(".")[0] == model
+    assert {"vanilla", "diffusemix", "augmix", "pixmix"} <= set(asked.training.arms)
+    assert set(asked.evaluation.corruptions) == set(get_args(Corruption))
+    assert asked.evaluation.severities == [1, 2, 3, 4, 5]
+    assert bool(asked.training.few_images) == (preset == "data_scarcity")
 
 
 @pytest.mark.parametrize("preset", preset_names())

@@ -19,7 +19,7 @@ from diffusemix_pipeline.editing.planning import teacher_recipe
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.recipes import recipe_of
-from diffusemix_pipeline.training import arms, loop
+from diffusemix_pipeline.training import arms, data, loop
 from diffusemix_pipeline.training.arms import (
     Fit,
     Wanted,
@@ -229,11 +229,34 @@ def test_memory_holds_no_decoded_images(tmp_path):
     assert peak < 250 * 64 * 64 * 3 / 10
 
 
-def test_a_disk_too_small_for_the_decoded_images_is_named_beforehand(raw, tmp_path, monkeypatch):
+def test_what_a_disk_is_too_small_for_is_decoded_when_it_is_used(raw, tmp_path, monkeypatch):
+    classes = ["cat", "dog", "emu"]
+    decoded = load_images([raw], "train", classes, 32, aside=tmp_path)
+    trained = fitted(raw, tmp_path / "1")
     full = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
-    with pytest.raises(UserError, match=r"of the disk of .*aside, which has 0\.0 GB left"):
-        load_images([raw], "train", ["cat", "dog", "emu"], 32, aside=tmp_path / "aside")
+    with pytest.warns(UserWarning, match=r"of the disk of .*, which has 0\.0 GB left"):
+        stored = load_images([raw], "train", classes, 32, aside=tmp_path / "aside")
+    for index in (np.array([3, 0]), slice(2, 5), np.array([], int)):
+        assert np.array_equal(stored.images[index], decoded.images[index])
+    some = np.array([4, 1])
+    assert np.array_equal(stored.subset(some).images[:], decoded.subset(some).images[:])
+    with pytest.warns(UserWarning, match="decoded whenever"):
+        assert weights(fitted(raw, tmp_path / "2")) == weights(trained)
+
+
+def test_arms_share_what_was_decoded_for_the_one_before(raw, generated, tmp_path, monkeypatch):
+    load, read = data.loading_once(), []
+    told = data.read_square
+    monkeypatch.setattr(data, "read_square", lambda *a: read.append(a) or told(*a))
+    asked = ["train", ["cat", "dog", "emu"], 32]
+    first = load([raw], *asked, aside=tmp_path)
+    assert load([raw], *asked, aside=tmp_path) is first
+    assert len(read) == len(first)
+    both = load([raw, generated], *asked, aside=tmp_path)
+    assert len(read) == len(first) + len(both) == 3 * len(first)
+    load([raw], "train", ["cat", "dog", "emu"], 16, aside=tmp_path)
+    assert len(read) == 4 * len(first)
 
 
 def test_it_learns(tmp_path):

@@ -39,15 +39,24 @@ ACCURACIES = (
     "clean", "corrupted", "corrupted_unshared", "overall", "published",
     "fgsm", "fgsm_attack", "pgd", "autoattack",
 )  # fmt: skip
+COMPARED = ("clean", "corrupted", "corrupted_unshared", "overall")
+"""By what rivals are compared with DiffuseMix."""
 LOSSES = ("brier", "nll")
 _KINDS: dict[str, Kind] = {"accuracies": "score", "losses": "loss"}
 _FGSM_SHOWN = 2.0  # of 255: where FGSM tells classifiers apart, neither harmless nor fatal
 _CONFUSED_CLASSES = 10
 
 # The families of corruption that an augmentation shows a classifier, more or less, in training.
+# Less sharpness is a small blur; to blend with another picture, or a fractal, takes contrast off.
 _OF_ARMS: dict[Arm, tuple[str, ...]] = {
-    "trivialaugment": ("brightness", "contrast"),
-    "randaugment": ("brightness", "contrast"),
+    "trivialaugment": ("defocus_blur", "brightness", "contrast"),
+    "randaugment": ("defocus_blur", "brightness", "contrast"),
+    "mixup": ("contrast",),
+    "augmix": ("contrast",),
+    "pixmix": ("brightness", "contrast"),
+    "diffusemix": ("contrast",),
+    "diffusemix_online": ("contrast",),
+    "diffusemix+cutmix": ("contrast",),
 }
 WITH_EDITS: tuple[Arm, ...] = (
     "generated_only", "hybrid_only", "diffusemix", "diffusemix_online", "diffusemix+cutmix",
@@ -276,14 +285,18 @@ def arm_documents(comparison: Comparison, arms: Mapping[Arm, Mapping[int, Eviden
     return documents
 
 
-def rival_documents(comparison: Comparison, arms: Sequence[Arm], subject: Arm) -> list[Any]:
-    """Return how each other arm but vanilla differs from the subject, on clean and corrupted."""
+def rival_documents(comparison: Comparison, arms: Sequence[Arm]) -> list[Any]:
+    """Return how each other arm but vanilla differs from each of `SUBJECTS`: accuracies alone."""
     rivals = [arm for arm in arms if arm not in (BASELINE, *SUBJECTS)]
-    differences = {arm: comparison.differences(arm, subject, ["overall"]) for arm in rivals}
-    adjusted = _adjusted(differences)
-    return [
-        {"arm": arm, **_difference(differences[arm], adjusted[arm])["overall"]} for arm in rivals
-    ]
+    documents = []
+    for subject in (arm for arm in SUBJECTS if arm in arms):
+        differences = {arm: comparison.differences(arm, subject, COMPARED) for arm in rivals}
+        adjusted = _adjusted(differences)
+        documents += [
+            {"arm": arm, "subject": subject, **_difference(differences[arm], adjusted[arm])}
+            for arm in rivals
+        ]
+    return documents
 
 
 def _adjusted(differences: Mapping[Arm, Mapping[str, Estimate]]) -> dict[Arm, dict[str, float]]:

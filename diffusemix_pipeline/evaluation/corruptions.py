@@ -23,6 +23,7 @@ from diffusemix_pipeline.settings import Corruption
 
 _REFERENCE_SIDE = 224
 _SIZE_EXPONENT = 0.6
+_MOST_IMPULSES = 0.6  # of all values
 _CLOUD_WAVES = 12  # across the image, at most
 _ZOOM_DOUBLINGS = 6  # 64 exposures, less than a pixel apart at 224 px
 _FLAKES = ((0.7, 1.1), (1.2, 2), (2.2, 3.6))  # deviations across and along their fall, px
@@ -89,7 +90,8 @@ def _shot_noise(pixels: np.ndarray, photons: float, generator: Generator) -> np.
 
 
 def _impulse_noise(pixels: np.ndarray, share: float, generator: Generator) -> np.ndarray:
-    share *= _scale(pixels) ** 2  # the deviation grows with the root of the share
+    # The deviation grows with the root of the share; of a large image, too, a part must be left.
+    share = min(share * _scale(pixels) ** 2, _MOST_IMPULSES)
     draws = generator.random(pixels.shape, dtype=np.float32)
     whitened = np.where(draws < share / 2, np.float32(1), pixels)
     return np.where(draws > 1 - share / 2, np.float32(0), whitened)

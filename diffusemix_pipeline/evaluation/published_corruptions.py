@@ -64,8 +64,8 @@ def check_corrupted_sets(place: str) -> None:
         return
     if not folder.is_dir():
         raise UserError(f"evaluation.corrupted_sets: the folder {folder} does not exist.")
-    of_severity = (folder.glob(f"*/{severity}") for severity in _SEVERITIES)
-    if not (folder / _LABELS).exists() and not any(map(any, of_severity)):
+    images = (path for s in _SEVERITIES for path in folder.glob(f"*/{s}/*/*") if _is_image(path))
+    if not (folder / _LABELS).exists() and not any(images):
         raise UserError(
             f"evaluation.corrupted_sets: {folder} holds neither FAMILY/SEVERITY/CLASS/IMAGE nor "
             f"FAMILY.npy beside {_LABELS}."
@@ -115,7 +115,7 @@ def _folders(folder: Path, classes: Sequence[str]) -> list[CorruptedSet]:
     sets: list[CorruptedSet] = []
     for family in sorted(path for path in folder.iterdir() if path.is_dir()):
         for severity in _SEVERITIES:
-            paths = sorted((family / str(severity)).glob("*/*"))
+            paths = sorted(p for p in (family / str(severity)).glob("*/*") if _is_image(p))
             if not paths:
                 continue
             unknown = sorted({path.parent.name for path in paths} - label_of.keys())
@@ -127,6 +127,11 @@ def _folders(folder: Path, classes: Sequence[str]) -> list[CorruptedSet]:
             labels = np.array([label_of[path.parent.name] for path in paths], np.int64)
             sets.append(_Files(f"{family.name}/{severity}", labels, paths))
     return sets
+
+
+def _is_image(path: Path) -> bool:
+    """Tell an image from what file managers and archives leave beside it, by its name."""
+    return not path.name.startswith(".") and path.suffix.lower() in Image.registered_extensions()
 
 
 def _arrays(folder: Path, classes: Sequence[str]) -> list[CorruptedSet]:

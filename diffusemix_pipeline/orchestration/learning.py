@@ -6,7 +6,7 @@ neither trained nor logged again, and a report is logged to the run of the model
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,11 @@ from diffusemix_pipeline.datasets.manifest import Stage, class_names, read_stage
 from diffusemix_pipeline.devices import choose_device
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.evaluation.audit import Audit, audit
-from diffusemix_pipeline.evaluation.calibration import expected_calibration_error
+from diffusemix_pipeline.evaluation.calibration import (
+    brier_scores,
+    expected_calibration_error,
+    log_losses,
+)
 from diffusemix_pipeline.evaluation.evidence import CODE_VERSION as EVIDENCE_VERSION
 from diffusemix_pipeline.evaluation.evidence import FILE as EVIDENCE_FILE
 from diffusemix_pipeline.evaluation.evidence import Evidence, evaluate
@@ -43,6 +47,7 @@ from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Arm, Settings, flatten
 from diffusemix_pipeline.tracking import Dataset, LoggedRun, Tracker, open_tracking
 from diffusemix_pipeline.training.arms import (
+    BASELINE,
     SUBJECTS,
     Fit,
     Wanted,
@@ -53,7 +58,7 @@ from diffusemix_pipeline.training.arms import (
     fit_fingerprint,
 )
 from diffusemix_pipeline.training.classifier import load_classifier
-from diffusemix_pipeline.training.data import LabelledImages, load_images
+from diffusemix_pipeline.training.data import LabelledImages, load_images, loading_once
 from diffusemix_pipeline.versioning import pinned_digest
 
 FIT_TAG = "diffusemix.fit"
@@ -86,7 +91,7 @@ def train_arms(
     tracker.reconcile()
     stages = stages_of(project)
     dataset = Dataset("fractal_augmented_dataset", "data", _data_digest(project))
-    fits, urls, reused = [], {}, True
+    fits, urls, reused, load = [], {}, True, loading_once()
     for wanted in (*all_fits(settings), *few_image_fits(settings, stages["raw"])):
         fingerprint = fit_fingerprint(wanted, stages, settings)
         fit = finished_fit(project.checkpoints, fingerprint)
@@ -112,6 +117,7 @@ def train_arms(
                     device=choose_device(settings.device),
                     on_point=run.log_curve,
                     progress=progress,
+                    load=load,
                 )
                 keep_inputs(run, project, settings)
                 curve = learning_curves({str(wanted): fit.curve})
@@ -148,7 +154,7 @@ def judge(project: Project, settings: Settings, progress: Progress) -> Judged:
     keys |= {fit.fingerprint: _evidence_key(fit, test, clean, "") for fit in few}
     reads = [record_read(project.test_reads, test, key) for key in keys.values()][-1]
     tracker = open_tracking(project, settings.tracking)
-    runs = {fit.fingerprint: logged_run(tracker, fit) for fit in fits}
+    runs = {fit.fingerprint: logged_run(tracker, fit) for fit in (*fits, *few)}
     versions = {
         "data.dvc": _data_digest(project),
         "test": test,
@@ -165,7 +171,7 @@ def judge(project: Project, settings: Settings, progress: Progress) -> Judged:
             return Judged(report, digest(versions), reused=True)
     found = evidence_of(fits, keys, "test", project, raw, settings, progress)
     evidence = {(fit.arm, fit.seed): found[fit.fingerprint] for fit in fits}
-    found = evidence_of(few, keys, "test", project, raw, clean, progress)
+    found |= evidence_of(few, keys, "test", project, raw, clean, progress)
     inputs = ReportInputs(
         evidence=evidence,
         classes=class_names(raw.counts),
@@ -186,8 +192,9 @@ def judge(project: Project, settings: Settings, progress: Progress) -> Judged:
         stages=stages_picture(stages),
     )
     report = write_report(inputs, project.report, aside=project.aside)
-    for fit in fits:
-        metrics = _test_metrics(evidence[fit.arm, fit.seed])
+    for fit in (*fits, *few):
+        base = evidence.get((BASELINE, fit.seed)) if fit.per_class is None else None
+        metrics = _test_metrics(found[fit.fingerprint], base, report.left_out)
         dataset = Dataset("test", "data/raw/test", test)
         tracker.log_evaluation(runs[fit.fingerprint], metrics, dataset, report.folder)
     write_json(_logged(project), logged)  # last: a run cut off before this logs again
@@ -352,9 +359,10 @@ def _audited(
     progress: Progress,
 ) -> Audit | None:
     """Trace the wrong answers of the first fit of the report's subject."""
-    fit = next((fit for fit in fits if fit.arm in SUBJECTS), None)
-    if fit is None:
+    subjects = [fit for subject in SUBJECTS for fit in fits if fit.arm == subject]
+    if not subjects:
         return None
+    fit = subjects[0]
     device, raw = choose_device(settings.device), stages["raw"]
     classifier = load_classifier(fit.folder, device)
     size, classes, aside = settings.size, classifier.classes, project.aside
@@ -367,19 +375,47 @@ def _audited(
     return audit(classifier, answers, test, train, raw, augmented, device=device, progress=progress)
 
 
-def _test_metrics(evidence: Evidence) -> dict[str, float]:
-    """Return one model's scores, shares of 1."""
+def _test_metrics(
+    evidence: Evidence, base: Evidence | None, left_out: Collection[str]
+) -> dict[str, float]:
+    """Return one model's scores: shares of 1, losses, and errors relative to those of `base`.
+
+    `left_out` are the families of corruption that an arm was shown; what was not taken is missing.
+    """
     by_epsilon = zip(evidence.epsilons, evidence.fgsm.mean(axis=1), strict=True)
     by_family = zip(evidence.corruptions, evidence.corrupted.mean(axis=(1, 2)), strict=True)
+    answers = evidence.probabilities, evidence.labels
     return {
         "test_clean": float(evidence.correct.mean()),
-        "test_corrupted": float(evidence.corrupted.mean()),
+        **_corruption_metrics(evidence, base, left_out),
+        "test_brier": float(brier_scores(*answers).mean()),
+        "test_nll": float(log_losses(*answers).mean()),
         **_attack_metrics(evidence),
-        "test_ece": expected_calibration_error(evidence.probabilities, evidence.labels),
+        "test_ece": expected_calibration_error(*answers),
         **{f"test_fgsm_{epsilon:g}_255": float(share) for epsilon, share in by_epsilon},
         **{f"test_{family}": float(share) for family, share in by_family},
         **({"test_published": float(evidence.published.mean())} if evidence.published.size else {}),
     }
+
+
+def _corruption_metrics(
+    evidence: Evidence, base: Evidence | None, left_out: Collection[str]
+) -> dict[str, float]:
+    """Return accuracy under corruption and relative mCE, of all families and of the unshared."""
+    places = list(range(len(evidence.corruptions)))
+    groups = {
+        "": places,
+        "_unshared": [p for p in places if evidence.corruptions[p] not in left_out],
+    }
+    found = {}
+    for name, of_group in groups.items():
+        if not of_group or (name and of_group == places):
+            continue
+        right = evidence.corrupted[of_group].mean(axis=(1, 2))
+        found[f"test_corrupted{name}"] = float(right.mean())
+        if base and (missed := 1 - base.corrupted[of_group].mean(axis=(1, 2))).all():
+            found[f"test_relative_mce{name}"] = float(((1 - right) / missed).mean())
+    return found
 
 
 def _attack_metrics(evidence: Evidence) -> dict[str, float]:

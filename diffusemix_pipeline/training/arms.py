@@ -26,7 +26,7 @@ from diffusemix_pipeline.settings import Arm, Settings
 from diffusemix_pipeline.training import augmentations
 from diffusemix_pipeline.training.augmentations import Augmentation
 from diffusemix_pipeline.training.classifier import build_classifier, save_classifier
-from diffusemix_pipeline.training.data import LabelledImages, load_images, ordered_rows
+from diffusemix_pipeline.training.data import LabelledImages, LoadImages, load_images, ordered_rows
 from diffusemix_pipeline.training.loop import fit
 from diffusemix_pipeline.training.processes import Tell, train_together
 
@@ -92,11 +92,13 @@ def fit_fingerprint(wanted: Wanted, stages: Mapping[str, Stage], settings: Setti
     arm, seed, per_class = wanted
     added = _ADDED_STAGE.get(arm)
     versions = [_version_of_seen(stages["raw"]), stages[added].version if added else None]
-    drawn: list[Any] = []
+    drawn: list[Any] = [augmentations.VERSIONS[arm]] if arm in augmentations.VERSIONS else []
     if arm in _USES_FRACTALS:
         drawn.append(fractals_version(settings.mixing, settings.seed))
     if arm == "diffusemix_online":
         drawn.append(settings.mixing.model_dump(include={"masks", "seam", "lam"}))
+    if per_class is not None:
+        drawn.append("by training seed")
     of_run = [settings.size, settings.seed, training_identity(settings.training), drawn]
     return digest("fit", CODE_VERSION, arm, seed, per_class, versions, *of_run)
 
@@ -127,19 +129,20 @@ def fit_arm(
     device: str,
     on_point: Callable[[int, dict[str, float]], None],
     progress: Progress = silent,
+    load: LoadImages = load_images,
 ) -> Fit:
     """Train one arm with one seed, or return the fit that the same inputs gave before.
 
-    `stages` maps raw, generated, hybrid and augmented to their stages.
+    `stages` maps raw, generated, hybrid and augmented to their stages. `load` is `load_images`, or
+    what `loading_once` gives.
     """
-    arm, seed, per_class = wanted
     fingerprint = fit_fingerprint(wanted, stages, settings)
     finished = finished_fit(checkpoints, fingerprint)
     if finished:
         for point in finished.curve.to_dict("records"):
             on_point(int(point.pop("step")), point)
         return finished
-    images = _images_of(wanted, stages, settings, fractal_cache, aside, progress)
+    images = _images_of(wanted, stages, settings, load, fractal_cache, aside, progress)
     kept = checkpoints / f"{fingerprint}.begun"
     processes = settings.training.processes
     with replaced_folder(checkpoints / fingerprint, mark=_FIT, aside=aside) as folder:
@@ -147,7 +150,7 @@ def fit_arm(
         if processes == 1:
             _train(*asked, None, on_point, progress)
         else:
-            hears = {"point": on_point, "progress": progress}
+            hears: dict[str, Callable[..., None]] = {"point": on_point, "progress": progress}
             train_together(
                 processes,
                 device,
@@ -184,6 +187,7 @@ def _images_of(
     wanted: Wanted,
     stages: Mapping[str, Stage],
     settings: Settings,
+    load: LoadImages,
     fractal_cache: Path,
     aside: Path,
     progress: Progress,
@@ -191,11 +195,13 @@ def _images_of(
     raw, added = stages["raw"], _ADDED_STAGE.get(wanted.arm)
     parts = [raw, stages[added]] if added else [raw]
     classes = class_names(raw.counts)
-    train = load_images(parts, "train", classes, settings.size, aside=aside, progress=progress)
+    train = load(parts, "train", classes, settings.size, aside=aside, progress=progress)
     sources = _sources_of_edits(raw, stages[added]) if added else np.empty(0, np.int64)
     if wanted.per_class is not None:
-        train, sources = _few(train, sources, wanted.per_class, settings.seed)
-    val = load_images([raw], "val", classes, settings.size, aside=aside)
+        train, sources = _few(
+            train, sources, wanted.per_class, seed_from(settings.seed, wanted.seed)
+        )
+    val = load([raw], "val", classes, settings.size, aside=aside, progress=progress)
     fractals = {}
     if wanted.arm in _USES_FRACTALS:
         mixing = settings.mixing

@@ -27,6 +27,10 @@ Option = TypeVar("Option")
 Pixels = np.ndarray
 """uint8 (S, S, 3)."""
 
+VERSIONS: dict[str, str] = {"trivialaugment": "2", "randaugment": "2", "pixmix": "2"}
+"""Of what an arm draws, where it was changed: a fit with an earlier one is another fit."""
+
+_BILINEAR = v2.InterpolationMode.BILINEAR
 _PIXMIX_ROUNDS = 4
 _PIXMIX_BETA = 3
 _PIXMIX_SEVERITY = 0.3  # of the strongest
@@ -51,12 +55,12 @@ NONE = Augmentation()
 
 def trivialaugment() -> Augmentation:
     """One random operation of random strength an image (Müller and Hutter, 2021)."""
-    return Augmentation(each=_on_picture(v2.TrivialAugmentWide()))
+    return Augmentation(each=_on_picture(v2.TrivialAugmentWide(interpolation=_BILINEAR)))
 
 
 def randaugment() -> Augmentation:
     """Two random operations of strength 9 of 30 an image (Cubuk et al., 2020)."""
-    return Augmentation(each=_on_picture(v2.RandAugment()))
+    return Augmentation(each=_on_picture(v2.RandAugment(interpolation=_BILINEAR)))
 
 
 def augmix() -> Augmentation:
@@ -81,10 +85,12 @@ def cutmix(classes: int) -> Augmentation:
 def pixmix(fractals: Sequence[Pixels]) -> Augmentation:
     """Mix fractals and the image itself into an image (Hendrycks et al., PixMix, 2022, figure 3).
 
-    Up to four rounds, beta 3, as the paper has them for small images.
+    Up to four rounds, beta 3, as the paper has them for small images; one fractal an image.
     """
 
     def mixed(image: Pixels, rng: Generator) -> Pixels:
+        fractal = _drawn(fractals, rng).astype(np.float32) / 255
+
         def changed() -> np.ndarray:
             picture = _drawn(_PIXMIX_OPERATIONS, rng)(
                 Image.fromarray(image), _PIXMIX_SEVERITY * rng.uniform(0.1, 1)
@@ -93,10 +99,7 @@ def pixmix(fractals: Sequence[Pixels]) -> Augmentation:
 
         result = changed() if rng.random() < 0.5 else image.astype(np.float32) / 255
         for _ in range(rng.integers(_PIXMIX_ROUNDS + 1)):
-            if rng.random() < 0.5:
-                other = changed()
-            else:
-                other = _drawn(fractals, rng).astype(np.float32) / 255
+            other = changed() if rng.random() < 0.5 else fractal
             combined = _added if rng.random() < 0.5 else _multiplied
             result = combined(result, other, rng).clip(0, 1)
         return (result * 255).round().astype(np.uint8)

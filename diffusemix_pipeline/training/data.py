@@ -3,7 +3,8 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.reduction import DupFd
 from pathlib import Path
@@ -14,7 +15,6 @@ import pandas as pd
 
 from diffusemix_pipeline.datasets.images import read_square
 from diffusemix_pipeline.datasets.manifest import Stage
-from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.progress import Progress, silent
 
 
@@ -64,15 +64,33 @@ class DecodedImages:
         return subset
 
 
-Images = np.ndarray | DecodedImages
+class StoredImages:
+    """Image files read as uint8 (N, S, S, 3): each is decoded again whenever it is asked for."""
+
+    def __init__(self, paths: Sequence[str], size: int) -> None:
+        self._paths, self._size = np.array(paths), size
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
+        pixels = [read_square(Path(path), self._size) for path in self._paths[index]]
+        return np.array(pixels, np.uint8).reshape(-1, self._size, self._size, 3)
+
+    def subset(self, index: np.ndarray) -> "StoredImages":
+        """Return the images that an int or bool array names."""
+        return StoredImages(self._paths[index], self._size)
+
+
+Images = np.ndarray | DecodedImages | StoredImages
 """uint8 (N, S, S, 3), read by slices and index arrays."""
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Decoded images uint8 (N, S, S, 3), their labels int64 (N,), and their files' SHA-256."""
+    """Images uint8 (N, S, S, 3), their labels int64 (N,), and their files' SHA-256."""
 
-    images: DecodedImages
+    images: DecodedImages | StoredImages
     labels: np.ndarray
     ids: list[str]
 
@@ -98,29 +116,53 @@ def load_images(
 
     Within a stage, their order follows from label and content: a file's name changes nothing. While
     they are in use, the decoded images take `size` ** 2 * 3 bytes each of the disk of `aside`;
-    UserError where they do not fit.
+    where they do not fit, each is decoded when it is asked for, and a warning says so.
     """
     rows = pd.concat([_rows(stage, split) for stage in stages])
-    _check_space(len(rows) * size**2 * 3, split, aside)
+    index_of = {label: index for index, label in enumerate(classes)}
+    labels, ids = np.array(rows["label"].map(index_of), np.int64), list(rows["sha256"])
+    if not _fits(len(rows) * size**2 * 3, split, aside):
+        return LabelledImages(StoredImages(list(rows["path"]), size), labels, ids)
 
     def decoded() -> Iterator[np.ndarray]:
         for done, path in enumerate(rows["path"], 1):
             yield read_square(Path(path), size)
             progress(f"Reading {split} images", done, len(rows))
 
-    index_of = {label: index for index, label in enumerate(classes)}
-    labels = np.array(rows["label"].map(index_of), np.int64)
-    return LabelledImages(DecodedImages(decoded(), size, aside), labels, list(rows["sha256"]))
+    return LabelledImages(DecodedImages(decoded(), size, aside), labels, ids)
 
 
-def _check_space(needed: int, split: str, folder: Path) -> None:
+LoadImages = Callable[..., LabelledImages]
+"""Loads as `load_images` does."""
+
+
+def loading_once() -> LoadImages:
+    """Return `load_images` for one after another: what was asked for last of a split is kept."""
+    last: dict[str, tuple[Any, LabelledImages]] = {}
+
+    def load(
+        stages: Sequence[Stage], split: str, classes: Sequence[str], size: int, **how: Any
+    ) -> LabelledImages:
+        asked = [(stage.folder, stage.version) for stage in stages], list(classes), size
+        if split not in last or last[split][0] != asked:
+            last.pop(split, None)  # its disk is free before the next ones are decoded
+            last[split] = asked, load_images(stages, split, classes, size, **how)
+        return last[split][1]
+
+    return load
+
+
+def _fits(needed: int, split: str, folder: Path) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(
-            f"Decoding the {split} images takes {needed / 1e9:.1f} GB of the disk of {folder}, "
-            f"which has {free / 1e9:.1f} GB left: free some, or use fewer or smaller images."
+        warnings.warn(
+            f"Decoded, the {split} images would take {needed / 1e9:.1f} GB of the disk of "
+            f"{folder}, which has {free / 1e9:.1f} GB left: each is decoded whenever it is used, "
+            "which takes longer.",
+            stacklevel=3,
         )
+    return needed <= free
 
 
 def ordered_rows(stage: Stage, split: str, columns: Sequence[str]) -> pd.DataFrame:

@@ -57,8 +57,8 @@ def fit(
     Returns the curve: a row a validation, with step, train_loss, val_loss, val_accuracy and
     learning_rate. Val decides, test is never seen (DESIGN, promise 7). Everything random follows
     from `seed`. What was learnt is written to the file `kept` at each validation and every two
-    minutes: another call goes on from there. Of the processes of a `group`, each takes its share of every batch, and the first
-    alone validates, tells and returns a curve; all end with the same weights but for the best.
+    minutes: another call goes on from there. Of the processes of a `group`, each takes its share of
+    every batch; the first alone validates, keeps the best weights and returns a curve.
     """
     model = classifier.model.to(device).to(memory_format=torch.channels_last)
     recipe = recipe_of(training)
@@ -93,8 +93,8 @@ def fit(
                 targets = its_labels.to(device, non_blocking=True)
                 if augmentation.batch:
                     images, targets = augmentation.batch(images, targets)
-                whole = number == len(parts) or group is None
-                with nullcontext() if whole else group.no_sync(shared):
+                last = number == len(parts)  # gradients are summed over the processes once a step
+                with group.no_sync(shared) if group and not last else nullcontext():
                     with torch.autocast(kind, torch.bfloat16, enabled=half):
                         loss = functional.cross_entropy(
                             shared(images), targets, label_smoothing=training.label_smoothing
