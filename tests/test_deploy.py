@@ -31,6 +31,35 @@ def test_only_loopback_is_published_and_secrets_come_from_the_environment():
     assert not any("PASSWORD" in command for command in commands)  # `ps` would show it
 
 
+def test_rays_nodes_are_reached_from_within_and_keep_no_secret_in_files():
+    parts = list(yaml.safe_load_all((ROOT / "deploy" / "kuberay.yaml").read_text()))
+    [claim, policy, cluster] = parts
+    assert [part["kind"] for part in parts] == [
+        "PersistentVolumeClaim", "NetworkPolicy", "RayCluster",
+    ]  # fmt: skip
+    assert cluster["spec"]["headGroupSpec"]["serviceType"] == "ClusterIP"
+    chosen = {"ray.io/cluster": cluster["metadata"]["name"]}
+    assert policy["spec"]["podSelector"]["matchLabels"] == chosen
+    assert policy["spec"]["ingress"] == [{"from": [{"podSelector": {}}]}]
+    locked = re.search(r"^ray==(\S+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    assert locked
+    assert cluster["spec"]["rayVersion"] == locked[1]
+    groups = [cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]]
+    pods = [group["template"]["spec"] for group in groups]
+    for pod in pods:
+        [container] = pod["containers"]
+        assert container["image"] == COMPOSE["services"]["code"]["image"]
+        assert container["envFrom"] == [{"secretRef": {"name": "diffusemix"}}]
+        assert all("value" in one for one in container["env"])
+        [volume] = pod["volumes"]
+        assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+        assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/project"}]
+        assert pod["securityContext"]["runAsUser"] != 0
+    gpus = [pod["containers"][0]["resources"]["limits"].get("nvidia.com/gpu") for pod in pods]
+    assert gpus == [None, 1, None]
+    assert "PASSWORD" not in (ROOT / "deploy" / "kuberay.yaml").read_text()
+
+
 def test_every_file_that_the_image_is_made_of_is_there():
     lines = (ROOT / "deploy" / "Dockerfile").read_text().splitlines()
     for line in lines:
