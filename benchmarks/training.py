@@ -50,7 +50,7 @@ def compare(size: int, batch_size: int, device: str) -> dict[str, float]:
         classifier = build_classifier("resnet10t", [str(n) for n in range(CLASSES)], size)
         ready = _ready(train, training, device)
         _alone(classifier, ready, training, device)  # the first calls of anything are slower
-        batches = loop._Batches(train, training, NONE, 0, 0, 0, 1)
+        batches = loop._Batches(train, training, NONE, seed=0)
         made = _timed(lambda: [batches[step] for step in range(STEPS)])
         making = made / _timed(lambda: _alone(classifier, ready, training, device))
         ratios, speeds = [], []

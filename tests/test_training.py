@@ -504,7 +504,7 @@ def test_shares_of_a_batch_are_the_batch(raw, tmp_path):
     training = quick_settings("training.crop_padding=0", "training.flip=false").training
 
     def share(rank: int, of: int) -> list[bytes]:
-        batches = loop._Batches(train, training, loop.NONE, 0, rank, rank, of)
+        batches = loop._Batches(train, training, loop.NONE, 0, rank, of)
         return [image.numpy().tobytes() for image in batches[3][0]]
 
     assert sorted([*share(0, 2), *share(1, 2)]) == sorted(share(0, 1))

@@ -68,7 +68,6 @@ def fit(
     every = max(1, training.steps // training.validations)
     rank, of = (group.process_index, group.num_processes) if group else (0, 1)
     shared = group.prepare_model(model) if group else model
-    seed_of_share = seed_from(seed, "share", rank) if rank else seed
 
     state = TrainingState.begin(model, optimizer)
     if kept and kept.exists():
@@ -76,7 +75,7 @@ def fit(
         for point in state.points:
             on_point(int(point["step"]), {k: v for k, v in point.items() if k != "step"})
     written = time.monotonic()
-    batches = _Batches(train, training, augmentation, seed, seed_of_share, rank, of)
+    batches = _Batches(train, training, augmentation, seed, rank, of)
     ahead = _read_ahead(batches, range(state.step, training.steps), on_gpu=kind == "cuda")
     for step, (pixels, labels) in enumerate(ahead, state.step + 1):
         rate = recipe.learning_rate * _schedule(step / training.steps)
@@ -87,7 +86,7 @@ def fit(
         parts = list(
             zip(pixels.chunk(training.accumulate), labels.chunk(training.accumulate), strict=True)
         )
-        with _seeded(seed_of_share, step, device):
+        with _seeded(batches.seed_of_share, step, device):
             for number, (part, its_labels) in enumerate(parts, 1):
                 images = to_tensor(part, device)
                 targets = its_labels.to(device, non_blocking=True)
@@ -146,7 +145,8 @@ def _schedule(done: float) -> float:
 class _Batches(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """A share of the batch of each step, from 0: uint8 (B, S, S, 3) images and int64 (B,) labels.
 
-    `seed` says which images a step sees, `seed_of_share` what happens to those of this share.
+    The share is every `of`-th image, from the one with number `rank`. `seed` says which images a
+    step sees, `seed_of_share` what happens to those of this share.
     """
 
     def __init__(
@@ -155,12 +155,12 @@ class _Batches(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         training: Training,
         augmentation: Augmentation,
         seed: int,
-        seed_of_share: int,
-        rank: int,
-        of: int,
+        rank: int = 0,
+        of: int = 1,
     ) -> None:
         self._train, self._training, self._augmentation = train, training, augmentation
-        self._seed, self._seed_of_share = seed, seed_of_share
+        self._seed = seed
+        self.seed_of_share = seed_from(seed, "share", rank) if rank else seed
         self._share = slice(rank, None, of)
 
     def __len__(self) -> int:
@@ -168,7 +168,7 @@ class _Batches(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         train, augmentation = self._train, self._augmentation
-        rng = np.random.default_rng([self._seed_of_share, step])
+        rng = np.random.default_rng([self.seed_of_share, step])
         batch = places_of_step(step, self._training.batch_size, len(train), self._seed)
         places = batch[self._share]
         images = train.images[places]
@@ -176,7 +176,7 @@ class _Batches(Dataset[tuple[torch.Tensor, torch.Tensor]]):
             images = augmentation.redraw(places, images, rng)
         images = _crop_and_flip(images, self._training, rng)
         if augmentation.each:
-            with _seeded(self._seed_of_share, step, "cpu"):
+            with _seeded(self.seed_of_share, step, "cpu"):
                 images = np.stack([augmentation.each(image, rng) for image in images])
         return torch.from_numpy(images), torch.from_numpy(train.labels[places])
 
