@@ -92,7 +92,9 @@ def produce(
                 "processor": torch.backends.cpu.get_cpu_capability(),
                 "bfloat16": is_fast_at_bfloat16(choose_device("auto")),
             }
-            readings = pd.concat([readings, pd.DataFrame([reading])])
+            row = pd.DataFrame([reading])
+            # Joined to a table without rows, whole numbers would become fractions.
+            readings = row if readings.empty else pd.concat([readings, row])
         write_bytes(HOME / name / "readings.csv", readings.to_csv(index=False).encode())
 
 
