@@ -160,6 +160,8 @@ def tables(out: Path) -> Iterator[str]:
         if readings.empty:
             continue
         settings, last = _settings(name), readings.drop_duplicates(["arm", "seed"], keep="last")
+        seeds = set.intersection(*last.groupby("arm")["seed"].agg(set))  # that every arm has
+        last = last[last["seed"].isin(seeds)]
         evidence = {
             (arm, seed): Evidence.load(_answers(name, arm, seed))
             for arm, seed in last[["arm", "seed"]].itertuples(index=False, name=None)
