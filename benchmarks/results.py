@@ -180,8 +180,8 @@ def tables(out: Path) -> Iterator[str]:
         )
         report = write_report(inputs, out / name, aside=out)
         yield f"## {name}\n\n{(report.folder / 'report.md').read_text('utf-8')}"
-        if name in TOGETHER:
-            arms = by_arm(evidence)
+        arms = by_arm(evidence)
+        if name in TOGETHER and set(arms) == set(settings.training.arms):
             families = next(iter(evidence.values())).corruptions
             left_out = shared_families(list(arms), settings.editing.prompts, families)["left_out"]
             drawn = settings.evaluation.bootstrap_samples, seed_from(settings.seed, "bootstrap")
