@@ -30,6 +30,7 @@ NODE = {"num_cpus": 1, "object_store_memory": 100_000_000}
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A head that takes no step, and two nodes of one core, each with processes of its own."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # tests tell nobody
     port = free_port()
     started = Cluster(
         initialize_head=True,
