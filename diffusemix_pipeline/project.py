@@ -163,7 +163,7 @@ def own_device(project: Project, device: str) -> Iterator[str]:
 
 def _opened(lock: Path) -> TextIO:
     lock.parent.mkdir(parents=True, exist_ok=True)
-    return lock.open("a")
+    return lock.open("a+")  # NFS shares a lock with readers alone
 
 
 def taken_alone(lock: TextIO) -> bool:

@@ -209,6 +209,7 @@ def teacher_recipe(settings: Settings) -> list[Any]:
     """Return what shapes every teacher of the gate beside the images that it sees."""
     recipe = training_identity(settings.training)
     del recipe["validations"]  # teachers have one, after the last step
+    recipe.pop("processes", None)  # each is trained by one
     return [GATE_VERSION, settings.size, settings.seed, recipe]
 
 
