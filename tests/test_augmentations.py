@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import quick_settings
+from PIL import Image
 
 from diffusemix_pipeline.mixing.blending import mix
 from diffusemix_pipeline.mixing.masks import half_mask
@@ -77,6 +78,16 @@ def test_mixed_labels_are_probabilities_of_the_mixed_images(name):
         assert torch.allclose(mixed.mean(dim=(1, 2, 3)), labels @ values, atol=1e-5)
         shares.append(float(labels.max(1).values.mean()))
     assert min(shares) < 0.95 < max(shares) + 0.05
+
+
+def test_pixmix_turns_and_shears_smoothly():
+    """Bilinearly: an edge between black and white turns grey."""
+    halves = np.zeros((32, 32, 3), np.uint8)
+    halves[:16, 16:] = halves[16:, :16] = 255
+    rotated_and_sheared = augmentations._PIXMIX_OPERATIONS[4:7]
+    for change in rotated_and_sheared:
+        moved = np.asarray(change(Image.fromarray(halves), 0.23))
+        assert len(np.unique(moved)) > 3
 
 
 def test_pixmix_with_no_round_keeps_or_changes_the_image_itself():

@@ -27,7 +27,7 @@ Option = TypeVar("Option")
 Pixels = np.ndarray
 """uint8 (S, S, 3)."""
 
-VERSIONS: dict[str, str] = {"trivialaugment": "2", "randaugment": "2", "pixmix": "2"}
+VERSIONS: dict[str, str] = {"trivialaugment": "2", "randaugment": "2", "pixmix": "3"}
 """Of what an arm draws, where it was changed: a fit with an earlier one is another fit."""
 
 _BILINEAR = v2.InterpolationMode.BILINEAR
@@ -54,7 +54,10 @@ NONE = Augmentation()
 
 
 def trivialaugment() -> Augmentation:
-    """One random operation of random strength an image (Müller and Hutter, 2021)."""
+    """One random operation of random strength an image (Müller and Hutter, 2021).
+
+    Bilinear, as in torchvision's reference recipe; its authors' code takes the nearest pixel.
+    """
     return Augmentation(each=_on_picture(v2.TrivialAugmentWide(interpolation=_BILINEAR)))
 
 
@@ -152,7 +155,7 @@ def _either_way(amount: float) -> float:
 def _sheared(degrees_x: float, degrees_y: float) -> Callable[[Image.Image, float], Image.Image]:
     return lambda picture, strength: functional.affine(
         picture, 0, [0, 0], 1,
-        [_either_way(strength * degrees_x), _either_way(strength * degrees_y)],
+        [_either_way(strength * degrees_x), _either_way(strength * degrees_y)], _BILINEAR,
     )  # fmt: skip
 
 
@@ -169,7 +172,7 @@ _PIXMIX_OPERATIONS: tuple[Callable[[Image.Image, float], Image.Image], ...] = (
     lambda picture, strength: functional.equalize(picture),
     lambda picture, strength: functional.posterize(picture, 4 - int(4 * strength)),
     lambda picture, strength: functional.solarize(picture, 255 * (1 - strength)),
-    lambda picture, strength: functional.rotate(picture, _either_way(30 * strength)),
+    lambda picture, strength: functional.rotate(picture, _either_way(30 * strength), _BILINEAR),
     _sheared(17, 0),
     _sheared(0, 17),
     _shifted(1 / 3, 0),
