@@ -67,6 +67,8 @@ def test_of_a_large_image_too_a_part_is_left_by_impulses(side):
     changed = corrupt(image[None], "impulse_noise", 5, ["a"], 0)[0]
     assert (changed == image).mean() > 0.3
     assert 0.2 < (changed == 0).mean() / (changed == 255).mean() < 5
+    milder = corrupt(image[None], "impulse_noise", 4, ["a"], 0)[0]
+    assert (milder == image).mean() > (changed == image).mean() + 0.05
 
 
 @settings(max_examples=10, deadline=None)

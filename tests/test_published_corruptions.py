@@ -110,6 +110,9 @@ def test_the_version_follows_from_the_files(tmp_path):
     assert corrupted_sets_version(str(tmp_path)) != before
     np.save(tmp_path / "labels.npy", labels)
     assert corrupted_sets_version(str(tmp_path)) == before
+    (tmp_path / ".DS_Store").write_text("x")
+    (tmp_path / "README.txt").write_text("x")
+    assert corrupted_sets_version(str(tmp_path)) == before
     write_arrays(tmp_path, 5)
     assert corrupted_sets_version(str(tmp_path)) != before
     assert corrupted_sets_version("") == ""

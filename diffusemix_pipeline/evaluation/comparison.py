@@ -287,9 +287,9 @@ def arm_documents(comparison: Comparison, arms: Mapping[Arm, Mapping[int, Eviden
 
 def rival_documents(comparison: Comparison, arms: Sequence[Arm]) -> list[Any]:
     """Return how each other arm but vanilla differs from each of `SUBJECTS`: accuracies alone."""
-    rivals = [arm for arm in arms if arm not in (BASELINE, *SUBJECTS)]
     documents = []
     for subject in (arm for arm in SUBJECTS if arm in arms):
+        rivals = [arm for arm in arms if arm not in (BASELINE, subject)]
         differences = {arm: comparison.differences(arm, subject, COMPARED) for arm in rivals}
         adjusted = _adjusted(differences)
         documents += [
@@ -314,13 +314,17 @@ def _difference(estimates: Mapping[str, Estimate], adjusted: Mapping[str, float]
         name: {
             **numbers(estimate),
             # The calibration error's intervals are too wide for a p-value: see `statistics`.
-            "p": None if name == "ece" else rounded(adjusted[name]),
-            "significant": (False if estimate.holds_zero else None)
-            if name == "ece"
-            else adjusted[name] < SIGNIFICANT,
+            "p": None,
+            "significant": False if estimate.holds_zero else None,
         }
+        if name == "ece"
+        else _judged(estimate, adjusted[name])
         for name, estimate in estimates.items()
     }
+
+
+def _judged(estimate: Estimate, adjusted: float) -> dict[str, Any]:
+    return {**numbers(estimate), "p": rounded(adjusted), "significant": adjusted < SIGNIFICANT}
 
 
 def numbers(estimate: Estimate) -> dict[str, float]:
@@ -398,21 +402,44 @@ def few_images_document(
     samples: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Return clean accuracy by arm and training images a class, all of them last."""
+    """Return clean accuracy by arm and training images a class, all of them last.
+
+    Each with its difference to vanilla, adjusted for all arms and numbers of images together.
+    """
     every = max(train.values())
     scores: dict[tuple[Arm, int], list[np.ndarray]] = {}
     for (arm, number, _), one in few.items():
         scores.setdefault((arm, number), []).append(one.correct)
     for arm in dict.fromkeys(arm for arm, _ in scores):
         scores[arm, every] = [one.correct for one in arms[arm].values()]
+    if not scores:
+        return []
     stacked = {key: np.stack(of_seeds).astype(np.float64) for key, of_seeds in scores.items()}
-    spreads = {
-        key: score_spread(np.stack([s for other, s in stacked.items() if other[1] == key[1]]))
-        for key in stacked
+    together = {
+        number: np.stack([score for key, score in stacked.items() if key[1] == number])
+        for _, number in stacked
     }
     means = {key: score.mean(axis=0) for key, score in stacked.items()}
-    found = mean_estimates(means, samples, seed, spreads=spreads) if means else {}
+    spreads = {key: score_spread(together[key[1]]) for key in means}
+    found = mean_estimates(means, samples, seed, spreads=spreads)
+    changes = {
+        key: mean - means[BASELINE, key[1]]
+        for key, mean in means.items()
+        if key[0] != BASELINE and (BASELINE, key[1]) in means
+    }
+    spreads = {key: difference_spread(together[key[1]]) for key in changes}
+    differences = {}
+    if changes:
+        differences = mean_estimates(changes, samples, seed, kind="difference", spreads=spreads)
+    adjusted = holm({key: estimate.p for key, estimate in differences.items()})
     return [
-        {"arm": arm, "per_class": number, **numbers(found[arm, number])}
+        {
+            "arm": arm,
+            "per_class": number,
+            **numbers(found[arm, number]),
+            "difference": _judged(differences[arm, number], adjusted[arm, number])
+            if (arm, number) in differences
+            else None,
+        }
         for arm, number in sorted(found, key=lambda key: (list(arms).index(key[0]), key[1]))
     ]

@@ -91,7 +91,8 @@ def _shot_noise(pixels: np.ndarray, photons: float, generator: Generator) -> np.
 
 def _impulse_noise(pixels: np.ndarray, share: float, generator: Generator) -> np.ndarray:
     # The deviation grows with the root of the share; of a large image, too, a part must be left.
-    share = min(share * _scale(pixels) ** 2, _MOST_IMPULSES)
+    strongest = _STRENGTHS["impulse_noise"][-1]
+    share *= min(_scale(pixels) ** 2, _MOST_IMPULSES / strongest)
     draws = generator.random(pixels.shape, dtype=np.float32)
     whitened = np.where(draws < share / 2, np.float32(1), pixels)
     return np.where(draws > 1 - share / 2, np.float32(0), whitened)

@@ -34,7 +34,7 @@ from diffusemix_pipeline.training.classifier import to_tensor
 from diffusemix_pipeline.training.data import LabelledImages
 
 # Raised where the attacks or the corruptions change, so that no two codes are compared.
-CODE_VERSION = "4"
+CODE_VERSION = "5"
 FILE = "evidence.npz"
 _AUTOATTACKED_AT_ONCE = 32  # images: what a cut-off costs
 Name = TypeVar("Name", bound=Hashable)

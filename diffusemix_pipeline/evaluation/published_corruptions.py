@@ -5,7 +5,7 @@ Two layouts are known: ImageNet-C's, `<family>/<severity>/<class>/<image>`, and 
 images (`corruptions`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -64,8 +64,7 @@ def check_corrupted_sets(place: str) -> None:
         return
     if not folder.is_dir():
         raise UserError(f"evaluation.corrupted_sets: the folder {folder} does not exist.")
-    images = (path for s in _SEVERITIES for path in folder.glob(f"*/{s}/*/*") if _is_image(path))
-    if not (folder / _LABELS).exists() and not any(images):
+    if not (folder / _LABELS).exists() and not any(_image_files(folder)):
         raise UserError(
             f"evaluation.corrupted_sets: {folder} holds neither FAMILY/SEVERITY/CLASS/IMAGE nor "
             f"FAMILY.npy beside {_LABELS}."
@@ -96,16 +95,16 @@ def read_corrupted_sets(place: str, classes: Sequence[str]) -> list[CorruptedSet
 
 
 def corrupted_sets_version(place: str) -> str:
-    """Identify the sets of a folder by their labels, and by the names and sizes of all files.
+    """Identify the sets of a folder by their labels, and by the names and sizes of their files.
 
     Reading millions of images would take hours. Empty where none is named.
     """
     if not place:
         return ""
     folder = Path(place).expanduser()
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
     labels = folder / _LABELS
     told = file_sha256(labels) if labels.exists() else ""
+    files = sorted(folder.glob("*.npy") if told else _image_files(folder))
     return digest(told, [[str(path.relative_to(folder)), path.stat().st_size] for path in files])
 
 
@@ -127,6 +126,11 @@ def _folders(folder: Path, classes: Sequence[str]) -> list[CorruptedSet]:
             labels = np.array([label_of[path.parent.name] for path in paths], np.int64)
             sets.append(_Files(f"{family.name}/{severity}", labels, paths))
     return sets
+
+
+def _image_files(folder: Path) -> Iterator[Path]:
+    for severity in _SEVERITIES:
+        yield from filter(_is_image, folder.glob(f"*/{severity}/*/*"))
 
 
 def _is_image(path: Path) -> bool:

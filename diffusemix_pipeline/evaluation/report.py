@@ -46,8 +46,8 @@ from diffusemix_pipeline.settings import Arm, Settings
 DOCUMENT = "report.json"
 PAGE = "index.html"
 MARKDOWN = "report.md"
-SCHEMA_VERSION = 3
-CODE_VERSION = "4"
+SCHEMA_VERSION = 4
+CODE_VERSION = "5"
 MEASURES = ("clean", "corrupted", "fgsm", "ece")
 
 _CLASSES_SHOWN = 30
@@ -386,28 +386,33 @@ def _holm_note(arms: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _masking_note(document: Mapping[str, Any]) -> str:
-    """Warn where FGSM accuracy rose and the strongest attack taken shows that it means nothing."""
-    attacks = document["attacks"]
+    """Warn where FGSM accuracy rose and the strongest attack taken leaves next to nothing."""
+    attacks, shown = document["attacks"], document["fgsm_epsilon"]
     strongest = "autoattack" if attacks["autoattack_images"] else "pgd"
     name = {"autoattack": "AutoAttack", "pgd": "PGD-20"}[strongest]
-    fooled = [
-        _TITLES[arm["arm"]]
+    fallen = [
+        arm
         for arm in document["arms"]
-        if arm["difference"]
-        and any(
-            arm["difference"][strength]["significant"] and arm["difference"][strength]["value"] > 0
-            for strength in ("fgsm", "fgsm_attack")
-        )
-        and arm[strongest]
-        and arm[strongest]["value"] < _NEAR_ZERO
+        if arm["difference"] and arm[strongest] and arm[strongest]["value"] < _NEAR_ZERO
     ]
-    if not fooled:
-        return ""
-    return (
-        f"WARNING: FGSM accuracy rose for {', '.join(fooled)}, while under {name} at "
-        f"{_epsilon(attacks['epsilon'])} next to nothing is left: this is not adversarial "
-        "robustness. A real attacker takes more than one step."
-    )
+
+    def risen(measure: str) -> list[str]:
+        risen = [arm for arm in fallen if _verdict(arm["difference"][measure]) == 1]
+        return [_TITLES[arm["arm"]] for arm in risen]
+
+    left = f"under {name} at {_epsilon(attacks['epsilon'])} next to nothing is left"
+    if at_the_same := risen("fgsm_attack"):
+        return (
+            f"WARNING: FGSM accuracy at {_epsilon(attacks['epsilon'])} rose for "
+            f"{', '.join(at_the_same)}, while {left}: this is not adversarial robustness. A real "
+            "attacker takes more than one step."
+        )
+    if at_another := risen("fgsm"):
+        return (
+            f"WARNING: FGSM accuracy at {_epsilon(shown)} rose for {', '.join(at_another)}, "
+            f"where no stronger attack was tried; {left}. This shows no adversarial robustness."
+        )
+    return ""
 
 
 def _attacks_note(attacks: Mapping[str, Any]) -> str:

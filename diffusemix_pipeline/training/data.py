@@ -17,6 +17,8 @@ from diffusemix_pipeline.datasets.images import read_square
 from diffusemix_pipeline.datasets.manifest import Stage
 from diffusemix_pipeline.progress import Progress, silent
 
+_DISK_RESERVE = 1_000_000_000  # bytes left to everything else that writes
+
 
 class DecodedImages:
     """Images uint8 (N, S, S, 3) in a file: a slice or an index array reads those that it names.
@@ -155,14 +157,15 @@ def loading_once() -> LoadImages:
 def _fits(needed: int, split: str, folder: Path) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
-    if needed > free:
+    fits = needed + _DISK_RESERVE <= free
+    if not fits:
         warnings.warn(
             f"Decoded, the {split} images would take {needed / 1e9:.1f} GB of the disk of "
             f"{folder}, which has {free / 1e9:.1f} GB left: each is decoded whenever it is used, "
             "which takes longer.",
             stacklevel=3,
         )
-    return needed <= free
+    return fits
 
 
 def ordered_rows(stage: Stage, split: str, columns: Sequence[str]) -> pd.DataFrame:
