@@ -20,7 +20,7 @@ from diffusemix_pipeline.devices import choose_device, usable_cores
 from diffusemix_pipeline.editing.generate import generate
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.evaluation.evidence import FILE, Evidence, evaluate
-from diffusemix_pipeline.files import replaced_folder
+from diffusemix_pipeline.files import BEGUN, replaced_folder
 from diffusemix_pipeline.identity import digest
 from diffusemix_pipeline.mixing.stages import make_augmented, make_hybrids
 from diffusemix_pipeline.settings import Settings
@@ -151,7 +151,7 @@ def _ask(tasks: Sequence[Task]) -> None:
         settings.evaluation,
         settings.seed,
         device,
-        partial={one: answers.with_name(f"{answers.name}.begun") for one, answers in kept.items()},
+        partial={one: answers.with_name(f"{answers.name}{BEGUN}") for one, answers in kept.items()},
     )
     for one, evidence in found:
         with replaced_folder(kept[one], mark=FILE, aside=aside) as folder:

@@ -1,6 +1,6 @@
 """What an image costs as datasets grow, through the first four assets: 1,000 to 100,000 images.
 
-    python -m benchmarks.scale [--images 1000,10000,100000] [--size 32] [--set KEY=VALUE] [--json]
+    python -m benchmarks.scale [--images 1000,10000,100000] [--size 32] [--set KEY=VALUE]
 
 Synthetic JPEGs, all different, and an editor that costs nothing: what is left is what the pipeline
 itself does. Each run is a process of its own, through Dagster, whose peak of resident memory the
@@ -41,7 +41,8 @@ def measure(count: int, size: int, overrides: Sequence[str]) -> dict[str, Any]:
         own = [f"source.path={here / 'source'}", f"size={size}", *overrides]
         anew = _run_apart(project, own)
         again = _run_apart(project, own)
-        write_source(here / "source", count + 1, size, start=count)
+        # One for training: the image with number `count` would be one for test.
+        write_source(here / "source", count + 2, size, start=count + 1)
         added = _run_apart(project, own)
         return {
             "images": count,
@@ -123,18 +124,13 @@ def main() -> None:
     parser.add_argument("--images", default="1000,10000,100000")
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--set", action="append", default=[], dest="overrides")
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--within", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.within:
         print(json.dumps(run_assets(Project(options.within), options.overrides)))
         return
-    found = []
     for count in options.images.split(","):
-        found.append(measure(int(count), options.size, options.overrides))
-        print(json.dumps(found[-1], indent=1), flush=True)
-    if options.json:
-        print(json.dumps(found))
+        print(json.dumps(measure(int(count), options.size, options.overrides)), flush=True)
 
 
 if __name__ == "__main__":

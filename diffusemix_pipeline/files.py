@@ -12,6 +12,9 @@ from typing import Any
 
 from diffusemix_pipeline.errors import UserError
 
+BEGUN = ".begun"
+"""Ends the name of what goes on where it was cut off, and goes when it is finished."""
+
 
 def write_bytes(path: Path, content: bytes, *, aside: Path | None = None) -> None:
     """Write a whole file or nothing; parents are made, an older file is replaced.

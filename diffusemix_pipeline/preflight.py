@@ -28,10 +28,24 @@ def check_run(project: Project, settings: Settings) -> None:
     check_model(settings.training.model, settings.size, settings.training.pretrained)
     check_corrupted_sets(settings.evaluation.corrupted_sets)
     check_augmentation(settings)
-    processes, gpus = settings.training.processes, count_gpus()
-    if choose_device(settings.device).startswith("cuda") and processes > gpus:
+    if settings.executor != "ray":  # there, this may be another machine than that which trains
+        check_processes(settings)
+
+
+def check_processes(settings: Settings) -> None:
+    """Raise UserError where this machine has no device for each process of a training."""
+    processes, device = settings.training.processes, choose_device(settings.device)
+    if processes == 1 or device == "cpu":
+        return
+    if device != "cuda":
         raise UserError(
-            f"training.processes: {processes} processes want a GPU each, and {gpus} are here."
+            f"training.processes: {processes} processes take a GPU each, the first of this "
+            f"machine's, so not device: {device}. Use cuda, auto or cpu."
+        )
+    if processes > count_gpus():
+        raise UserError(
+            f"training.processes: {processes} processes want a GPU each, and {count_gpus()} are "
+            "here."
         )
 
 

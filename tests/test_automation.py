@@ -279,6 +279,7 @@ def test_maintenance_counts_first_and_keeps_what_is_needed(project, settings, we
         os.utime(store.path(key), (0, 0))
     edits = len(list(store))
     used = len(read_stage(project.generated).manifest())
+    young = project.checkpoints / "c.begun"
     long_ago = datetime.now(UTC) - timedelta(days=2)
     with chdir(project.root), dg.DagsterInstance.get() as instance:
         [newest, older] = instance.get_runs()
@@ -298,13 +299,18 @@ def test_maintenance_counts_first_and_keeps_what_is_needed(project, settings, we
         tracker = open_tracking(project, settings.tracking)
         broken = tracker._client.create_run(tracker.experiment_id, start_time=1)
         tracker._client.set_terminated(broken.info.run_id, "FAILED")
-        expected = {"dagster_runs": 1, "mlflow_runs": 1, "edits": edits - used}
+        begun = [project.checkpoints / "a.begun", project.evidence / "b.begun", young]
+        for path in begun:
+            path.write_bytes(b"")
+            os.utime(path, None if path == young else (0, 0))
+        expected = {"dagster_runs": 1, "mlflow_runs": 1, "edits": edits - used, "begun": 2}
         assert list((project.state / "dagster").rglob(f"*{older.run_id}*"))
         assert edits > used
         assert tidy(remove=False) == expected
         assert len(list(store)) == edits
         assert tidy(remove=True) == expected
         assert len(list(store)) == used
+        assert [path for path in begun if path.exists()] == [young]
         left = {run.run_id for run in instance.get_runs() if run.job_name == "diffusemix"}
         assert left == {newest.run_id}
         assert older.run_id not in left

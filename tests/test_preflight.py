@@ -1,10 +1,13 @@
 """Promise: a mistake is told before any work is done, and a person's files are never touched."""
 
+from contextlib import nullcontext
+
 import pytest
 from conftest import quick_settings, write_classes
 
+from diffusemix_pipeline import preflight
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.preflight import check_outputs, check_run
+from diffusemix_pipeline.preflight import check_outputs, check_processes, check_run
 
 
 def test_a_project_with_images_elsewhere_may_run(project):
@@ -42,3 +45,20 @@ def test_what_would_be_written_over_is_looked_at_first(stage, project):
     (folder / "mine.txt").touch()
     with pytest.raises(UserError, match=f"{folder.name} would be written anew"):
         check_outputs(project)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "message"),
+    [
+        ("cuda:1", 4, "the first of this machine's, so not device: cuda:1"),
+        ("mps", 0, "so not device: mps"),
+        ("cuda", 1, "2 processes want a GPU each, and 1 are here"),
+        ("cuda", 2, None),
+        ("cpu", 0, None),
+    ],
+)
+def test_processes_that_train_together_need_a_device_each(monkeypatch, device, gpus, message):
+    monkeypatch.setattr(preflight, "count_gpus", lambda: gpus)
+    asked = quick_settings("training.processes=2", f"device={device}")
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        check_processes(asked)

@@ -16,6 +16,7 @@ from conftest import free_port, quick_settings, tiny_editor, wait_for
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from ray.util.state import list_actors
 
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.orchestration.launch import prepare_instance, run_here
@@ -29,7 +30,10 @@ NODE = {"num_cpus": 1, "object_store_memory": 100_000_000}
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A head that takes no step, and two nodes of one core, each with processes of its own."""
+    """A head that takes no step, and two nodes, each with processes of its own.
+
+    Each says that it has a core and a GPU, of which Ray then knows; nothing uses one.
+    """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # tests tell nobody
     port = free_port()
     started = Cluster(
@@ -38,7 +42,7 @@ def cluster() -> Iterator[Cluster]:
     )
     started.dashboard = f"http://127.0.0.1:{port}"
     for _ in range(2):
-        started.add_node(**NODE)
+        started.add_node(**NODE, num_gpus=1)
     yield started
     started.shutdown()
 
@@ -109,23 +113,46 @@ def lose(cluster: Cluster, node: Node) -> None:
             step.kill()
 
 
+def reserved_gpus(client: JobSubmissionClient, dashboard: str) -> dict[str, float]:
+    """Return how many GPUs each step reserved."""
+    steps = {job.submission_id: (job.metadata or {})["dagster/op"] for job in client.list_jobs()}
+    actors = list_actors(dashboard, detail=True, limit=1000)
+    return {
+        steps[actor.name.removeprefix("_ray_internal_job_actor_")]: actor.required_resources.get(
+            "GPU", 0
+        )
+        for actor in actors
+        if (actor.name or "").startswith("_ray_internal_job_actor_")
+    }
+
+
 @pytest.mark.timeout(1800)
 def test_a_lost_node_costs_its_unfinished_batches_alone(cluster, undisturbed, weights, tmp_path):
     project = Project(tmp_path)
     store, client = EditStore(project.edits), JobSubmissionClient(cluster.dashboard)
     running = start_on_ray(project, wanted(weights, "executor=ray", "editing.shards=2"), cluster)
-    wait_for(lambda: running.poll() is not None or shard_at_work(client))
-    by_pilot = len(written(store))
-    wait_for(lambda: running.poll() is not None or len(written(store)) > by_pilot)
-    job, before = shard_at_work(client), written(store)
-    assert job is not None
-    assert job.metadata is not None
-    assert len(before) < 60
-    [node] = [node for node in cluster.worker_nodes if node.node_id == job.driver_node_id]
-    lose(cluster, node)
-    assert running.wait() == 0
+    try:
+        wait_for(lambda: running.poll() is not None or shard_at_work(client))
+        by_pilot = len(written(store))
+        wait_for(lambda: running.poll() is not None or len(written(store)) > by_pilot)
+        job, before = shard_at_work(client), written(store)
+        assert job is not None
+        assert job.metadata is not None
+        assert len(before) < 60
+        [node] = [node for node in cluster.worker_nodes if node.node_id == job.driver_node_id]
+        lose(cluster, node)
+        assert running.wait() == 0
+    finally:
+        running.kill()
     assert digests(project) == undisturbed
     assert written(store).items() >= before.items()
+    gpus = reserved_gpus(client, cluster.dashboard)
+    assert {step for step, count in gpus.items() if count == 1} >= {
+        "generated_images.edit_shard[0]",
+        "trained_classifier",
+        "robustness_report",
+    }
+    assert gpus["raw_dataset"] == gpus["hybrid_images"] == 0
     with chdir(project.root), dg.DagsterInstance.get() as instance:
         [run] = instance.get_runs()
         started_anew = instance.all_logs(run.run_id, of_type=dg.DagsterEventType.STEP_RESTARTED)

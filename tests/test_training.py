@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import quick_settings, write_classes, write_edits
@@ -17,6 +18,7 @@ from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import Stage
 from diffusemix_pipeline.editing.planning import teacher_recipe
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.identity import seed_from
 from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.recipes import recipe_of
 from diffusemix_pipeline.training import arms, data, loop
@@ -36,6 +38,7 @@ from diffusemix_pipeline.training.classifier import (
     save_classifier,
 )
 from diffusemix_pipeline.training.data import DecodedImages, LabelledImages, load_images
+from diffusemix_pipeline.training.processes import train_together
 
 
 @pytest.fixture(scope="module")
@@ -475,6 +478,7 @@ def test_a_divided_batch_trains_as_a_whole_one(raw, tmp_path, how):
     assert one.fingerprint != other.fingerprint
     assert points == list(other.curve["step"]) == list(one.curve["step"])
     ours, theirs = (load_classifier(fit.folder).model.state_dict() for fit in (one, other))
+    torch.manual_seed(seed_from(quick_settings().seed, "weights", 0))
     start = build_classifier("test_vit", ["cat", "dog", "emu"], 32).model.state_dict()
     for name, weight in ours.items():
         assert torch.allclose(weight, theirs[name], atol=1e-5), name
@@ -512,6 +516,45 @@ def test_shares_of_a_batch_are_the_batch(raw, tmp_path):
         return [image.numpy().tobytes() for image in batches[3][0]]
 
     assert sorted([*share(0, 2), *share(1, 2)]) == sorted(share(0, 1))
+
+
+def fail_second(group, tell) -> None:
+    tell("joined") if group.is_main_process else None
+    if not group.is_main_process:
+        raise CutOffError
+    group.wait_for_everyone()
+
+
+def test_a_process_that_fails_ends_those_that_wait_for_it():
+    told: list[str] = []
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="CutOffError"):
+        train_together(2, "cpu", fail_second, (), told.append)
+    assert not multiprocessing.active_children()
+
+
+def listening(group, tell) -> None:
+    """Tell which addresses this process listens on."""
+    group.wait_for_everyone()
+    if group.is_main_process:
+        own = psutil.Process().net_connections("inet")
+        tell([connection.laddr.ip for connection in own if connection.status == "LISTEN"])
+
+
+def test_processes_that_train_together_listen_on_loopback_alone():
+    told: list[list[str]] = []
+    train_together(2, "cpu", listening, (), told.append)
+    assert set(told[0]) <= {"127.0.0.1", "::1"}
+
+
+def test_what_was_begun_and_cannot_be_read_is_begun_anew(raw, tmp_path):
+    whole = fitted(raw, tmp_path / "whole")
+    begun = tmp_path / "torn" / "checkpoints" / f"{whole.fingerprint}.begun"
+    begun.parent.mkdir(parents=True)
+    begun.write_bytes(b"torn")
+    with pytest.warns(UserWarning, match=r"\.begun cannot be read .*: training begins anew"):
+        again = fitted(raw, tmp_path / "torn")
+    assert weights(again) == weights(whole)
+    assert not begun.exists()
 
 
 def test_a_process_that_fails_ends_the_training_with_its_error(raw, tmp_path):

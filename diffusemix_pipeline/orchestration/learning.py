@@ -37,7 +37,7 @@ from diffusemix_pipeline.evaluation.report import (
     read_report,
     write_report,
 )
-from diffusemix_pipeline.files import replaced_folder, write_json
+from diffusemix_pipeline.files import BEGUN, replaced_folder, write_json
 from diffusemix_pipeline.identity import digest, seed_from
 from diffusemix_pipeline.orchestration.data_versions import DATA_TAG, keep_inputs
 from diffusemix_pipeline.orchestration.metadata import stages_picture
@@ -332,7 +332,8 @@ def _ask(
     classifiers = {fit.fingerprint: load_classifier(fit.folder, device) for fit in fits}
     classes = classifiers[fits[0].fingerprint].classes
     begun = {
-        fit.fingerprint: project.evidence / f"{folders[fit.fingerprint].name}.begun" for fit in fits
+        fit.fingerprint: project.evidence / f"{folders[fit.fingerprint].name}{BEGUN}"
+        for fit in fits
     }
     answers = evaluate(
         {name: classifier.model for name, classifier in classifiers.items()},

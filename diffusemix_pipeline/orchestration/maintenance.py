@@ -15,6 +15,7 @@ import dagster as dg
 from dagster._core.storage.dagster_run import FINISHED_STATUSES
 
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.files import BEGUN
 from diffusemix_pipeline.project import Project, alone_with_edits
 from diffusemix_pipeline.settings import Settings
 
@@ -76,13 +77,26 @@ def old_runs(instance: dg.DagsterInstance, days: int) -> Iterator[dg.DagsterRun]
             yield run
 
 
+def begun_long_ago(project: Project, days: int) -> Iterator[Path]:
+    """Give what trainings and evaluations that were cut off so long ago would go on from."""
+    since = time.time() - days * _DAY_SECONDS
+    for folder in (project.checkpoints, project.evidence):
+        for path in folder.glob(f"*{BEGUN}"):
+            if path.stat().st_mtime < since:
+                yield path
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _remove_files(folder: Path, run_ids: set[str]) -> None:
     """Remove what Dagster leaves of deleted runs: logs, values and, with SQLite, emptied files."""
     for path in [path for path in folder.rglob("*") if path.name.split(".")[0] in run_ids]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        _remove(path)
 
 
 def _tidying_op(description: str) -> Any:
@@ -126,6 +140,14 @@ def maintenance_job(project: Project, settings: Settings) -> dg.JobDefinition:
         found = unused_edits(project, remove=context.op_config["remove"]) if there else None
         _say(context, len(found.old) if found else 0, "edits")
 
+    @_tidying_op("What trainings and evaluations that were cut off long ago would go on from.")
+    def begun(context: dg.OpExecutionContext) -> None:
+        paths = list(begun_long_ago(project, settings.keep_runs_days))
+        if context.op_config["remove"]:
+            for path in paths:
+                _remove(path)
+        _say(context, len(paths), "unfinished trainings and evaluations")
+
     @dg.job(
         name="maintenance",
         description="Counts what months of runs left behind, and removes it where `remove` is true "
@@ -135,6 +157,7 @@ def maintenance_job(project: Project, settings: Settings) -> dg.JobDefinition:
         dagster_runs()
         mlflow_runs()
         edits()
+        begun()
 
     return maintenance
 

@@ -17,7 +17,7 @@ from diffusemix_pipeline.evaluation.evidence import FILE as EVIDENCE_FILE
 from diffusemix_pipeline.evaluation.evidence import Evidence, evaluate
 from diffusemix_pipeline.evaluation.promotion import Decision, InClasses, ValScore, decide, score
 from diffusemix_pipeline.evaluation.readings import count_reads, version_of_test
-from diffusemix_pipeline.files import replaced_folder
+from diffusemix_pipeline.files import BEGUN, replaced_folder
 from diffusemix_pipeline.identity import digest, seed_from
 from diffusemix_pipeline.orchestration.learning import (
     FIT_TAG,
@@ -136,7 +136,7 @@ def _champion_on_val(
         files = tracker.classifier_of(champion.version, Path(there))
         model = InClasses(load_classifier(files, device), classes)
     val = load_images([raw], "val", classes, settings.size, aside=project.aside, progress=progress)
-    begun = folder.with_name(f"{key}.begun")
+    begun = folder.with_name(f"{key}{BEGUN}")
     [(_, evidence)] = evaluate(
         {CHAMPION: model},
         val,

@@ -1,7 +1,8 @@
 """Steps as jobs of a Ray cluster, whose nodes see this machine's folders at the same paths.
 
 Which node a step gets is Ray's choice: each step takes a core, and a step of the pool "gpu" a GPU
-where the cluster has any. A step whose node is lost is tried again as its retry policy says.
+where the cluster has any, or as many as train together. A step whose node is lost is tried again as
+its retry policy says.
 """
 
 import os
@@ -17,7 +18,11 @@ from dagster._core.events import DagsterEvent
 from dagster._core.execution.retries import RetryMode
 from dagster._core.executor.base import Executor
 from dagster._core.executor.init import InitExecutorContext
-from dagster._core.executor.step_delegating import StepDelegatingExecutor, StepHandlerContext
+from dagster._core.executor.step_delegating import (
+    CheckStepHealthResult,
+    StepDelegatingExecutor,
+    StepHandlerContext,
+)
 
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.project import Project
@@ -25,7 +30,7 @@ from diffusemix_pipeline.settings import ENVIRONMENT_PREFIX
 
 try:
     from dagster_ray.core.executor import RayStepHandler
-    from ray.job_submission import JobSubmissionClient
+    from ray.job_submission import JobStatus, JobSubmissionClient
     from ray.util.state import list_nodes
 except ModuleNotFoundError as error:
     raise UserError(
@@ -76,19 +81,32 @@ class _Steps(RayStepHandler):
             memory=None,
             resources=None,
         )
-        nodes = list_nodes(address=address)
+        nodes = list_nodes(address=address, filters=[("state", "=", "ALIVE")])
         self._gpus = any((node.resources_total or {}).get("GPU") for node in nodes)
 
     def launch_step(self, step_handler_context: StepHandlerContext) -> Iterator[DagsterEvent]:
         """Start a step, on a GPU if it is in the pool of those and there are any."""
-        [key] = step_handler_context.execute_step_args.step_keys_to_execute or []
-        step = step_handler_context.get_step_context(key).step
-        self.num_gpus = 1 if self._gpus and step.pool == "gpu" else None
+        key = self._get_step_key(step_handler_context)
+        context = step_handler_context.get_step_context(key)
+        settings = context.resolved_run_config.resources["settings"].config
+        together = settings["training"]["processes"] if key == "trained_classifier" else 1
+        self.num_gpus = together if self._gpus and context.step.pool == "gpu" else None
         yield from super().launch_step(step_handler_context)
+
+    def check_step_health(self, step_handler_context: StepHandlerContext) -> CheckStepHealthResult:
+        """Say whether a step's job is there and goes on; one that somebody stopped does not."""
+        found = super().check_step_health(step_handler_context)
+        job = self._get_ray_job_submission_id(step_handler_context)
+        if found.is_healthy and self.client.get_job_status(job) == JobStatus.STOPPED:
+            return CheckStepHealthResult.unhealthy(reason=f"Ray job {job} was stopped.")
+        return found
 
 
 class _ClientOfProject(JobSubmissionClient):
-    """Runs `dagster` in the project's folder, as Dagster's paths are relative, by this Python."""
+    """Runs `dagster` in the project's folder, as Dagster's paths are relative, by this Python.
+
+    Each step computes with all cores of its node: Ray would have it use as many as it reserves.
+    """
 
     def __init__(self, address: str, home: Path) -> None:
         super().__init__(address)
@@ -96,5 +114,7 @@ class _ClientOfProject(JobSubmissionClient):
 
     def submit_job(self, *, entrypoint: str, **how: Any) -> str:
         """Start a job; returns its id."""
+        assert entrypoint.startswith("dagster ")  # a module, too
         there, python = shlex.quote(str(self._home)), shlex.quote(sys.executable)
-        return super().submit_job(entrypoint=f"cd {there} && exec {python} -m {entrypoint}", **how)
+        command = f"cd {there} && exec env -u OMP_NUM_THREADS {python} -m {entrypoint}"
+        return super().submit_job(entrypoint=command, **how)

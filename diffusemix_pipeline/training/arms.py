@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from diffusemix_pipeline.datasets.manifest import Stage, class_names
-from diffusemix_pipeline.files import replaced_folder, write_json
+from diffusemix_pipeline.files import BEGUN, replaced_folder, write_json
 from diffusemix_pipeline.identity import digest, seed_from
 from diffusemix_pipeline.mixing.fractals import fractals_version, load_fractals
 from diffusemix_pipeline.mixing.masks import half_mask
@@ -27,7 +27,7 @@ from diffusemix_pipeline.training import augmentations
 from diffusemix_pipeline.training.augmentations import Augmentation
 from diffusemix_pipeline.training.classifier import build_classifier, save_classifier
 from diffusemix_pipeline.training.data import LabelledImages, LoadImages, load_images, ordered_rows
-from diffusemix_pipeline.training.loop import fit
+from diffusemix_pipeline.training.loop import Kept, fit
 from diffusemix_pipeline.training.processes import Tell, train_together
 
 if TYPE_CHECKING:
@@ -143,19 +143,18 @@ def fit_arm(
             on_point(int(point.pop("step")), point)
         return finished
     images = _images_of(wanted, stages, settings, load, fractal_cache, aside, progress)
-    kept = checkpoints / f"{fingerprint}.begun"
-    processes = settings.training.processes
+    kept = Kept(checkpoints / f"{fingerprint}{BEGUN}", aside)
     with replaced_folder(checkpoints / fingerprint, mark=_FIT, aside=aside) as folder:
-        asked = (wanted, images, settings, device, kept, folder)
-        if processes == 1:
-            _train(*asked, None, on_point, progress)
+        task = _Task(wanted, images, settings, kept, folder)
+        if settings.training.processes == 1:
+            _train(task, device, on_point, progress)
         else:
             hears: dict[str, Callable[..., None]] = {"point": on_point, "progress": progress}
             train_together(
-                processes,
+                settings.training.processes,
                 device,
                 _train_a_share,
-                asked,
+                (task,),
                 lambda what, *said: hears[what](*said),
             )
         facts = {
@@ -165,7 +164,7 @@ def fit_arm(
             "steps": settings.training.steps,
         }
         write_json(folder / _FIT, facts)
-    kept.unlink(missing_ok=True)
+    kept.path.unlink(missing_ok=True)
     done = finished_fit(checkpoints, fingerprint)
     assert done is not None
     return done
@@ -209,18 +208,25 @@ def _images_of(
     return _Images(classes, train, sources, val, [fractals[name] for name in sorted(fractals)])
 
 
+class _Task(NamedTuple):
+    """What is to be trained, on what, and where it is written."""
+
+    wanted: Wanted
+    images: _Images
+    settings: Settings
+    kept: Kept
+    folder: Path
+
+
 def _train(
-    wanted: Wanted,
-    images: _Images,
-    settings: Settings,
+    task: _Task,
     device: str,
-    kept: Path,
-    folder: Path,
-    group: "Accelerator | None",
     on_point: Callable[[int, dict[str, float]], None],
     progress: Progress,
+    group: "Accelerator | None" = None,
 ) -> None:
-    """Train a classifier, and write it and its curve into `folder`; see `loop.fit`."""
+    """Train a classifier, and write it and its curve into the task's folder; see `loop.fit`."""
+    wanted, images, settings, kept, folder = task
     training = settings.training
     # Every arm of a seed starts from the same weights.
     torch.manual_seed(seed_from(settings.seed, "weights", wanted.seed))
@@ -246,23 +252,13 @@ def _train(
         curve.to_csv(folder / _CURVE, index=False)
 
 
-def _train_a_share(
-    wanted: Wanted,
-    images: _Images,
-    settings: Settings,
-    device: str,
-    kept: Path,
-    folder: Path,
-    group: "Accelerator",
-    tell: Tell,
-) -> None:
+def _train_a_share(task: _Task, group: "Accelerator", tell: Tell) -> None:
     """Do what `_train` does in one process of several, of which the first tells how it goes."""
 
     def heard(what: str) -> Callable[..., None]:
         return partial(tell, what) if group.is_main_process else lambda *said: None
 
-    own = str(group.device)
-    _train(wanted, images, settings, own, kept, folder, group, heard("point"), heard("progress"))
+    _train(task, str(group.device), heard("point"), heard("progress"), group)
 
 
 def _augmentation(arm: Arm, images: _Images, settings: Settings) -> Augmentation:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -37,6 +37,14 @@ _MOMENTUM = 0.9
 _MOST_READERS = 8
 
 
+class Kept(NamedTuple):
+    """The file of what a training has learnt so far, and a folder on its file system."""
+
+    path: Path
+    aside: Path
+    """Holds what is half-written."""
+
+
 def fit(
     classifier: Classifier,
     train: LabelledImages,
@@ -49,15 +57,15 @@ def fit(
     augmentation: Augmentation = NONE,
     on_point: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
     progress: Progress = silent,
-    kept: Path | None = None,
+    kept: Kept | None = None,
     group: "Accelerator | None" = None,
 ) -> pd.DataFrame:
     """Train `classifier` in place for `training.steps` steps and keep its best weights on val.
 
     Returns the curve: a row a validation, with step, train_loss, val_loss, val_accuracy and
     learning_rate. Val decides, test is never seen (DESIGN, promise 7). Everything random follows
-    from `seed`. What was learnt is written to the file `kept` at each validation and every two
-    minutes: another call goes on from there. Of the processes of a `group`, each takes its share of
+    from `seed`. What was learnt is `kept` at each validation and every two minutes: another call
+    goes on from there. Of the processes of a `group`, each takes its share of
     every batch; the first alone validates, keeps the best weights and returns a curve.
     """
     model = classifier.model.to(device).to(memory_format=torch.channels_last)
@@ -70,8 +78,8 @@ def fit(
     shared = group.prepare_model(model) if group else model
 
     state = TrainingState.begin(model, optimizer)
-    if kept and kept.exists():
-        state.read(kept)
+    if kept and kept.path.exists():
+        state.read(kept.path)
         for point in state.points:
             on_point(int(point["step"]), {k: v for k, v in point.items() if k != "step"})
     written = time.monotonic()
@@ -99,7 +107,8 @@ def fit(
                             shared(images), targets, label_smoothing=training.label_smoothing
                         )
                     (loss / len(parts)).backward()
-                state.losses.append(loss.detach())  # to read it would wait for the device
+                if rank == 0:
+                    state.losses.append(loss.detach())  # to read it would wait for the device
         optimizer.step()
         state.step = step
 
@@ -117,7 +126,7 @@ def fit(
             state.keep_if_best(val_accuracy)
         overdue = rank == 0 and time.monotonic() - written > _KEEP_EVERY_SECONDS
         if kept and (validates or overdue):
-            state.write(kept)
+            state.write(kept.path, aside=kept.aside)
             written = time.monotonic()
         if validates:
             on_point(step, point)

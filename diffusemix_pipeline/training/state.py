@@ -1,16 +1,17 @@
 """What a training has learnt so far, and the file from which it goes on: nothing is unpickled."""
 
 import json
+import uuid
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from diffusemix_pipeline.files import write_bytes
-
+_FORMAT = "2"
 Weights = dict[str, torch.Tensor]
 
 
@@ -42,29 +43,47 @@ class TrainingState:
             self.best_accuracy = accuracy
             self.best_weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
 
-    def write(self, path: Path) -> None:
-        """Write everything into one file: whole or not at all."""
+    def write(self, path: Path, *, aside: Path) -> None:
+        """Write everything into one file, whole or not at all; `aside` is on its file system."""
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"best.{name}": value for name, value in self.best_weights.items()}
         for number, of_weight in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{name}": value for name, value in of_weight.items()}
         tensors |= {f"loss.{number}": loss for number, loss in enumerate(self.losses)}
         facts = {"step": self.step, "best_accuracy": self.best_accuracy, "points": self.points}
+        described = {"format": _FORMAT, "facts": json.dumps(facts)}
         # Copies, as a weight may be among the best ones too, and files hold no two names for one.
         copied = {
             name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()
         }
-        write_bytes(path, save(copied, {"facts": json.dumps(facts)}))
+        for folder in (aside, path.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        partial = aside / f"{path.name}.{uuid.uuid4().hex[:8]}"
+        try:
+            save_file(copied, partial, described)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def read(self, path: Path) -> None:
-        """Go back to what was written into a file by a training of the same model and recipe."""
-        device = next(self.model.parameters()).device
+        """Go back to what a training of the same model and recipe wrote into a file.
+
+        Of a file that cannot be read, which a warning names, nothing is taken.
+        """
         parts: dict[str, Weights] = {"model": {}, "best": {}, "optimizer": {}, "loss": {}}
-        with safe_open(path, "pt", str(device)) as file:
-            facts = json.loads(file.metadata()["facts"])
-            for key in file.keys():  # noqa: SIM118 (it is no dict)
-                part, name = key.split(".", 1)
-                parts[part][name] = file.get_tensor(key)
+        try:
+            with safe_open(path, "pt") as file:
+                described = file.metadata() or {}
+                for key in file.keys():  # noqa: SIM118 (it is no dict)
+                    part, name = key.split(".", 1)
+                    parts[part][name] = file.get_tensor(key)
+        except SafetensorError as error:
+            warnings.warn(f"{path} cannot be read ({error}): training begins anew.", stacklevel=2)
+            return
+        if described.get("format") != _FORMAT:
+            warnings.warn(f"{path} is of another version: training begins anew.", stacklevel=2)
+            return
+        facts = json.loads(described["facts"])
         self.step, self.best_accuracy = facts["step"], facts["best_accuracy"]
         self.points = facts["points"]
         self.model.load_state_dict(parts["model"])
@@ -72,7 +91,11 @@ class TrainingState:
         state: dict[int, dict[str, Any]] = {}
         for name, value in parts["optimizer"].items():
             number, its = name.split(".", 1)
-            state.setdefault(int(number), {})[its] = value
+            # As its weight lies in memory: reading takes that from the file.
+            how = torch.channels_last if value.ndim == 4 else torch.contiguous_format
+            state.setdefault(int(number), {})[its] = value.contiguous(memory_format=how)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.losses = [parts["loss"][str(number)] for number in range(len(parts["loss"]))]
+        device = next(self.model.parameters()).device
+        losses = parts["loss"]
+        self.losses = [losses[str(number)].to(device) for number in range(len(losses))]

@@ -15,6 +15,7 @@ PROMOTED = "challenger_is_promoted"
     group_name="diffusemix",
     kinds={"mlflow"},
     code_version="1",
+    pool="gpu",
     required_resource_keys=RESOURCE_KEYS,
     check_specs=[
         dg.AssetCheckSpec(

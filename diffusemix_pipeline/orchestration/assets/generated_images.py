@@ -124,7 +124,8 @@ def collect_edits(
             "edits_made": made + predicted.get("pilot_edits", 0),
             **predicted,
             **({"actual_seconds": took} if predicted else {}),
-            **({"edits_per_second": made / took} if made else {}),
+            # Shards may be of machines whose clocks differ.
+            **({"edits_per_second": made / took} if made and took > 0 else {}),
             "numeric_profiles": generate.numeric_profiles(stage, store),
             **_yield_metadata(stage),
             "contact_sheet": stage_sheet(stage, "prompt"),

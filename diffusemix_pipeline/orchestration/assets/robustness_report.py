@@ -17,6 +17,7 @@ REPORT_MD = "report_md"
     group_name="diffusemix",
     kinds={"pytorch", "mlflow"},
     code_version="2",
+    pool="gpu",
     required_resource_keys=RESOURCE_KEYS,
     description="Clean, corrupted and FGSM accuracy and calibration of every arm, with 95 % "
     "intervals, at `outputs/report/index.html`. Guarantees: test is read once a model; "

@@ -26,9 +26,11 @@ def trained_classifier(context: dg.AssetExecutionContext) -> dg.MaterializeResul
     from diffusemix_pipeline.identity import digest
     from diffusemix_pipeline.orchestration.learning import train_arms
     from diffusemix_pipeline.pictures import learning_curves
+    from diffusemix_pipeline.preflight import check_processes
 
     progress = context.resources.progress(context.log)
     project, settings = context.resources.project, context.resources.settings
+    check_processes(settings)
     trained = train_arms(project, settings, context.run.run_id, progress)
     names = list(trained.run_urls)
     curves = {name: fit.curve for name, fit in zip(names, trained.fits, strict=True)}
