@@ -35,8 +35,9 @@ _PLACES = {
     "diffusemix_pipeline/datasets/": "images, edits, mixing",
     "diffusemix_pipeline/editing/": "images, edits, mixing",
     "diffusemix_pipeline/mixing/": "images, edits, mixing",
-    "diffusemix_pipeline/training/": "training and judging",
-    "diffusemix_pipeline/evaluation/": "training and judging",
+    "diffusemix_pipeline/evaluation/evidence.py": "asking about test images",
+    "diffusemix_pipeline/evaluation/": "statistics and the report",
+    "diffusemix_pipeline/training/": "training",
 }
 _ELSE = "Dagster, and the rest"
 

@@ -60,16 +60,18 @@ def wanted(weights: Path, *overrides: str) -> Settings:
 
 @pytest.fixture(scope="module")
 def undisturbed(weights, tmp_path_factory) -> dict[str, str]:
-    """The data that one process makes."""
+    """The data and weights that one process makes."""
     project = Project(tmp_path_factory.mktemp("undisturbed"))
     assert run_here(project, wanted(weights), silent).success
     return digests(project)
 
 
 def digests(project: Project) -> dict[str, str]:
+    """Return what all data and weights hash to."""
+    files = [*project.data.rglob("*"), *project.checkpoints.rglob("*.safetensors")]
     return {
-        path.relative_to(project.data).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(project.data.rglob("*"))
+        path.relative_to(project.root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(files)
         if path.is_file()
     }
 

@@ -23,6 +23,7 @@ from dagster._core.executor.step_delegating import (
     StepDelegatingExecutor,
     StepHandlerContext,
 )
+from dagster._core.system_config.objects import ResolvedRunConfig
 
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.project import Project
@@ -88,7 +89,8 @@ class _Steps(RayStepHandler):
         """Start a step, on a GPU if it is in the pool of those and there are any."""
         key = self._get_step_key(step_handler_context)
         context = step_handler_context.get_step_context(key)
-        settings = context.resolved_run_config.resources["settings"].config
+        config = ResolvedRunConfig.build(context.job.get_definition(), context.run_config)
+        settings = config.resources["settings"].config
         together = settings["training"]["processes"] if key == "trained_classifier" else 1
         self.num_gpus = together if self._gpus and context.step.pool == "gpu" else None
         yield from super().launch_step(step_handler_context)
