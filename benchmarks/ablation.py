@@ -1,6 +1,7 @@
 """What each choice of DiffuseMix is worth, judged on val alone: the test images are not read.
 
     python -m benchmarks.ablation FOLDER --config SETTINGS.yaml --data DATASET [--choices A;B]
+        [--seeds 0,1]
 
 Trains classifiers of the settings' seeds under each choice (mixing online, copies an image,
 prompts, the gate, the order of the two joins, lambda), asks them about the val images, clean and
@@ -62,6 +63,10 @@ CHOICES = {
     "lambda 0": Choice(overrides=("mixing.lam=0",)),
     "lambda 0.4": Choice(overrides=("mixing.lam=0.4",)),
     "online, lambda 0.4": Choice("diffusemix_online", ("mixing.lam=0.4",)),
+    "online, lambda 0.6": Choice("diffusemix_online", ("mixing.lam=0.6",)),
+    "online, lambda 0.4, prompts: art": Choice(
+        "diffusemix_online", ("mixing.lam=0.4", f"editing.prompts={ART}")
+    ),
 }
 
 
@@ -72,6 +77,8 @@ class Bench:
     folder: Path
     data: str
     config: Path
+    seeds: str = ""
+    """Some of the settings' seeds, by ','; all where it is empty."""
 
     @property
     def aside(self) -> Path:
@@ -80,6 +87,7 @@ class Bench:
     def settings(self, overrides: Sequence[str] = ()) -> Settings:
         own = [f"source.path={self.data}", "evaluation.attack_images=0"]
         own += ["evaluation.autoattack_images=0", *overrides]
+        own += [f"training.seeds=[{self.seeds}]"] if self.seeds else []
         return load_settings(self.folder, config=self.config, overrides=own, environment={})
 
 
@@ -188,7 +196,8 @@ if __name__ == "__main__":
     parser.add_argument("--config", type=Path, required=True, help="a YAML file of settings")
     parser.add_argument("--data", required=True, help="a folder of labelled images")
     parser.add_argument("--choices", default=";".join(CHOICES), help="some of them, by ';'")
+    parser.add_argument("--seeds", default="", help="some of the settings' seeds, by ','")
     options = parser.parse_args()
-    bench = Bench(options.folder, options.data, options.config)
+    bench = Bench(options.folder, options.data, options.config, options.seeds)
     pd.set_option("display.width", 200)
     print(measure(bench, options.choices.split(";")).round(3).to_string())
