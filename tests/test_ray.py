@@ -150,7 +150,7 @@ def test_a_lost_node_costs_its_unfinished_batches_alone(cluster, undisturbed, we
     assert written(store).items() >= before.items()
     gpus = reserved_gpus(client, cluster.dashboard)
     assert {step for step, count in gpus.items() if count == 1} >= {
-        "generated_images.edit_shard[0]",
+        "generated_images.edit_shard[shard_0]",
         "trained_classifier",
         "robustness_report",
     }

@@ -41,6 +41,7 @@ except ModuleNotFoundError as error:
 
 ADDRESS = "RAY_ADDRESS"
 """Names the environment variable with the address of the cluster's dashboard."""
+_THREADS = "OMP_NUM_THREADS"
 _CORES = 1  # of the cluster, for each step that runs at once
 _CHECK_EVERY_SECONDS = 10
 
@@ -107,7 +108,8 @@ class _Steps(RayStepHandler):
 class _ClientOfProject(JobSubmissionClient):
     """Runs `dagster` in the project's folder, as Dagster's paths are relative, by this Python.
 
-    Each step computes with all cores of its node: Ray would have it use as many as it reserves.
+    Each step computes with as many threads as it would here, all cores of its node if nothing says
+    otherwise: Ray would have it use as many as it reserves, and threads change bytes.
     """
 
     def __init__(self, address: str, home: Path) -> None:
@@ -118,5 +120,7 @@ class _ClientOfProject(JobSubmissionClient):
         """Start a job; returns its id."""
         assert entrypoint.startswith("dagster ")  # a module, too
         there, python = shlex.quote(str(self._home)), shlex.quote(sys.executable)
-        command = f"cd {there} && exec env -u OMP_NUM_THREADS {python} -m {entrypoint}"
+        chosen = os.environ.get(_THREADS)
+        threads = f"{_THREADS}={chosen}" if chosen else f"-u {_THREADS}"
+        command = f"cd {there} && exec env {threads} {python} -m {entrypoint}"
         return super().submit_job(entrypoint=command, **how)
