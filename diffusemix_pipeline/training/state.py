@@ -1,7 +1,6 @@
 """What a training has learnt so far, and the file from which it goes on: nothing is unpickled."""
 
 import json
-import uuid
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +8,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
+
+from diffusemix_pipeline.files import write_bytes
 
 _FORMAT = "2"
 Weights = dict[str, torch.Tensor]
@@ -56,14 +57,7 @@ class TrainingState:
         copied = {
             name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()
         }
-        for folder in (aside, path.parent):
-            folder.mkdir(parents=True, exist_ok=True)
-        partial = aside / f"{path.name}.{uuid.uuid4().hex[:8]}"
-        try:
-            save_file(copied, partial, described)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_bytes(path, save(copied, described), aside=aside)
 
     def read(self, path: Path) -> None:
         """Go back to what a training of the same model and recipe wrote into a file.
