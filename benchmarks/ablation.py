@@ -23,11 +23,11 @@ from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import Stage
 from diffusemix_pipeline.evaluation.comparison import WITH_EDITS, shared_families
 from diffusemix_pipeline.evaluation.statistics import difference_spread, mean_estimates
-from diffusemix_pipeline.identity import digest, draw
-from diffusemix_pipeline.mixing import stages as mixing_stages
+from diffusemix_pipeline.identity import digest
 from diffusemix_pipeline.mixing.blending import hybrid, mix
-from diffusemix_pipeline.mixing.fractals import fractals_version, load_fractals
+from diffusemix_pipeline.mixing.fractals import fractals_version
 from diffusemix_pipeline.mixing.masks import Mask
+from diffusemix_pipeline.mixing.stages import Fractals, Mixer, fractals_in_a_file, write_mixed
 from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.settings import Arm, Settings, load_settings
 from diffusemix_pipeline.training.arms import Wanted
@@ -164,30 +164,29 @@ def _fractal_first(
     bench: Bench, raw: Stage, generated: Stage, settings: Settings, out: Path
 ) -> Stage:
     """Write M I + (1 - M) ((1 - lam) G + lam F): the original's half stays as it is."""
-    mixing, seed = settings.mixing, settings.seed
-    fractals = load_fractals(mixing, seed, settings.size, bench.folder / "fractals", silent)
-    version = fractals_version(mixing, seed)
-    drawn = mixing.model_dump()
-    fingerprint = digest("fractal first", raw.version, generated.version, seed, drawn, version)
+    seed = settings.seed
+    drawn = [seed, settings.mixing.model_dump(), fractals_version(settings.mixing, seed)]
+    fingerprint = digest("fractal first", raw.version, generated.version, *drawn)
+    with fractals_in_a_file(settings, bench.folder / "fractals", bench.aside, silent) as fractals:
+        join = _FractalFirst(fractals, seed, settings.mixing.lam)
+        mixer = Mixer(raw.folder, generated.folder, settings, join)
+        return write_mixed(
+            "augmented", fingerprint, drawn, mixer, raw, generated, out, bench.aside, silent
+        )
 
-    def join(
-        original: np.ndarray, edit: np.ndarray, mask: Mask, edit_key: str
+
+@dataclass(frozen=True)
+class _FractalFirst:
+    fractals: Fractals
+    seed: int
+    lam: float
+
+    def __call__(
+        self, original: np.ndarray, edit: np.ndarray, mask: Mask, edit_key: str
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        name = draw(sorted(fractals), seed, "fractal", edit_key)
-        blended = mix(edit, edit, mask, fractals[name], mixing.lam)
-        return hybrid(original, blended, mask), {"fractal_id": name, "lam": mixing.lam}
-
-    return mixing_stages._mixed(
-        "augmented",
-        fingerprint,
-        join,
-        raw,
-        generated,
-        settings,
-        out,
-        bench.aside,
-        silent,
-    )
+        name, fractal = self.fractals.draw(self.seed, edit_key)
+        blended = mix(edit, edit, mask, fractal, self.lam)
+        return hybrid(original, blended, mask), {"fractal_id": name, "lam": self.lam}
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ UNet evaluations cost in quality (`curve.py`). Whatever else runs disturbs both 
 """
 
 import argparse
+import io
 import json
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from PIL import Image
 from benchmarks import curve, mixing
 from diffusemix_pipeline.bundled_editor.sources import make_pictures, read_image_folder
 from diffusemix_pipeline.datasets.images import read_square
+from diffusemix_pipeline.datasets.storage import StoredFiles
 from diffusemix_pipeline.devices import choose_device
 from diffusemix_pipeline.editing.editor import load_editor, locate_editor
 from diffusemix_pipeline.editing.planning import PlannedEdit, Source
@@ -144,7 +146,7 @@ def reference_loop(folder: Path, device: str) -> Callable[[PlannedEdit], Image.I
     def edit(planned: PlannedEdit) -> Image.Image:
         return pipeline(
             planned.instruction,
-            image=Image.open(planned.source.path).convert("RGB"),
+            image=Image.open(io.BytesIO(planned.source.content())).convert("RGB"),
             guidance_scale=defaults.guidance,
             image_guidance_scale=defaults.image_guidance,
             generator=torch.Generator().manual_seed(planned.seed),
@@ -169,7 +171,7 @@ def _warm_sampler(
     """Load an editor and make one edit, untimed."""
     chosen = Editing(batch_size=options.batch_size, compile=options.compile, **overrides)
     editor = load_editor(folder, chosen, device)
-    image = read_square(first.source.path, options.size)
+    image = first.source.read(options.size)
     shape = options.batch_size if options.compile else 1  # what is compiled is for one shape
     editor.edit(np.stack([image] * shape), [first.instruction] * shape, [first.seed] * shape)
     settings = Settings(size=options.size, editing=chosen)
@@ -189,7 +191,7 @@ def _edits(scratch: Path, options: argparse.Namespace, count: int) -> Sequence[P
         Image.fromarray(image).save(path)
         prompt = PAPER_PROMPTS[number % len(PAPER_PROMPTS)]
         instruction = Editing().template.format(prompt=prompt)
-        source = Source(str(number), "all", scratch, path.name, file_sha256(path), "")
+        source = Source(str(number), "all", StoredFiles(scratch), path.name, file_sha256(path), "")
         edits.append(PlannedEdit(f"{number:032x}", source, prompt, instruction, 0, 0, number))
     return edits
 

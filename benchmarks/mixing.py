@@ -28,9 +28,15 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from diffusemix_pipeline.datasets.images import png_bytes, read_square
+from diffusemix_pipeline.datasets.images import decode_square, png_bytes
 from diffusemix_pipeline.datasets.ingest import ingest
-from diffusemix_pipeline.datasets.manifest import MANIFEST, Stage, read_manifest, read_stage
+from diffusemix_pipeline.datasets.manifest import (
+    MANIFEST,
+    Stage,
+    read_manifest,
+    read_stage,
+)
+from diffusemix_pipeline.datasets.storage import StoredFiles
 from diffusemix_pipeline.devices import usable_cores
 from diffusemix_pipeline.editing import generate
 from diffusemix_pipeline.editing.generate import LabelGate, collect_edits, make_edits
@@ -245,14 +251,15 @@ def _stage_seconds(
 def _codec_alone_seconds(augmented: Path, raw: Stage, generated: Stage, size: int) -> float:
     names = dict(raw.manifest(["image_id", "file_name"]).itertuples(index=False))
     edits = generated.manifest()
-    originals = [raw.folder / names[source] for source in edits["source_id"]]
-    edited = [generated.folder / name for name in edits["file_name"]]
-    some = [read_square(augmented / name, size) for name in edits["file_name"][:256]]
+    originals = [names[source] for source in edits["source_id"]]
+    edited = edits["file_name"]
+    made = StoredFiles(augmented)
+    some = [decode_square(made.read(name), size) for name in edits["file_name"][:256]]
     results = islice(cycle(some), len(edits))
 
-    def coded(original: Path, edit: Path, result: np.ndarray) -> None:
-        read_square(original, size)
-        read_square(edit, size)
+    def coded(original: str, edit: str, result: np.ndarray) -> None:
+        decode_square(raw.files.read(original), size)
+        decode_square(generated.files.read(edit), size)
         png_bytes(result)
 
     with ThreadPoolExecutor(usable_cores()) as threads:

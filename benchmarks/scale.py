@@ -1,25 +1,35 @@
 """What an image costs as datasets grow, through the first four assets: 1,000 to 100,000 images.
 
     python -m benchmarks.scale [--images 1000,10000,100000] [--size 32] [--set KEY=VALUE]
+    python -m benchmarks.scale --workers [--images 10000] [--size 32]
 
 Synthetic JPEGs, all different, and an editor that costs nothing: what is left is what the pipeline
-itself does. Each run is a process of its own, through Dagster, whose peak of resident memory the
-kernel tells: all anew, once more with nothing changed, and with one image added. Beside it, what
-DVC takes to add and to look at the data. Everything lies in a temporary folder.
+itself does. Each run is a process of its own, through Dagster: all anew, once more with nothing
+changed, and with one image added. Its peak of resident memory is told by the kernel; that of it and
+its workers together, what they share counted once, is looked at every half second. Beside it, what
+DVC takes to add the data for the first time, and to look at them. Everything lies in a temporary
+folder.
+
+The second compares two workers of one stage with two copies of the work that know nothing of each
+other, a core each, in turns: how much faster per worker could they be?
 """
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pandas as pd
+import psutil
 from PIL import Image
 
 from benchmarks.mixing import NoEditor, different_pictures
@@ -29,6 +39,7 @@ from diffusemix_pipeline.settings import load_settings
 ASSETS = ("raw_dataset", "generated_images", "hybrid_images", "fractal_augmented_dataset")
 _CLASSES = 10
 _TEST_SHARE = 0.1
+_PAIRS = 3
 
 
 def measure(count: int, size: int, overrides: Sequence[str]) -> dict[str, Any]:
@@ -44,16 +55,21 @@ def measure(count: int, size: int, overrides: Sequence[str]) -> dict[str, Any]:
         # One for training: the image with number `count` would be one for test.
         write_source(here / "source", count + 2, size, start=count + 1)
         added = _run_apart(project, own)
+        runs = [anew, again, added]
+        files = sum(1 for path in project.data.rglob("*") if path.is_file())
+        # As if nothing was known of the data.
+        shutil.rmtree(project.root / ".dvc" / "cache")
+        (project.root / "data.dvc").unlink()
         return {
             "images": count,
             "anew_s": anew["seconds"],
             "anew_ms_an_image": 1e3 * anew["seconds"] / count,
             "again_s": again["seconds"],
             "one_more_s": added["seconds"],
-            "peak_mb": max(anew["peak_mb"], again["peak_mb"], added["peak_mb"]),
-            "files": sum(1 for path in project.data.rglob("*") if path.is_file()),
-            "dvc_add_s": _seconds(project.root, ["add", "data"]),
-            "dvc_status_s": _seconds(project.root, ["status"]),
+            **{peak: max(run[peak] for run in runs) for peak in ("peak_mb", "peak_of_all_mb")},
+            "files": files,
+            "dvc_add_s": _seconds(project.root, ["add", "data"], here / "dvc"),
+            "dvc_status_s": _seconds(project.root, ["status"], here / "dvc"),
             "by_asset": anew["by_asset"],
             "again_by_asset": again["by_asset"],
             "one_more_by_asset": added["by_asset"],
@@ -74,9 +90,25 @@ def write_source(folder: Path, count: int, size: int, start: int = 0) -> None:
 def _run_apart(project: Project, overrides: Sequence[str]) -> dict[str, Any]:
     sets = [part for override in overrides for part in ("--set", override)]
     command = [sys.executable, "-m", "benchmarks.scale", "--within", str(project.root), *sets]
-    began = time.monotonic()
-    told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return {"seconds": time.monotonic() - began, **json.loads(told.splitlines()[-1])}
+    began, peak = time.monotonic(), 0.0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        while running.poll() is None:
+            peak = max(peak, _megabytes_of_all(psutil.Process(running.pid)))
+            time.sleep(0.5)
+        assert running.stdout is not None
+        told = json.loads(running.stdout.read().splitlines()[-1])
+    assert running.returncode == 0
+    return {"seconds": time.monotonic() - began, "peak_of_all_mb": peak, **told}
+
+
+def _megabytes_of_all(process: psutil.Process) -> float:
+    """Return the memory of a process and all that it started; what they share counts once."""
+    bytes_of_all = 0
+    with suppress(psutil.NoSuchProcess):
+        for each in [process, *process.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                bytes_of_all += each.memory_full_info().pss
+    return bytes_of_all / 1e6
 
 
 def run_assets(project: Project, overrides: Sequence[str]) -> dict[str, Any]:
@@ -111,10 +143,88 @@ def run_assets(project: Project, overrides: Sequence[str]) -> dict[str, Any]:
     return {"peak_mb": peak, "by_asset": took.round(1).to_dict()}
 
 
-def _seconds(root: Path, command: Sequence[str]) -> float:
+def compare_workers(count: int, size: int) -> dict[str, list[float]]:
+    """Return by stage, for each of three pairs, two workers' speed over that of two copies."""
+    with tempfile.TemporaryDirectory() as folder:
+        here = Path(folder)
+        write_source(here / "source", count, size)
+        found: dict[str, list[float]] = {}
+        for pair in range(_PAIRS):
+            copies = [_start_alone(here, f"{pair}-{core}", size, {core}) for core in (0, 1)]
+            alone = [_told(copy) for copy in copies]
+            both = _told(_start_alone(here, f"{pair}-both", size, {0, 1}))
+            for stage, seconds in both.items():
+                of_copies = max(copy[stage] for copy in alone)
+                found.setdefault(stage, []).append(of_copies / (2 * seconds))
+        return found
+
+
+def _start_alone(here: Path, name: str, size: int, cores: set[int]) -> subprocess.Popen[str]:
+    """Start a process that makes the stages into a folder of its own, on some cores alone."""
+    within = ["--within", str(here / name), "--source", str(here / "source"), "--size", str(size)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.scale", "--workers", *within],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+    )
+
+
+def _told(process: subprocess.Popen[str]) -> dict[str, float]:
+    told, _ = process.communicate()
+    assert process.returncode == 0
+    return dict(json.loads(told.splitlines()[-1]))
+
+
+def time_stages(folder: Path, source: Path, size: int) -> dict[str, float]:
+    """Ingest, edit (for nothing, untimed) and mix; return the seconds of each stage."""
+    from diffusemix_pipeline.datasets.ingest import ingest
+    from diffusemix_pipeline.editing import generate
+    from diffusemix_pipeline.editing.sampling import Sampler
+    from diffusemix_pipeline.editing.store import EditStore
+    from diffusemix_pipeline.mixing.fractals import load_fractals
+    from diffusemix_pipeline.mixing.stages import make_augmented, make_hybrids
+    from diffusemix_pipeline.progress import silent
+
+    settings = load_settings(folder, overrides=[f"size={size}"], environment={})
+    aside, fractals = folder / "aside", folder / "fractals"
+    load_fractals(settings.mixing, settings.seed, size, fractals, silent)
+    sampler = Sampler(NoEditor(), "cpu", settings, 32)
+    seconds = {}
     began = time.monotonic()
-    dvc = [sys.executable, "-m", "dvc", *command]
-    subprocess.run(dvc, cwd=root, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    raw = ingest(str(source), settings, folder / "raw", aside=aside)
+    seconds["raw"] = time.monotonic() - began
+    with patch.object(generate, "load_sampler", lambda plan, device: sampler):
+        generated = generate.generate(
+            raw,
+            settings,
+            folder / "generated",
+            store=EditStore(folder / "edits"),
+            aside=aside,
+            device="cpu",
+        ).stage
+    began = time.monotonic()
+    make_hybrids(raw, generated, settings, folder / "hybrid", aside=aside)
+    seconds["hybrid"] = time.monotonic() - began
+    began = time.monotonic()
+    make_augmented(
+        raw, generated, settings, folder / "augmented", fractal_cache=fractals, aside=aside
+    )
+    seconds["augmented"] = time.monotonic() - began
+    return seconds
+
+
+def _seconds(root: Path, command: Sequence[str], state: Path) -> float:
+    """Time a DVC command; `state` is where it keeps what it knows of files."""
+    began = time.monotonic()
+    subprocess.run(
+        [sys.executable, "-m", "dvc", *command],
+        cwd=root,
+        env=os.environ | {"DVC_SITE_CACHE_DIR": str(state)},
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     return time.monotonic() - began
 
 
@@ -124,10 +234,18 @@ def main() -> None:
     parser.add_argument("--images", default="1000,10000,100000")
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--workers", action="store_true", help="compare workers with copies")
     parser.add_argument("--within", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.within and options.workers:
+        print(json.dumps(time_stages(options.within, options.source, options.size)))
+        return
     if options.within:
         print(json.dumps(run_assets(Project(options.within), options.overrides)))
+        return
+    if options.workers:
+        print(json.dumps(compare_workers(int(options.images.split(",")[0]), options.size)))
         return
     for count in options.images.split(","):
         print(json.dumps(measure(int(count), options.size, options.overrides)), flush=True)

@@ -11,8 +11,8 @@ from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import (
     MANIFEST,
     STAGE,
+    TABLES,
     Stage,
-    read_manifest,
     read_stage,
 )
 from diffusemix_pipeline.devices import choose_device
@@ -49,12 +49,16 @@ def augment_folder(
     """Write `out/<class>/*.png` with `manifest.parquet`, from `train_dir/<class>/*`.
 
     `sources.parquet` holds the originals' rows: a manifest row's `source_id` is an `image_id`
-    there, whose own `source_id` is the path below `train_dir`. Copies of the originals, the edits
-    and the store lie under the project's state folder. Raises UserError where `out` holds
+    there, whose own `source_id` is the path below `train_dir`. Where `storage.format` is `tar`,
+    shards are written; `auto` means files, of however many images. Copies of the originals, the
+    edits and the store lie under the project's state folder. Raises UserError where `out` holds
     something else or lies within `train_dir`.
     """
     _check_out(train_dir, out)
     check_augmentation(settings)
+    if settings.storage.format == "auto":  # an ImageFolder is what was asked for
+        files = settings.storage.model_copy(update={"format": "files"})
+        settings = settings.model_copy(update={"storage": files})
     work = project.state / "augment" / digest(str(out.resolve()))
     parts = work / "aside"
     raw = ingest(
@@ -71,7 +75,7 @@ def augment_folder(
             raw,
             settings,
             work / "generated",
-            store=EditStore(project.edits),
+            store=EditStore(project.edits, settings.storage.edits),
             aside=parts,
             device=device,
             gate_of=lambda plan: label_gate(
@@ -113,5 +117,5 @@ def _is_earlier_result(out: Path) -> bool:
     """Tell whether a folder holds what this wrote and nothing else, so that it may be replaced."""
     if not (out / STAGE).exists() or read_stage(out).name != "augmented":
         return False
-    own = {MANIFEST, STAGE, SOURCES, *read_manifest(out, ["file_name"])["file_name"]}
+    own = {*TABLES, SOURCES, *read_stage(out).image_files()}
     return own >= {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}

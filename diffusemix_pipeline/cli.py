@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.project import Project, alone_with_edits, without_runs
+from diffusemix_pipeline.project import Project, alone_with_edits, using_edits, without_runs
 from diffusemix_pipeline.settings import (
     NO_PRESET,
     Settings,
@@ -600,6 +600,27 @@ def verify() -> None:
     for key in damaged:
         click.echo(f"Set aside: {key}", err=True)
     raise SystemExit(1 if damaged else 0)
+
+
+@store.command()
+def share() -> None:
+    """Put every edit of this store where storage.edits says, for other machines.
+
+    Runs bring and share the edits that they want by themselves.
+    """
+    from diffusemix_pipeline.editing.shared_edits import SharedEdits
+    from diffusemix_pipeline.editing.store import EditStore
+    from diffusemix_pipeline.terminal import progress_bars
+
+    project, url = Project(Path.cwd()), load_settings(Path.cwd()).storage.edits
+    if not url:
+        raise UserError("storage.edits names no place: set it to a URL such as s3://bucket/edits.")
+    SharedEdits(url).check()
+    edits = EditStore(project.edits, url)
+    with using_edits(project), progress_bars() as progress:
+        keys = list(edits)
+        edits.exchange(keys, progress)
+    click.echo(f"What {project.edits} holds, {len(keys):,} edits, is in {url}; damaged ones stay.")
 
 
 @store.command()

@@ -45,7 +45,7 @@ def plan_cost(
     The pilot's edits stay in the store for that run, as do the label gate's teachers.
     """
     check_augmentation(settings)
-    device, store = choose_device(settings.device), EditStore(project.edits)
+    device, store = choose_device(settings.device), EditStore(project.edits, settings.storage.edits)
     raw, origin = _raw(settings, project, progress)
     dropped = read_dropped(project.dropped)
     plan = plan_edits(raw, settings, dropped)
@@ -59,6 +59,7 @@ def plan_cost(
         fit_where_needed(gate, plan)
     with using_edits(project):
         adopt_edits(project.generated, store)
+        store.exchange({edit.key for edit in plan.shard(0, 1)}, progress)
         stored = [edit.key in store for edit in plan.shard(0, 1)]
         cost = run_pilot(plan, store, device=device, gate=gate, progress=progress)
     left = forecast(plan, store, gate, cost) if cost else None

@@ -1,6 +1,10 @@
 """Which device heavy work runs on, what it is fast at, and how many processor cores there are."""
 
 import os
+import sys
+from pathlib import Path
+
+_CONTAINER_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # cgroup 2
 
 
 def choose_device(device: str) -> str:
@@ -33,6 +37,13 @@ def is_fast_at_bfloat16(device: str) -> bool:
 
 def usable_cores() -> int:
     """Return how many processor cores this process may use, which in a container can be few."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores or 1, _cores_of_container())
+
+
+def _cores_of_container() -> int:
+    """Return how many cores' time Linux gives to this container; very many without a limit."""
+    if not _CONTAINER_LIMIT.exists():
+        return sys.maxsize
+    most, period = _CONTAINER_LIMIT.read_text().split()
+    return sys.maxsize if most == "max" else max(1, round(int(most) / int(period)))

@@ -101,6 +101,17 @@ class Ledger:
                         yield json.loads(line)
 
 
+def clear_aside(folder: Path) -> None:
+    """Remove what killed writers left half-written; what can be gone on from stays."""
+    for path in folder.glob("*"):
+        if path.suffix == BEGUN:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """Make `target` share the bytes of `source` where the file system can, else copy them."""
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ from diffusemix_pipeline.datasets.published import PUBLISHED, check_at_hand
 from diffusemix_pipeline.datasets.sources import DIGITS, NAMES
 from diffusemix_pipeline.devices import choose_device, count_gpus
 from diffusemix_pipeline.editing.editor import check_honoured, locate_editor, locate_lora
+from diffusemix_pipeline.editing.shared_edits import SharedEdits
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import check_replaceable
 from diffusemix_pipeline.mixing.fractals import fractals_version
@@ -113,3 +114,5 @@ def check_augmentation(settings: Settings) -> None:
     folder = locate_editor(settings.editing.editor, settings.editing.revision)
     check_honoured(folder, settings.editing)
     locate_lora(settings.editing.lora)
+    if settings.storage.edits:
+        SharedEdits(settings.storage.edits).check()

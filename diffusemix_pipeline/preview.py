@@ -9,7 +9,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from diffusemix_pipeline.datasets.images import UnreadableImageError, read_square
+from diffusemix_pipeline.datasets.images import UnreadableImageError, decode_square
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.items import Item
 from diffusemix_pipeline.datasets.sources import list_items
@@ -63,7 +63,7 @@ def _sheet(
         raw,
         settings,
         work / "generated",
-        store=EditStore(project.edits),
+        store=EditStore(project.edits, settings.storage.edits),
         aside=work / "aside",
         device=choose_device(settings.device),
         progress=progress,
@@ -71,9 +71,9 @@ def _sheet(
     edits = generated.manifest().set_index(["source_id", "prompt"])["file_name"]
     rows, labels = [], []
     for original in raw.manifest().itertuples():
-        made = [generated.folder / edits[original.image_id, p] for p in settings.editing.prompts]
-        paths = [raw.folder / original.file_name, *made]
-        rows.append([read_square(path, settings.size) for path in paths])
+        names = [edits[original.image_id, prompt] for prompt in settings.editing.prompts]
+        contents = [raw.files.read(original.file_name), *map(generated.files.read, names)]
+        rows.append([decode_square(content, settings.size) for content in contents])
         labels.append(original.label)
     return contact_sheet(
         rows, row_labels=labels, column_labels=["original", *settings.editing.prompts], cell=128

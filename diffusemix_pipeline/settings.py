@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -118,6 +119,35 @@ class Source(Section):
     max_pixels: int = Field(
         64_000_000, gt=0, description="A larger image is set aside unread (decompression bombs)."
     )
+
+
+class Storage(Section):
+    """Where and how images lie; no image follows from it."""
+
+    format: Literal["auto", "files", "tar"] = Field(
+        "auto",
+        description="Image files in class folders, or tar shards in WebDataset's naming; auto: "
+        "shards from 20,000 images on.",
+    )
+    shard_images: int = Field(
+        1000,
+        gt=0,
+        description="At most about so many source images a shard, or a process at a time.",
+    )
+    edits: str = Field(
+        "",
+        description="Where machines share edits: a bucket's URL, such as s3://bucket/edits, of "
+        "any kind that fsspec opens. Secrets come from the environment. Empty: edits stay here.",
+    )
+
+    @field_validator("edits")
+    @classmethod
+    def _is_a_bucket(cls, edits: str) -> str:
+        if urlsplit(edits).password:
+            raise ValueError("holds a password: give secrets by the environment")
+        if edits and urlsplit(edits).scheme in ("", "file", "local"):
+            raise ValueError("is no bucket's URL, such as s3://bucket/edits")
+        return edits
 
 
 class Gate(Section):
@@ -443,6 +473,7 @@ class Settings(Section):
         90, ge=1, description="How long the job `maintenance` keeps runs; read on loading."
     )
     source: Source = Source()
+    storage: Storage = Storage()
     editing: Editing = Editing()
     mixing: Mixing = Mixing()
     training: Training = Training()
@@ -455,7 +486,9 @@ PLACE_OR_SPEED = ("editor", "revision", "lora", "batch_size", "shards", "dtype",
 """Settings below `editing` that say where an editor is and how fast: an edit is the same edit."""
 
 
-_OF_RUNNING = {"tracking", "executor", "owners", "retrain_cron", "keep_runs_days", "checks"}
+_OF_RUNNING = {
+    "tracking", "executor", "storage", "owners", "retrain_cron", "keep_runs_days", "checks",
+}  # fmt: skip
 """What shapes no image and no classifier."""
 
 

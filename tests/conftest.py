@@ -7,9 +7,11 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import chdir, closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import numpy as np
@@ -17,8 +19,10 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from diffusemix_pipeline.datasets.images import png_bytes, read_square
-from diffusemix_pipeline.datasets.manifest import Stage, read_stage, write_stage
+from diffusemix_pipeline.datasets.images import decode_square, png_bytes
+from diffusemix_pipeline.datasets.manifest import Stage, read_stage
+from diffusemix_pipeline.datasets.parts import Part, write_stage
+from diffusemix_pipeline.datasets.storage import Layout
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings, load_settings
 
@@ -113,21 +117,32 @@ def write_digits(folder: Path, *, shuffled: bool = False, first: int = 0, last: 
 
 def write_edits(raw: Stage, folder: Path, *, aside: Path) -> Stage:
     """Write a stage like `generated`: each training image's negative of 32 px, with its row."""
-    rows = raw.manifest().query("split == 'train'").to_dict("records")
-    with write_stage(folder, name="generated", fingerprint="negatives", aside=aside) as stage:
-        for row in rows:
-            image_id = f"{row['label']}/{Path(row['image_id']).name}"
-            content = png_bytes(255 - read_square(raw.folder / row["file_name"], 32))
-            target = stage.folder / f"{image_id}.png"
-            target.parent.mkdir(exist_ok=True)
-            target.write_bytes(content)
-            made = {
-                "image_id": image_id,
-                "file_name": f"{image_id}.png",
-                "source_id": row["image_id"],
-                "sha256": hashlib.sha256(content).hexdigest(),
-            }
-            stage.add({**row, **made})
+    images = []
+    for row in raw.manifest().query("split == 'train'").to_dict("records"):
+        image_id = f"{row['label']}/{Path(row['image_id']).name}"
+        content = png_bytes(255 - decode_square(raw.files.read(row["file_name"]), 32))
+        made = {
+            "image_id": image_id,
+            "file_name": f"{image_id}.png",
+            "source_id": row["image_id"],
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "edit_key": hashlib.sha256(content).hexdigest()[:32],
+        }
+        images.append(({**row, **made}, content))
+    return write_images(folder, "generated", images, aside=aside)
+
+
+def write_images(
+    folder: Path, name: str, images: list[tuple[dict[str, Any], bytes]], *, aside: Path
+) -> Stage:
+    """Write a stage folder of rows and the bytes of their files, in one part."""
+    classes = sorted({row["label"] for row, _ in images})
+    layout = Layout(packed=False, parts={"train": 1})
+    with write_stage(
+        folder, name=name, fingerprint="given", layout=layout, classes=classes, aside=aside
+    ) as stage:
+        part = Part("train-000000", uuid.uuid4().hex, images, len(images))
+        stage.write([part], lambda images, threads: images, total=len(images), describe="")
     return read_stage(folder)
 
 

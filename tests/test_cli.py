@@ -64,6 +64,19 @@ def test_augment_gives_an_image_folder_that_others_open(here, weights):
     assert "nothing done" in augmented(source, weights).output
 
 
+def test_augment_gives_files_however_many_and_shards_where_they_are_asked_for(
+    here, weights, monkeypatch
+):
+    monkeypatch.setattr("diffusemix_pipeline.datasets.storage._PACKED_FROM", 5)
+    source = write_classes(here / "photos", ["cat", "dog"], 5)
+    assert "10 augmented images in out" in augmented(source, weights).output
+    assert len(list((here / "out").glob("*/*.png"))) == 10
+    packed = ("--set", "storage.format=tar")
+    assert "10 augmented images in out" in augmented(source, weights, *packed).output
+    assert list((here / "out").glob("*.tar"))
+    assert "nothing done" in augmented(source, weights, *packed).output
+
+
 def test_augment_is_a_superset_of_the_official_command_line(here, weights):
     import pandas as pd
 

@@ -146,8 +146,11 @@ def killed_in_flight(
         last, done, total = told[-1]
         if done < total and last.startswith(phases):
             return told
-        for name in MADE[stage]:  # a kill that came too late is none: let the stage work again
-            path = project.root / name
+        # A kill that came too late is none: let the stage work again.
+        for path in [
+            *(project.root / name for name in MADE[stage]),
+            *project.aside.glob("*.begun"),
+        ]:
             path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
     pytest.fail(f"no kill hit {stage} at work; the last came after {told[-1]}")
 

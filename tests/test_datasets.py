@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pandera.errors
 import pytest
-from conftest import picture, quick_settings, write_classes
+from conftest import picture, quick_settings, write_classes, write_images
 from PIL import Image, UnidentifiedImageError
 
 from diffusemix_pipeline.datasets import manifest
@@ -20,10 +20,10 @@ from diffusemix_pipeline.datasets.images import (
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import (
     MANIFEST,
-    StageWriter,
     read_manifest,
     read_stage,
-    write_stage,
+    typed,
+    write_tables,
 )
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import digest
@@ -356,10 +356,8 @@ def test_train_only_holds_nothing_out_and_refuses_split_folders(tmp_path):
 
 
 def table(rows: list[dict[str, object]], folder: Path) -> pd.DataFrame:
-    writer = StageWriter(folder)
-    for row in rows:
-        writer.add(row)
-    return writer.table()
+    write_tables(folder, typed(rows), {"stage": "x", "fingerprint": "y", "notes": {}})
+    return read_manifest(folder)
 
 
 def test_a_manifest_refuses_rows_that_make_no_sense(tmp_path):
@@ -380,7 +378,7 @@ def test_a_manifest_refuses_rows_that_make_no_sense(tmp_path):
         table([row, row], tmp_path)
 
 
-def test_rows_written_in_chunks_are_the_table_of_all(tmp_path, monkeypatch):
+def test_the_version_is_the_digest_of_the_whole_table(tmp_path, monkeypatch):
     rows = [
         {
             "image_id": f"{number}",
@@ -394,13 +392,10 @@ def test_rows_written_in_chunks_are_the_table_of_all(tmp_path, monkeypatch):
         }
         for number in range(17)
     ]
-    whole = table(rows, tmp_path)
     monkeypatch.setattr(manifest, "CHUNK_ROWS", 5)
-    with write_stage(tmp_path / "out", name="x", fingerprint="y", aside=tmp_path / "a") as stage:
-        for row in rows:
-            stage.add(row)
-    pd.testing.assert_frame_equal(read_manifest(tmp_path / "out"), whole)
-    assert read_stage(tmp_path / "out").version == digest(whole.to_csv(index=False))
+    whole = table(rows, tmp_path)
+    assert len(whole) == 17
+    assert read_stage(tmp_path).version == digest(whole.to_csv(index=False))
 
 
 def test_a_folder_without_a_stage_is_named(tmp_path):
@@ -438,8 +433,7 @@ def test_a_manifest_names_nothing_outside_of_its_folder(column, value, tmp_path)
     out, aside = tmp_path / "out", tmp_path / "aside"
     row = {"image_id": "cat", "label": "cat", "split": "train", "source_id": "cat"}
     row |= {"file_name": "a..b/cat.png", "edit_key": "0" * 32, "source_sha256": "", "sha256": ""}
-    with write_stage(out, name="raw", fingerprint="f", aside=aside) as stage:
-        stage.add(row)
+    write_images(out, "raw", [(row, b"")], aside=aside)
     rows = pd.read_parquet(out / MANIFEST)
     rows[column] = value
     rows.to_parquet(out / MANIFEST)

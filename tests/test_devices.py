@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor, TimeoutError
 
 import pytest
 
+from diffusemix_pipeline import devices
 from diffusemix_pipeline import project as projects
 from diffusemix_pipeline.project import Project, own_device
 
@@ -13,6 +14,16 @@ def two_gpus(monkeypatch) -> None:
     monkeypatch.setattr(projects, "choose_device", lambda device: device.replace("auto", "cuda"))
     monkeypatch.setattr(projects, "count_gpus", lambda: 2)
     monkeypatch.setattr(projects, "_LOOK_AGAIN_SECONDS", 0.01)
+
+
+@pytest.mark.parametrize(
+    ("told", "cores"), [("max 100000\n", 4), ("200000 100000\n", 2), ("50000 100000\n", 1)]
+)
+def test_a_container_has_as_many_cores_as_it_is_given_time(told, cores, tmp_path, monkeypatch):
+    (tmp_path / "cpu.max").write_text(told)
+    monkeypatch.setattr(devices, "_CONTAINER_LIMIT", tmp_path / "cpu.max")
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(4)))
+    assert devices.usable_cores() == cores
 
 
 @pytest.mark.usefixtures("two_gpus")

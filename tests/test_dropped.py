@@ -16,6 +16,7 @@ from diffusemix_pipeline.editing.generate import LabelGate, generate
 from diffusemix_pipeline.editing.planning import plan_edits
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.settings import Storage
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +84,11 @@ def test_images_that_come_pinned_lose_what_was_dropped_as_well(source, tmp_path)
     gone = a_train_row(raw)
     dropped = Dropped(frozenset({tombstone(gone)}))
     ingested = raw_of(source, tmp_path / "other", dropped)
-    left = leave_out(raw, dropped, aside=tmp_path / "aside")
+    left = leave_out(raw, dropped, Storage(), aside=tmp_path / "aside")
     assert left.version == ingested.version
     assert not (left.folder / gone["file_name"]).exists()
     assert left.notes["source"] == raw.notes["source"]
-    assert leave_out(left, dropped, aside=tmp_path / "aside") is left
+    assert leave_out(left, dropped, Storage(), aside=tmp_path / "aside") is left
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +260,8 @@ def test_copies_in_another_split_or_class_stay(tmp_path):
     [gone] = rows[rows["source_id"] == "train/cat/0.png"].to_dict("records")
     assert len(raw.notes["copies_across_splits"]) == 2
     dropped = Dropped(frozenset({tombstone(gone)}))
-    pinned = leave_out(raw_of(source, tmp_path / "pinned"), dropped, aside=tmp_path / "aside")
+    whole = raw_of(source, tmp_path / "pinned")
+    pinned = leave_out(whole, dropped, Storage(), aside=tmp_path / "aside")
     for left in (raw_of(source, tmp_path / "raw", dropped), pinned):
         ids = set(left.manifest()["source_id"])
         assert ids == set(rows["source_id"]) - {"train/cat/0.png"}

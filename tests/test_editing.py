@@ -22,6 +22,7 @@ from diffusemix_pipeline.datasets.dropped import Dropped
 from diffusemix_pipeline.datasets.images import read_square, to_square
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import REJECTED, Stage, read_stage
+from diffusemix_pipeline.datasets.storage import StoredFiles
 from diffusemix_pipeline.editing import generate as generate_module
 from diffusemix_pipeline.editing import instruct_pix2pix, planning, sampling
 from diffusemix_pipeline.editing.editor import (
@@ -267,7 +268,7 @@ def test_where_memory_does_not_suffice_the_batch_is_halved_and_the_run_says_so(w
         Sampler(edits, "cpu", quick_settings(), 8).make(planned(tmp_path, 5), 5, store, silent)
     profiles, said = store.profiles(), store.records()
     sizes = {key: profiles[record.profile]["batch_size"] for key, record in said.items()}
-    assert sizes == {f"{n:02}": 2 for n in range(5)}
+    assert sizes == {f"{n:032x}": 2 for n in range(5)}
     halved = {key: read_square(store.path(key), 32) for key in store}
     other = EditStore(tmp_path / "other")
     Sampler(editor(weights), "cpu", quick_settings(), 2).make(
@@ -322,12 +323,13 @@ def test_a_device_samples_while_files_are_written(tmp_path):
 def planned(folder: Path, count: int) -> list[PlannedEdit]:
     """Return edits of as many pictures, written into the folder."""
     pictures = write_classes(folder / "pictures", ["all"], count) / "all"
+    files = StoredFiles(pictures)
     sources = [
-        Source(f"{n}", "all", pictures, f"{n}.png", file_sha256(pictures / f"{n}.png"), "")
+        Source(str(n), "all", files, f"{n}.png", file_sha256(pictures / f"{n}.png"), "")
         for n in range(count)
     ]
     return [
-        PlannedEdit(f"{n:02}", source, "mosaic", "into mosaic", 0, 0, seed=n)
+        PlannedEdit(f"{n:032x}", source, "mosaic", "into mosaic", 0, 0, seed=n)
         for n, source in enumerate(sources)
     ]
 

@@ -10,7 +10,6 @@ from conftest import quick_settings, write_classes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusemix_pipeline.datasets.images import read_square
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import Stage
 from diffusemix_pipeline.editing.editor import BUNDLED_WEIGHTS, load_editor
@@ -144,7 +143,7 @@ def test_a_fitted_gate_is_read_back_without_its_images(raw, tmp_path, monkeypatc
     again = label_gate(plan, raw, **where)
     assert again.fit() == accuracy
     sources = [edit.source for edit in plan]
-    originals = np.stack([read_square(source.path, 32) for source in sources])
+    originals = np.stack([source.read(32) for source in sources])
     edits = originals[:, ::-1]
     found = first.judge(sources, originals, edits)
     assert again.judge(sources, originals, edits) == found

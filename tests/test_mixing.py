@@ -3,11 +3,11 @@
 import hashlib
 
 import pytest
-from conftest import quick_settings, write_classes
+from conftest import quick_settings, write_classes, write_images
 
+from diffusemix_pipeline.datasets import parts
 from diffusemix_pipeline.datasets.images import png_bytes, read_square
 from diffusemix_pipeline.datasets.ingest import ingest
-from diffusemix_pipeline.datasets.manifest import read_stage, write_stage
 from diffusemix_pipeline.mixing import stages
 from diffusemix_pipeline.mixing.blending import mix
 from diffusemix_pipeline.mixing.masks import half_mask
@@ -21,17 +21,16 @@ def inputs(tmp_path):
     photos = write_classes(tmp_path / "photos", ["cat", "dog"], 6)
     aside = tmp_path / "aside"
     raw = ingest(str(photos), SETTINGS, tmp_path / "raw", aside=aside, train_only=True)
-    out = tmp_path / "generated"
-    with write_stage(out, name="generated", fingerprint="x", aside=aside) as stage:
-        for row in raw.manifest().to_dict("records"):
-            name = f"{row['label']}/{row['sha256'][:8]}.png"
-            content = png_bytes(read_square(raw.folder / row["file_name"], 32)[::-1].copy())
-            (stage.folder / row["label"]).mkdir(exist_ok=True)
-            (stage.folder / name).write_bytes(content)
-            sha256 = hashlib.sha256(content).hexdigest()
-            itself = {"image_id": name, "file_name": name, "source_id": row["image_id"]}
-            stage.add({**row, **itself, "edit_key": row["sha256"], "sha256": sha256})
-    return raw, read_stage(out)
+    images = []
+    for row in raw.manifest().to_dict("records"):
+        name = f"{row['label']}/{row['sha256'][:8]}.png"
+        content = png_bytes(read_square(raw.folder / row["file_name"], 32)[::-1].copy())
+        sha256 = hashlib.sha256(content).hexdigest()
+        itself = {"image_id": name, "file_name": name, "source_id": row["image_id"]}
+        images.append(
+            ({**row, **itself, "edit_key": row["sha256"][:32], "sha256": sha256}, content)
+        )
+    return raw, write_images(tmp_path / "generated", "generated", images, aside=aside)
 
 
 def augmented(inputs, tmp_path, name):
@@ -45,10 +44,10 @@ def augmented(inputs, tmp_path, name):
 
 
 def test_threads_and_chunks_of_rows_change_no_byte(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "usable_cores", lambda: 7)
+    monkeypatch.setattr(parts, "usable_cores", lambda: 7)
     many = augmented(inputs, tmp_path, "many")
-    monkeypatch.setattr(stages, "usable_cores", lambda: 1)
-    monkeypatch.setattr(stages, "CHUNK_ROWS", 5)
+    monkeypatch.setattr(parts, "usable_cores", lambda: 1)
+    monkeypatch.setattr(stages, "_AT_ONCE", 5)
     one = augmented(inputs, tmp_path, "one")
     assert one.version == many.version
     for path in many.folder.rglob("*.*"):

@@ -17,6 +17,7 @@ from ray._private.node import Node
 from ray.cluster_utils import Cluster
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ray.util.state import list_actors
+from test_executors import EIGHT_TARS, inputs, made, plain
 
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.orchestration.launch import prepare_instance, run_here
@@ -24,6 +25,7 @@ from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings
 
+__all__ = ["inputs", "plain"]  # fixtures
 pytestmark = pytest.mark.slow
 NODE = {"num_cpus": 1, "object_store_memory": 100_000_000}
 
@@ -54,7 +56,7 @@ def weights(tmp_path_factory) -> Path:
 
 def wanted(weights: Path, *overrides: str) -> Settings:
     """Return settings under which a shard is at work for a while, on many batches."""
-    slow = ["editing.batch_size=2", "editing.steps=60", "editing.copies=3"]
+    slow = ["editing.batch_size=2", "editing.steps=60", "editing.copies=3", "storage.format=tar"]
     return quick_settings(f"editing.editor={weights}", *slow, *overrides)
 
 
@@ -126,6 +128,21 @@ def reserved_gpus(client: JobSubmissionClient, dashboard: str) -> dict[str, floa
         for actor in actors
         if (actor.name or "").startswith("_ray_internal_job_actor_")
     }
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("how", "tars"),
+    [
+        (("storage.format=files", "editing.shards=1"), 0),
+        (("storage.format=tar", EIGHT_TARS, "editing.shards=8"), 8),
+    ],
+    ids=["one shard", "eight tars, eight shards"],
+)
+def test_the_same_500_images_are_made_on_a_cluster(cluster, plain, inputs, how, tars, tmp_path):
+    address = cluster.dashboard
+    assert made(tmp_path, inputs, "executor=ray", *how, RAY_ADDRESS=address) == plain
+    assert len(list((tmp_path / "data" / "augmented").glob("*.tar"))) == tars
 
 
 @pytest.mark.timeout(1800)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
+from diffusemix_pipeline.editing.records import Record, Records
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import file_sha256
@@ -55,6 +56,42 @@ def test_the_first_bytes_stay(store):
     assert file_sha256(store.path(key_of(1))) == first.sha256
     assert store.checked([key_of(1)]) == {key_of(1)}
     assert store.records() == {key_of(1): first}
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["00" * 16, "ab" + "00" * 15, "00" * 15 + "01", "ff" * 16]),
+            st.sampled_from(["00" * 32, "cd" + "00" * 31, "ff" * 32]),
+            st.sampled_from(["one", "two"]),
+        )
+    )
+)
+def test_records_are_what_was_said_first(said):
+    records = Records({"key": k, "sha256": s, "profile": p} for k, s, p in said)
+    first: dict[str, Record] = {}
+    every: dict[str, list[Record]] = {}
+    for key, sha256, profile in said:
+        first.setdefault(key, Record(sha256, profile))
+        every.setdefault(key, []).append(Record(sha256, profile))
+    assert dict(records) == first
+    assert list(records) == sorted(first)
+    assert "12" * 16 not in records
+    disputed = {k: r for k, r in every.items() if len({one.sha256 for one in r}) > 1}
+    assert records.disputed() == disputed
+    for key, all_of_it in disputed.items():
+        records.settle(key, all_of_it[-1])
+        assert records[key] == all_of_it[-1]
+
+
+def test_a_file_of_another_name_is_set_aside_like_any_foreign_one(store):
+    filled(store, 1)
+    stray = store.path(key_of(0)).with_name("00-copy.png")
+    stray.write_bytes(b"x")
+    assert store.status().edits == 1
+    assert store.checked(list(store)) == {key_of(0)}
+    assert not stray.exists()
 
 
 def test_a_changed_and_a_foreign_file_are_set_aside(store):

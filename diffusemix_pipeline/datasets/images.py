@@ -10,8 +10,8 @@ from PIL import Image, ImageOps
 
 MAX_PIXELS = 64_000_000  # of one image: a small file may decode to gigabytes
 Image.init()
-# EPS is a program, which PIL hands to Ghostscript.
-_FORMATS = sorted(set(Image.OPEN) - {"EPS"})
+# PIL tries one after the other; EPS is a program, which it would hand to Ghostscript.
+_FORMATS = ["JPEG", "PNG", *sorted(set(Image.OPEN) - {"JPEG", "PNG", "EPS"})]
 _RUN_LENGTHS = 3  # zlib's Z_RLE
 
 
@@ -63,7 +63,12 @@ def to_square(image: Image.Image, size: int) -> np.ndarray:
 
 def read_square(path: Path, size: int) -> np.ndarray:
     """Read one of the pipeline's own RGB files as uint8 (size, size, 3)."""
-    with Image.open(path, formats=_FORMATS) as image:
+    return decode_square(path.read_bytes(), size)
+
+
+def decode_square(content: bytes, size: int) -> np.ndarray:
+    """Decode the bytes of one of the pipeline's own RGB files as uint8 (size, size, 3)."""
+    with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
         return to_square(image.convert("RGB"), size)
 
 

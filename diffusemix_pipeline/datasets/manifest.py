@@ -4,25 +4,34 @@ Both hold only what the inputs determine. Times, hosts and run ids would change 
 """
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow
 
+from diffusemix_pipeline.datasets.checked import CHECKED
+from diffusemix_pipeline.datasets.storage import (
+    INDEX,
+    INFO,
+    Differences,
+    Layout,
+    StoredFiles,
+    differences,
+)
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.files import replaced_folder, write_json
+from diffusemix_pipeline.files import write_json
 from diffusemix_pipeline.identity import digest_of_text
+from diffusemix_pipeline.settings import Storage
 
 MANIFEST = "manifest.parquet"
 STAGE = "stage.json"
 REJECTED = "rejected.parquet"
 """What a label gate kept out of the stage."""
-TABLES = {MANIFEST, STAGE, REJECTED}
+TABLES = {MANIFEST, STAGE, REJECTED, CHECKED, INDEX, INFO}
 """The files of a stage folder that are no images."""
 SPLITS = ("train", "val", "test")
 CHUNK_ROWS = 1024  # held as Python objects at a time
@@ -63,11 +72,31 @@ class Stage:
     version: str
     counts: dict[str, Any]
     notes: dict[str, Any] = field(default_factory=dict)
+    layout: dict[str, Any] = field(default_factory=dict)
+    """See `Layout.document`; empty where an earlier version wrote the folder."""
+    parts: dict[str, str] = field(default_factory=dict)
+    """Name -> fingerprint; see `parts.Part`."""
     reused: bool = False
 
     def manifest(self, columns: list[str] | None = None) -> pd.DataFrame:
         """Read the stage's rows, or some columns of them."""
         return read_manifest(self.folder, columns)
+
+    @cached_property
+    def files(self) -> StoredFiles:
+        """Its image files."""
+        return StoredFiles(self.folder)
+
+    def image_files(self) -> Iterable[str]:
+        """Return the names of the files that hold images: they themselves, or shards."""
+        if self.layout.get("packed"):
+            return [f"{name}.tar" for name in self.parts]
+        return self.manifest(["file_name"])["file_name"]
+
+    def differences(self) -> Differences:
+        """Read all images, and compare them with what the manifest says."""
+        rows = self.manifest(["file_name", "sha256"]).itertuples(index=False, name=None)
+        return differences(self.folder, dict(rows), TABLES)
 
 
 def read_manifest(folder: Path, columns: list[str] | None = None) -> pd.DataFrame:
@@ -96,77 +125,39 @@ def read_stage(folder: Path) -> Stage:
         content["version"],
         content["counts"],
         content["notes"],
+        content.get("layout", {}),
+        content.get("parts", {}),
     )
 
 
-def finished_stage(folder: Path, fingerprint: str) -> Stage | None:
+def layout_of(raw: Stage, storage: Storage) -> Layout:
+    """Return the layout of a raw stage's dataset, and of all that is made of it."""
+    by_split = raw.counts["by_split"]
+    return Layout.of({split: sum(of.values()) for split, of in by_split.items()}, storage)
+
+
+def finished_stage(folder: Path, fingerprint: str, layout: Layout) -> Stage | None:
     """Return the stage in `folder` if the same fingerprint made it and no file is missing."""
     if not (folder / STAGE).exists():
         return None
     stage = read_stage(folder)
-    if stage.fingerprint != fingerprint:
+    if stage.fingerprint != fingerprint or stage.layout != layout.document():
         return None
-    whole = all((folder / name).exists() for name in stage.manifest(["file_name"])["file_name"])
+    names = [*stage.image_files(), *([INDEX] if layout.packed else [])]
+    whole = all((folder / name).exists() for name in names)
     return replace(stage, reused=True) if whole else None
 
 
-class StageWriter:
-    """Collects the rows of a stage while its files are written into `folder`.
-
-    They wait in files: kept in memory, they would lie between the buffers of images that come and
-    go, and the heap would grow by several times their size.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.notes: dict[str, Any] = {}
-        self._rows: list[dict[str, Any]] = []
-        self._waiting = folder / "rows.partial"
-        self._files = 0
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Add the row of one image; what it does not say is missing."""
-        self._rows.append(row)
-        if len(self._rows) == CHUNK_ROWS:
-            self._put_aside()
-
-    def table(self) -> pd.DataFrame:
-        """Return the rows, sorted by file name, typed and checked; no more can be added."""
-        self._put_aside()
-        rows = pd.read_parquet(self._waiting).astype(_DTYPES)
-        shutil.rmtree(self._waiting)
-        rows = rows.sort_values("file_name", ignore_index=True)  # this lets the unsorted go
-        return _schema().validate(rows, inplace=True)
-
-    def _put_aside(self) -> None:
-        self._waiting.mkdir(exist_ok=True)
-        _typed(self._rows).to_parquet(self._waiting / f"{self._files:06d}.parquet", index=False)
-        self._files += 1
-        self._rows = []
+def write_tables(folder: Path, rows: pd.DataFrame, facts: Mapping[str, Any]) -> None:
+    """Write a stage folder's tables: the rows, and what is said of the stage, the last of all."""
+    rows = rows.sort_values("file_name", ignore_index=True)
+    rows = _schema().validate(rows, inplace=True)
+    rows.to_parquet(folder / MANIFEST, index=False, row_group_size=CHUNK_ROWS)
+    write_json(folder / STAGE, {**facts, "version": version_of(rows), "counts": counts_of(rows)})
 
 
-@contextmanager
-def write_stage(folder: Path, *, name: str, fingerprint: str, aside: Path) -> Iterator[StageWriter]:
-    """Fill a stage folder aside, then put it in the place of the old one: manifest last, rename.
-
-    `read_stage(folder)` gives the result afterwards.
-    """
-    with replaced_folder(folder, mark=STAGE, aside=aside) as partial:
-        writer = StageWriter(partial)
-        yield writer
-        rows = writer.table()
-        rows.to_parquet(partial / MANIFEST, index=False, row_group_size=CHUNK_ROWS)
-        content = {
-            "stage": name,
-            "fingerprint": fingerprint,
-            "version": version_of(rows),
-            "counts": counts_of(rows),
-            "notes": writer.notes,
-        }
-        write_json(partial / STAGE, content)
-
-
-def _typed(rows: list[dict[str, Any]]) -> pd.DataFrame:
+def typed(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return rows as a table; what one does not say is missing."""
     return pd.DataFrame(rows, columns=list(_DTYPES)).astype(_DTYPES)
 
 
@@ -203,5 +194,5 @@ def _schema() -> Any:
     # a label is the name of a folder in it.
     columns["label"].checks = [pa.Check.str_matches(r"(?s)(?!\.\.?\Z)[^/]+\Z")]
     columns["file_name"].checks = [pa.Check.str_matches(r"(?s)(?!/)(?!(.*/)?\.\.(/|\Z))")]
-    columns["edit_key"].checks = [pa.Check.str_matches(r"[0-9a-f]+\Z")]
+    columns["edit_key"].checks = [pa.Check.str_matches(r"[0-9a-f]{32}\Z")]
     return pa.DataFrameSchema(columns, strict=True, ordered=True)

@@ -126,7 +126,9 @@ def run_pilot(
     round_edits, rounds = pilot_rounds(plan, device)
     half = round_edits * rounds
     judged = verdicts_by_case(gate.verdicts) if gate else {}
-    missing = {edit.key for edit in open_edits(plan, judged) if edit.key not in store}
+    missing = {edit.key for edit in open_edits(plan, judged)}
+    store.exchange(missing, progress)
+    missing = {key for key in missing if key not in store}
     if len(missing) < 2 * half:
         return None
     fair = set(heapq.nsmallest(2 * half, missing))

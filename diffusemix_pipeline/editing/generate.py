@@ -4,15 +4,17 @@ In three steps, so that shards can share the second: plan (`planning.py`), make 
 lacks, collect all of them into the stage folder.
 """
 
+import hashlib
 import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,15 +29,23 @@ from diffusemix_pipeline.datasets.manifest import (
     finished_stage,
     read_manifest,
     read_stage,
-    write_stage,
 )
+from diffusemix_pipeline.datasets.parts import Image, Part, write_stage
+from diffusemix_pipeline.datasets.storage import StoredFiles
 from diffusemix_pipeline.editing.editor import edits_at_once, load_editor
 from diffusemix_pipeline.editing.gate import ACCEPTED, Judge
-from diffusemix_pipeline.editing.planning import Plan, PlannedEdit, case, instruction, plan_edits
+from diffusemix_pipeline.editing.planning import (
+    CODE_VERSION,
+    Plan,
+    PlannedEdit,
+    case,
+    instruction,
+    plan_edits,
+)
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.files import Ledger, link_or_copy
-from diffusemix_pipeline.identity import file_sha256
+from diffusemix_pipeline.files import Ledger
+from diffusemix_pipeline.identity import digest
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings
 
@@ -85,7 +95,7 @@ def generate(
     `gate_of` is asked for the label gate where it is on.
     """
     plan = plan_edits(raw, settings, dropped)
-    finished = finished_stage(out, plan.fingerprint)
+    finished = finished_stage(out, plan.fingerprint, plan.layout)
     if finished:
         return Generated(finished, 0)
     adopt_edits(out, store)
@@ -107,13 +117,16 @@ def adopt_edits(folder: Path, store: EditStore) -> int:
     """
     if not (folder / STAGE).exists():
         return 0
-    adopted = 0
+    adopted, files = 0, StoredFiles(folder)
     rows = read_manifest(folder, ["edit_key", "file_name", "sha256"])
     for key, name, sha256 in rows.itertuples(index=False, name=None):
-        path = folder / name
-        if key not in store and path.exists() and file_sha256(path) == sha256:
-            store.put_file(key, path.read_bytes(), store.add_profile(_ELSEWHERE))
-            adopted += 1
+        if key in store:
+            continue
+        with suppress(FileNotFoundError):
+            content = files.read(name)
+            if hashlib.sha256(content).hexdigest() == sha256:
+                store.put_file(key, content, store.add_profile(_ELSEWHERE))
+                adopted += 1
     return adopted
 
 
@@ -145,7 +158,7 @@ def make_edits(
 ) -> int:
     """Make the edits of one shard that the store lacks or holds damaged; return how many.
 
-    An edit's shard follows from its key, so that shards may run at once, anywhere, in any order.
+    An edit's shard follows from its source, so that shards may run at once, anywhere, in any order.
     What the gate rejects is made anew from another seed, as often as the settings allow.
     """
     wanted: Iterable[PlannedEdit] = plan.shard(shard, shards)
@@ -177,42 +190,80 @@ def collect_edits(
     others. Raises UserError where nothing was accepted, or where an edit is missing: the plan of
     those who made them left it out, or it was pruned.
     """
-    judged = verdicts_by_case(verdicts) if verdicts else {}
-    accepted, dropped, rejected = 0, 0, []
-    records = store.records()
-    with write_stage(out, name="generated", fingerprint=plan.fingerprint, aside=aside) as stage:
-        for done, first in enumerate(plan, start=1):
-            for edit in attempts(plan, first, judged):
-                if edit.key in plan.dropped:
-                    dropped += 1
-                    continue
-                verdict = judged.get(edit.case) if verdicts else ACCEPTED
-                if verdict is None or (verdict == ACCEPTED and edit.key not in records):
-                    raise UserError(
-                        f"{edit.source.image_id} lacks its edit to '{edit.prompt}': dropped.txt or "
-                        "the store changed during the run. Run it again: what was made is kept."
-                    )
-                row = _row(edit, verdict if verdicts else None, plan.settings.size)
-                if verdict == ACCEPTED:
-                    link_or_copy(store.path(edit.key), stage.folder / row["file_name"])
-                    accepted += 1
-                    stage.add({**row, "sha256": records[edit.key].sha256})
-                else:
-                    rejected.append({name: row[name] for name in _REJECTED_COLUMNS})
-            progress("Linking edits", done, len(plan))
-        del records, judged  # not to be held beside the manifest
-        if not accepted:
+    collected = _Collected(store, verdicts)
+    with write_stage(
+        out,
+        name="generated",
+        fingerprint=plan.fingerprint,
+        layout=plan.layout,
+        classes=plan.classes,
+        aside=aside,
+    ) as stage:
+        stage.write(
+            collected.parts(plan),
+            partial(_stored, store),
+            total=len(plan),
+            describe="Linking edits",
+            progress=progress,
+        )
+        rejected = pd.DataFrame(collected.rejected, columns=_REJECTED_COLUMNS)
+        if not collected.accepted:
             raise UserError(
                 f"The label gate rejected all {len(rejected)} edits: look at them with `diffusemix "
                 "preview`, choose other prompts, or change editing.gate."
             )
         stage.notes["editor"] = plan.weights
-        stage.notes["dropped"] = dropped
+        stage.notes["dropped"] = collected.dropped
         if verdicts:
             stage.notes["gate"] = plan.gate
-            table = pd.DataFrame(rejected, columns=_REJECTED_COLUMNS)
-            table.to_parquet(stage.folder / REJECTED, index=False)
+            rejected.to_parquet(stage.folder / REJECTED, index=False)
+        del collected  # not to be held beside the manifest
     return read_stage(out)
+
+
+class _Collected:
+    """Which edits of a plan are used: the rows of each part, and what is counted meanwhile."""
+
+    def __init__(self, store: EditStore, verdicts: Ledger | None) -> None:
+        self._gated = verdicts is not None
+        self._judged = verdicts_by_case(verdicts) if verdicts else {}
+        self._records = store.records()
+        self.accepted, self.dropped = 0, 0
+        self.rejected: list[dict[str, Any]] = []
+
+    def parts(self, plan: Plan) -> Iterator[Part]:
+        """Give the parts that have an edit that is used."""
+        labels = plan.classes if plan.layout.packed else None  # their places are in the shards
+        for name, of_part in plan.by_part():
+            rows = list(self._rows(of_part))
+            self.accepted += len(rows)
+            if rows:
+                fingerprint = digest("generated", CODE_VERSION, name, rows, labels)
+                yield Part(name, fingerprint, rows, len(of_part))
+
+    def _rows(self, plan: Plan) -> Iterator[dict[str, Any]]:
+        for first in plan:
+            for edit in attempts(plan, first, self._judged):
+                if edit.key in plan.dropped:
+                    self.dropped += 1
+                    continue
+                verdict = self._judged.get(edit.case) if self._gated else ACCEPTED
+                if verdict is None or (verdict == ACCEPTED and edit.key not in self._records):
+                    raise UserError(
+                        f"{edit.source.image_id} lacks its edit to '{edit.prompt}': dropped.txt or "
+                        "the store changed during the run. Run it again: what was made is kept."
+                    )
+                row = _row(edit, verdict if self._gated else None, plan.settings.size)
+                if verdict == ACCEPTED:
+                    yield {**row, "sha256": self._records[edit.key].sha256}
+                else:
+                    self.rejected.append({name: row[name] for name in _REJECTED_COLUMNS})
+
+
+def _stored(store: EditStore, rows: Sequence[dict[str, Any]], threads: int) -> Iterator[Image]:
+    """Give edits' rows with their files in the store."""
+    for row in rows:
+        yield row, store.path(row["edit_key"])
 
 
 def judged_edits(stage: Stage) -> pd.DataFrame:
@@ -233,15 +284,11 @@ def _make_missing(
     progress: Progress,
 ) -> int:
     """Make those of `wanted` that are of use and not stored as they were made; return how many."""
-    there: list[str] = []
-    missing: set[str] = set()
-    for edit in wanted:
-        if judged.get(edit.case, ACCEPTED) == ACCEPTED:
-            if edit.key in store:
-                there.append(edit.key)
-            else:
-                missing.add(edit.key)
-    if damaged := set(there) - store.checked(there, progress):
+    missing = {edit.key for edit in wanted if judged.get(edit.case, ACCEPTED) == ACCEPTED}
+    store.exchange(missing, progress)
+    there = {key for key in missing if key in store}
+    missing -= there
+    if damaged := there - store.checked(there, progress):
         warnings.warn(
             f"{len(damaged)} stored edits are not as they were stored: they are set aside in "
             f"{store.quarantine} and made anew, the first is {min(damaged)}.",
@@ -294,7 +341,7 @@ def judge_edits(
     while batch := list(islice(unjudged, _JUDGED_AT_ONCE)):
         sources = [edit.source for edit in batch]
         size = plan.settings.size
-        originals = np.stack([read_square(source.path, size) for source in sources])
+        originals = np.stack([source.read(size) for source in sources])
         edits = np.stack([read_square(store.path(edit.key), size) for edit in batch])
         for edit, verdict in zip(batch, gate.judge(sources, originals, edits), strict=True):
             if verdict != ACCEPTED:
@@ -361,7 +408,8 @@ def _row(edit: PlannedEdit, verdict: str | None, size: int) -> dict[str, Any]:
     """Return the edit's manifest row, but for the SHA-256 of its file."""
     source = edit.source
     slug = re.sub(r"[^a-z0-9]+", "-", edit.prompt.lower()).strip("-")[:40]
-    image_id = f"{source.label}/{source.path.stem}.{slug}.{edit.copy}.{edit.key[:8]}"
+    stem = PurePosixPath(source.file_name).stem
+    image_id = f"{source.label}/{stem}.{slug}.{edit.copy}.{edit.key[:8]}"
     return {
         "image_id": image_id,
         "file_name": f"{image_id}.png",

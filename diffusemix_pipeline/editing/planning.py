@@ -5,7 +5,7 @@ What belongs here: what follows from rows and settings alone. What does not: pix
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,9 @@ import numpy as np
 import pandas as pd
 
 from diffusemix_pipeline.datasets.dropped import NOTHING, Dropped
-from diffusemix_pipeline.datasets.manifest import Stage, class_names
+from diffusemix_pipeline.datasets.images import decode_square
+from diffusemix_pipeline.datasets.manifest import Stage, class_names, layout_of
+from diffusemix_pipeline.datasets.storage import Layout, StoredFiles
 from diffusemix_pipeline.editing.editor import editor_fingerprint, locate_editor, locate_lora
 from diffusemix_pipeline.files import Ledger
 from diffusemix_pipeline.identity import digest, draw, seed_from
@@ -30,15 +32,18 @@ class Source(NamedTuple):
 
     image_id: str
     label: str
-    folder: Path
+    files: StoredFiles
     file_name: str
     sha256: str
     source_sha256: str
 
-    @property
-    def path(self) -> Path:
-        """Where it lies; made when asked for, as a Path takes more memory than all the rest."""
-        return self.folder / self.file_name
+    def content(self) -> bytes:
+        """Return the bytes of its file."""
+        return self.files.read(self.file_name)
+
+    def read(self, size: int) -> np.ndarray:
+        """Return its pixels as uint8 (size, size, 3)."""
+        return decode_square(self.content(), size)
 
 
 def case(key: str, label: str) -> str:
@@ -82,9 +87,12 @@ class Plan:
     """Identifies the label gate whose verdicts count; None where it is off."""
     dropped: frozenset[str]
     """Keys of edits that a person took out: they are neither made nor used."""
-    _folder: Path
+    layout: Layout
+    """Of the stage."""
+    classes: list[str]
+    _files: StoredFiles
     _sources: pd.DataFrame
-    """The training images that are edited, with the columns of `Source` but for the folder."""
+    """The training images that are edited, with the columns of `Source` but for the files."""
 
     def __len__(self) -> int:
         editing = self.settings.editing
@@ -92,16 +100,30 @@ class Plan:
         return len(self._sources) * editing.copies * prompts
 
     def __iter__(self) -> Iterator[PlannedEdit]:
+        return self.edits_of(self._sources)
+
+    def edits_of(self, sources: pd.DataFrame) -> Iterator[PlannedEdit]:
+        """Give the first attempts of some of the sources."""
         settings = self.settings
-        for image_id, label, *rest in self._sources.itertuples(index=False, name=None):
-            source = Source(image_id, sys.intern(label), self._folder, *rest)
+        for image_id, label, *rest in sources.itertuples(index=False, name=None):
+            source = Source(image_id, sys.intern(label), self._files, *rest)
             for copy in range(settings.editing.copies):
                 for prompt in _prompts(source.sha256, copy, settings):
                     yield _planned(source, prompt, copy, 0, settings, self.weights)
 
     def shard(self, number: int, of: int) -> "Shard":
-        """Return the edits whose keys fall to shard `number` (from 0) of `of`."""
-        return Shard(self, number, of)
+        """Return the edits that fall to shard `number` (from 0) of `of`, but for dropped ones.
+
+        It follows from the bytes of an edit's source, so that no other shard makes the same one.
+        """
+        falls_to = self._sources["sha256"].map(lambda sha256: int(sha256[:16], 16) % of)
+        return Shard(self, self._sources[falls_to == number])
+
+    def by_part(self) -> Iterator[tuple[str, "Plan"]]:
+        """Give the parts of the stage by name, each as a plan of its sources alone."""
+        names = self._sources["image_id"].map(lambda source: self.layout.part_of("train", source))
+        for name, sources in self._sources.groupby(names):
+            yield str(name), replace(self, _sources=sources)
 
     def verdicts(self, folder: Path) -> Ledger:
         """Return where the gate keeps its verdicts, below the folder of all gates."""
@@ -115,18 +137,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Shard:
-    """Some of a plan's edits: an edit's shard follows from its key."""
+    """Some of a plan's edits."""
 
     plan: Plan
-    number: int
-    of: int
+    sources: pd.DataFrame
 
     def __iter__(self) -> Iterator[PlannedEdit]:
-        return (
-            edit
-            for edit in self.plan
-            if int(edit.key, 16) % self.of == self.number and edit.key not in self.plan.dropped
-        )
+        edits = self.plan.edits_of(self.sources)
+        return (edit for edit in edits if edit.key not in self.plan.dropped)
 
 
 def plan_edits(raw: Stage, settings: Settings, dropped: Dropped = NOTHING) -> Plan:
@@ -144,7 +162,18 @@ def plan_edits(raw: Stage, settings: Settings, dropped: Dropped = NOTHING) -> Pl
     asked = [raw.version, settings.seed, settings.size, shape, weights, gated, left_out]
     fingerprint = digest("generated", CODE_VERSION, *asked)
     sources = _share(train, editing.share, settings.seed)
-    return Plan(fingerprint, folder, weights, settings, gate, dropped.edits, raw.folder, sources)
+    return Plan(
+        fingerprint=fingerprint,
+        editor=folder,
+        weights=weights,
+        settings=settings,
+        gate=gate,
+        dropped=dropped.edits,
+        layout=layout_of(raw, settings.storage),
+        classes=class_names(raw.counts),
+        _files=raw.files,
+        _sources=sources,
+    )
 
 
 def _share(sources: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:

@@ -4,6 +4,7 @@ What belongs here: whatever every editor needs around `edit`. What does not: whi
 (`planning.py`), and how one is sampled (a module a family of editors).
 """
 
+import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
@@ -15,12 +16,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusemix_pipeline.datasets.images import read_square, to_square
+from diffusemix_pipeline.datasets.images import decode_square, to_square
 from diffusemix_pipeline.editing.editor import Editor
 from diffusemix_pipeline.editing.planning import PlannedEdit, Source, edited_side
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.identity import file_sha256
 from diffusemix_pipeline.progress import Progress
 from diffusemix_pipeline.settings import Settings
 
@@ -68,21 +68,25 @@ class Sampler:
         images = np.stack([self._read(edit.source) for edit in batch])
         with self._device:
             parts = self._edit(batch, images)
-        left = iter(batch)
+        left, stored = iter(batch), {}
         for part, shape in parts:
             profile = store.add_profile(self._profile | {"batch_size": shape})
             for edit, pixels in zip(islice(left, len(part)), part, strict=True):
-                store.put(edit.key, to_square(Image.fromarray(pixels), self._size), profile)
+                square = to_square(Image.fromarray(pixels), self._size)
+                stored[edit.key] = store.put(edit.key, square, profile)
+        store.share(stored)
         return len(batch)
 
     def _read(self, source: Source) -> np.ndarray:
         """Read an image, whose bytes must be those that its edits are known by."""
-        if file_sha256(source.path) != source.sha256:
+        content = source.content()
+        if hashlib.sha256(content).hexdigest() != source.sha256:
             raise UserError(
-                f"{source.path} is not as it was when the images were read. Bring it back with "
-                "`dvc checkout`, or remove the folder `raw` and run again, which reads the source."
+                f"{source.files.folder / source.file_name} is not as it was when the images were "
+                "read. Bring it back with `dvc checkout`, or remove the folder `raw` and run "
+                "again, which reads the source."
             )
-        return read_square(source.path, self._side)
+        return decode_square(content, self._side)
 
     def _edit(
         self, batch: Sequence[PlannedEdit], images: np.ndarray

@@ -9,32 +9,23 @@ written.
 import hashlib
 import json
 import shutil
-import sys
 import uuid
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from diffusemix_pipeline.datasets.images import png_bytes
+from diffusemix_pipeline.editing.records import Record, Records
+from diffusemix_pipeline.editing.shared_edits import Shared, SharedEdits
 from diffusemix_pipeline.files import Ledger, write_json, write_once
 from diffusemix_pipeline.identity import digest, file_sha256
 from diffusemix_pipeline.progress import Progress, silent
 
 _RECORDS, _PROFILES, _ASIDE = "records", "profiles", "aside"
-
-
-@dataclass(frozen=True, slots=True)  # there is one for every edit at once
-class Record:
-    """What was said of an edit before it was stored."""
-
-    sha256: str
-    """Of the file's bytes."""
-    profile: str
-    """The numeric profile that made it: see `EditStore.add_profile`."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +48,12 @@ class EditStore:
     came first stay. Its record is written before its file: a file without one is not the store's.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, shared: str = "") -> None:
+        """Open the store in `folder`; `shared` is the URL where other machines find its edits."""
         self._folder = folder
         self._records = Ledger(folder / _RECORDS)
+        self._shared = SharedEdits(shared) if shared else None
+        self._told: set[str] = set()  # profiles that are known on both sides
 
     @property
     def quarantine(self) -> Path:
@@ -95,23 +89,54 @@ class EditStore:
         write_once(self.path(key), content, aside=self._folder / _ASIDE)
         return record
 
-    def records(self) -> dict[str, Record]:
+    def exchange(self, keys: Collection[str], progress: Progress = silent) -> int:
+        """Bring those of `keys` that are shared and not here, and share those that only are here.
+
+        Returns how many it brought. Nothing happens where edits are not shared.
+        """
+        if self._shared is None:
+            return 0
+        there = self._shared.find(keys)
+        lacking = [edit for key, edit in there.items() if key not in self]
+        brought = 0
+        for done, (edit, content) in enumerate(self._shared.read(lacking), start=1):
+            progress("Bringing shared edits", done, len(lacking))
+            if content is None:
+                del there[edit.key]
+                continue
+            if edit.profile not in self._told:
+                self.add_profile(self._shared.profile(edit.profile))
+                self._told.add(edit.profile)
+            self.put_file(edit.key, content, edit.profile)
+            brought += 1
+        own = [key for key in keys if key not in there and key in self]
+        if own:
+            records = self.records()
+            self.share({key: records[key] for key in own if key in records}, progress)
+        return brought
+
+    def share(self, stored: Mapping[str, Record], progress: Progress = silent) -> None:
+        """Put edits of this store where other machines find them, if there is such a place."""
+        if self._shared is None:
+            return
+        for profile in {record.profile for record in stored.values()} - self._told:
+            self._shared.add_profile(profile, self.profiles()[profile])
+            self._told.add(profile)
+        edits = {Shared(key, *astuple(record)): self.path(key) for key, record in stored.items()}
+        self._shared.add(edits, progress)
+
+    def records(self) -> Records:
         """Read what was said of each edit.
 
         Where processes that made the same one said different things, it is what the file's bytes
         are; only then a file is read.
         """
-        found: dict[str, Record] = {}
-        disputed: dict[str, list[Record]] = {}
-        for said in self._records:
-            key, record = said["key"], Record(said["sha256"], sys.intern(said["profile"]))
-            if found.setdefault(key, record).sha256 != record.sha256:
-                disputed.setdefault(key, []).append(record)
-        for key, others in disputed.items():
+        records = Records(self._records)
+        for key, said in records.disputed().items():
             if key in self:
                 sha256 = file_sha256(self.path(key))
-                found[key] = next((r for r in others if r.sha256 == sha256), found[key])
-        return found
+                records.settle(key, next((r for r in said if r.sha256 == sha256), said[0]))
+        return records
 
     def profiles(self) -> dict[str, dict[str, Any]]:
         """Return the numeric profiles by the digests that stand for them in records."""

@@ -4,14 +4,13 @@ What belongs here: which wrong answers, which training images are nearest to eac
 classifier's own eyes, and what was made of these. What does not: taking them out (`drop`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diffusemix_pipeline.datasets.images import read_square
+from diffusemix_pipeline.datasets.images import decode_square
 from diffusemix_pipeline.datasets.manifest import Stage
 from diffusemix_pipeline.pictures import contact_sheet
 from diffusemix_pipeline.progress import Progress, silent
@@ -83,8 +82,12 @@ def audit(
         }
         for row, place in enumerate(wrong)
     ]
-    files = {name: augmented.folder / file for name, file in made["file_name"].items()}
-    return Audit(cases, _sheet(cases, test.images[wrong], train, near, files))
+    names_of_made = made["file_name"]
+
+    def read(image_id: str, size: int) -> np.ndarray:
+        return decode_square(augmented.files.read(names_of_made[image_id]), size)
+
+    return Audit(cases, _sheet(cases, test.images[wrong], train, near, read))
 
 
 def _nearest(
@@ -116,14 +119,14 @@ def _sheet(
     images: np.ndarray,
     train: LabelledImages,
     near: np.ndarray,
-    files: Mapping[str, Path],
+    read: Callable[[str, int], np.ndarray],
 ) -> bytes:
     blank = np.full((1, 1, 3), 255, np.uint8)
     rows = []
     for case, image, places in zip(cases, images, near, strict=True):
         row = [image]
         for neighbour, pixels in zip(case["nearest"], train.images[places], strict=True):
-            shown = [read_square(files[n], len(image)) for n in neighbour["made"][:_MADE_SHOWN]]
+            shown = [read(made, len(image)) for made in neighbour["made"][:_MADE_SHOWN]]
             row += [pixels, *shown, *[blank] * (_MADE_SHOWN - len(shown))]
         rows.append(row)
     made = ["made of it"] * _MADE_SHOWN

@@ -6,23 +6,28 @@ encodings do not pile up.
 """
 
 import hashlib
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
-from diffusemix_pipeline.datasets.images import png_bytes, read_square
+from diffusemix_pipeline.datasets.images import decode_square, png_bytes
 from diffusemix_pipeline.datasets.manifest import (
-    CHUNK_ROWS,
     Stage,
+    class_names,
     finished_stage,
+    layout_of,
     read_stage,
-    write_stage,
+    version_of,
 )
-from diffusemix_pipeline.devices import usable_cores
+from diffusemix_pipeline.datasets.parts import Image, Part, write_stage
+from diffusemix_pipeline.datasets.storage import Layout, StoredFiles
 from diffusemix_pipeline.identity import digest, draw
 from diffusemix_pipeline.mixing.blending import hybrid, mix
 from diffusemix_pipeline.mixing.fractals import fractals_version, load_fractals
@@ -31,9 +36,11 @@ from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings
 
 CODE_VERSION = "2"
+_AT_ONCE = 256  # images that wait, made, to be written
 
 Join = Callable[[np.ndarray, np.ndarray, Mask, str], tuple[np.ndarray, dict[str, Any]]]
-"""Joins an original, an edit and the mask by the edit's key; says what else it drew."""
+"""Joins an original, an edit and the mask by the edit's key; says what else it drew. Can be
+pickled."""
 
 
 def make_hybrids(
@@ -47,16 +54,13 @@ def make_hybrids(
 ) -> Stage:
     """Write H = M I + (1 - M) G for every edit (paper, the hybrid image)."""
     masks = settings.mixing.model_dump(include={"masks", "seam"})
-    fingerprint = digest(
-        "hybrid", CODE_VERSION, raw.version, generated.version, settings.seed, masks
-    )
-
-    def join(
-        original: np.ndarray, edit: np.ndarray, mask: Mask, edit_key: str
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        return hybrid(original, edit, mask), {}
-
-    return _mixed("hybrid", fingerprint, join, raw, generated, settings, out, aside, progress)
+    drawn = [settings.seed, masks]
+    fingerprint = digest("hybrid", CODE_VERSION, raw.version, generated.version, *drawn)
+    finished = finished_stage(out, fingerprint, layout_of(raw, settings.storage))
+    if finished:
+        return finished
+    mixer = Mixer(raw.folder, generated.folder, settings, _half_and_half)
+    return write_mixed("hybrid", fingerprint, drawn, mixer, raw, generated, out, aside, progress)
 
 
 def make_augmented(
@@ -71,71 +75,128 @@ def make_augmented(
 ) -> Stage:
     """Write A = (1 - lam) H + lam F for every edit, in one pass (paper, the final image)."""
     mixing, seed = settings.mixing, settings.seed
-    drawn = mixing.model_dump(include={"masks", "seam", "lam"})
-    fractal_set = fractals_version(mixing, seed)
-    fingerprint = digest(
-        "augmented", CODE_VERSION, raw.version, generated.version, seed, drawn, fractal_set
-    )
-    finished = finished_stage(out, fingerprint)
+    of_mixing = mixing.model_dump(include={"masks", "seam", "lam"})
+    drawn = [seed, of_mixing, fractals_version(mixing, seed)]
+    fingerprint = digest("augmented", CODE_VERSION, raw.version, generated.version, *drawn)
+    finished = finished_stage(out, fingerprint, layout_of(raw, settings.storage))
     if finished:
         return finished
-    fractals = load_fractals(mixing, seed, settings.size, fractal_cache, progress)
-    names = sorted(fractals)
+    with fractals_in_a_file(settings, fractal_cache, aside, progress) as fractals:
+        blend = _WithFractal(fractals, seed, mixing.lam)
+        mixer = Mixer(raw.folder, generated.folder, settings, blend)
+        return write_mixed(
+            "augmented", fingerprint, drawn, mixer, raw, generated, out, aside, progress
+        )
 
-    def join(
-        original: np.ndarray, edit: np.ndarray, mask: Mask, edit_key: str
+
+def _half_and_half(
+    original: np.ndarray, edit: np.ndarray, mask: Mask, edit_key: str
+) -> tuple[np.ndarray, dict[str, Any]]:
+    return hybrid(original, edit, mask), {}
+
+
+class Fractals(NamedTuple):
+    """Fractals in a file that several processes read: uint8 (N, size, size, 3)."""
+
+    file: Path
+    names: list[str]
+
+    def draw(self, seed: int, edit_key: str) -> tuple[str, np.ndarray]:
+        """Return the name and the pixels of an edit's fractal."""
+        name = draw(self.names, seed, "fractal", edit_key)
+        return name, np.load(self.file, mmap_mode="r")[self.names.index(name)]
+
+
+@contextmanager
+def fractals_in_a_file(
+    settings: Settings, cache: Path, aside: Path, progress: Progress
+) -> Iterator[Fractals]:
+    """Give the settings' fractals in a file that goes afterwards."""
+    found = load_fractals(settings.mixing, settings.seed, settings.size, cache, progress)
+    names = sorted(found)
+    aside.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=aside, prefix="fractals-", suffix=".npy") as file:
+        np.save(file, np.stack([found.pop(name) for name in names]))
+        file.flush()
+        yield Fractals(Path(file.name), names)
+
+
+@dataclass(frozen=True)
+class _WithFractal:
+    fractals: Fractals
+    seed: int
+    lam: float
+
+    def __call__(
+        self, original: np.ndarray, edit: np.ndarray, mask: Mask, edit_key: str
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        name = draw(names, seed, "fractal", edit_key)
-        mixed = mix(original, edit, mask, fractals[name], mixing.lam)
-        return mixed, {"fractal_id": name, "lam": mixing.lam}
-
-    return _mixed("augmented", fingerprint, join, raw, generated, settings, out, aside, progress)
+        name, fractal = self.fractals.draw(self.seed, edit_key)
+        mixed = mix(original, edit, mask, fractal, self.lam)
+        return mixed, {"fractal_id": name, "lam": self.lam}
 
 
-def _mixed(
+@dataclass(frozen=True)
+class Mixer:
+    """Makes the images of a part: `join` of each edit, its source and the mask drawn for it."""
+
+    raw: Path
+    generated: Path
+    settings: Settings
+    join: Join
+
+    def __call__(self, rows: pd.DataFrame, threads: int) -> Iterator[Image]:
+        """Take rows of edits, with the file names of their sources as `original`."""
+        originals, edits = StoredFiles(self.raw), StoredFiles(self.generated)
+        size, mixing = self.settings.size, self.settings.mixing
+        names = sorted(mixing.masks)
+        masks: dict[str, Mask] = {m: half_mask(m, size, size, mixing.seam) for m in names}
+
+        def mixed(row: dict[str, Any]) -> Image:
+            mask = draw(names, self.settings.seed, "mask", row["edit_key"])
+            original = decode_square(originals.read(row.pop("original")), size)
+            edit = decode_square(edits.read(row["file_name"]), size)
+            pixels, drawn = self.join(original, edit, masks[mask], row["edit_key"])
+            content = png_bytes(pixels)
+            sha256 = hashlib.sha256(content).hexdigest()
+            return {**row, "mask": mask, **drawn, "sha256": sha256}, content
+
+        with ThreadPoolExecutor(threads) as pool:  # PIL and numpy let others run
+            for start in range(0, len(rows), _AT_ONCE):
+                yield from pool.map(mixed, rows[start : start + _AT_ONCE].to_dict("records"))
+
+
+def write_mixed(
     name: str,
     fingerprint: str,
-    join: Join,
+    drawn: Sequence[Any],
+    mixer: Mixer,
     raw: Stage,
     generated: Stage,
-    settings: Settings,
     out: Path,
     aside: Path,
     progress: Progress,
 ) -> Stage:
-    """Write one image for every edit: `join` of its source, itself and the mask drawn for it."""
-    finished = finished_stage(out, fingerprint)
-    if finished:
-        return finished
-    size, mixing = settings.size, settings.mixing
-    names = sorted(mixing.masks)
-    masks: dict[str, Mask] = {m: half_mask(m, size, size, mixing.seam) for m in names}
-    sources = raw.manifest(["image_id", "file_name"]).set_index("image_id")["file_name"]
-    edits = generated.manifest()
-
-    def mixed(row: dict[str, Any], original_name: str, folder: Path) -> dict[str, Any]:
-        """Write the image of an edit's row, and return its own row."""
-        mask = draw(names, settings.seed, "mask", row["edit_key"])
-        original = read_square(raw.folder / original_name, size)
-        edit = read_square(generated.folder / row["file_name"], size)
-        pixels, drawn = join(original, edit, masks[mask], row["edit_key"])
-        content = png_bytes(pixels)
-        target = folder / row["file_name"]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content)
-        return {**row, "mask": mask, **drawn, "sha256": hashlib.sha256(content).hexdigest()}
-
-    with (
-        write_stage(out, name=name, fingerprint=fingerprint, aside=aside) as stage,
-        ThreadPoolExecutor(usable_cores()) as threads,  # PIL and numpy let others run
-    ):
-        done = 0
-        for start in range(0, len(edits), CHUNK_ROWS):
-            rows = edits[start : start + CHUNK_ROWS].to_dict("records")
-            originals = sources.loc[[row["source_id"] for row in rows]]
-            for row in threads.map(mixed, rows, originals, repeat(stage.folder)):
-                stage.add(row)
-                done += 1
-                progress(f"Mixing {name} images", done, len(edits))
-        del sources, edits  # the stage's own manifest takes their place
+    """Write one image for every edit; `drawn` is what they follow from beside rows and sources."""
+    settings = mixer.settings
+    layout, labels = layout_of(raw, settings.storage), class_names(raw.counts)
+    total = generated.counts["images"]
+    with write_stage(
+        out, name=name, fingerprint=fingerprint, layout=layout, classes=labels, aside=aside
+    ) as stage:
+        of_all = [name, CODE_VERSION, *drawn, labels if layout.packed else None]
+        parts = _parts(raw, generated, layout, of_all)
+        stage.write(parts, mixer, total=total, describe=f"Mixing {name} images", progress=progress)
     return read_stage(out)
+
+
+def _parts(raw: Stage, generated: Stage, layout: Layout, of_all: Sequence[Any]) -> Iterator[Part]:
+    """Give the parts of what is made of `generated`: rows of edits, with their sources' files."""
+    columns = ["image_id", "file_name", "sha256"]
+    sources = raw.manifest(columns).set_index("image_id")
+    edits = generated.manifest()
+    names = edits["source_id"].map(lambda source: layout.part_of("train", source))
+    for name, rows in edits.groupby(names):
+        originals = sources.loc[rows["source_id"]]
+        fingerprint = digest(*of_all, name, version_of(rows), list(originals["sha256"]))
+        work = rows.assign(original=originals["file_name"].to_numpy())
+        yield Part(str(name), fingerprint, work, len(rows))

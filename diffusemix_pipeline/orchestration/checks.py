@@ -31,34 +31,24 @@ def _files_match_manifest(name: str, asset: dg.AssetsDefinition) -> dg.AssetChec
         "the bytes that were decoded and written.",
     )
     def files_match_manifest(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
-        from diffusemix_pipeline.datasets.manifest import TABLES, read_manifest
-        from diffusemix_pipeline.identity import file_sha256
+        from diffusemix_pipeline.datasets.manifest import read_stage
 
-        folder = getattr(context.resources.project, name)
-        manifest = read_manifest(folder, ["file_name", "sha256"])
-        rows = set(manifest["file_name"])
-        files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-        files -= TABLES
-        strays, missing = sorted(files - rows), sorted(rows - files)
-        changed = [
-            name
-            for name, sha256 in manifest.itertuples(index=False, name=None)
-            if name in files and file_sha256(folder / name) != sha256
-        ]
-        found = [f"{len(rows)} rows, {len(files)} files"]
-        if changed:
-            found.append(f"other bytes than were written: {', '.join(changed[:5])}")
-        if strays:
-            found.append(f"not the pipeline's, take out: {', '.join(strays[:5])}")
-        if missing:
-            found.append(f"missing: {', '.join(missing[:5])}")
+        stage = read_stage(getattr(context.resources.project, name))
+        found = stage.differences()
+        said = [f"{stage.counts['images']} images expected, {found.files} files there"]
+        if found.changed:
+            said.append(f"other bytes than were written: {', '.join(found.changed[:5])}")
+        if found.strays:
+            said.append(f"not the pipeline's, take out: {', '.join(found.strays[:5])}")
+        if found.missing:
+            said.append(f"missing: {', '.join(found.missing[:5])}")
         return _result(
-            rows == files and not changed,
-            f"{folder.name}: {'; '.join(found)}",
+            not (found.changed or found.strays or found.missing),
+            f"{name}: {'; '.join(said)}",
             {
-                "rows_without_file": len(missing),
-                "files_without_row": len(strays),
-                "changed_files": len(changed),
+                "rows_without_file": len(found.missing),
+                "files_without_row": len(found.strays),
+                "changed_files": len(found.changed),
             },
         )
 

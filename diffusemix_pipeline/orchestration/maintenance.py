@@ -78,9 +78,9 @@ def old_runs(instance: dg.DagsterInstance, days: int) -> Iterator[dg.DagsterRun]
 
 
 def begun_long_ago(project: Project, days: int) -> Iterator[Path]:
-    """Give what trainings and evaluations that were cut off so long ago would go on from."""
+    """Give what runs that were cut off so long ago would go on from."""
     since = time.time() - days * _DAY_SECONDS
-    for folder in (project.checkpoints, project.evidence):
+    for folder in (project.checkpoints, project.evidence, project.aside):
         for path in folder.glob(f"*{BEGUN}"):
             if path.stat().st_mtime < since:
                 yield path
@@ -140,13 +140,15 @@ def maintenance_job(project: Project, settings: Settings) -> dg.JobDefinition:
         found = unused_edits(project, remove=context.op_config["remove"]) if there else None
         _say(context, len(found.old) if found else 0, "edits")
 
-    @_tidying_op("What trainings and evaluations that were cut off long ago would go on from.")
+    @_tidying_op(
+        "What stages, trainings and evaluations that were cut off long ago would go on from."
+    )
     def begun(context: dg.OpExecutionContext) -> None:
         paths = list(begun_long_ago(project, settings.keep_runs_days))
         if context.op_config["remove"]:
             for path in paths:
                 _remove(path)
-        _say(context, len(paths), "unfinished trainings and evaluations")
+        _say(context, len(paths), "unfinished stages, trainings and evaluations")
 
     @dg.job(
         name="maintenance",

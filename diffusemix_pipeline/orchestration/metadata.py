@@ -25,10 +25,10 @@ def stage_metadata(stage: Stage, seconds: float | None) -> dict[str, Any]:
     were there (None).
     """
     made = seconds and not stage.reused
-    files = stage.manifest(["file_name"])["file_name"]
+    names = stage.manifest(["file_name"])["file_name"]
     return {
         "images": stage.counts["images"],
-        "megabytes": sum((stage.folder / name).stat().st_size for name in files) / 1e6,
+        "megabytes": stage.files.sizes(names) / 1e6,
         "reused": stage.reused,
         **({"images_per_second": stage.counts["images"] / seconds} if made else {}),
         "folder": dg.MetadataValue.path(str(stage.folder)),
@@ -37,13 +37,13 @@ def stage_metadata(stage: Stage, seconds: float | None) -> dict[str, Any]:
 
 def stage_sheet(stage: Stage, by: str) -> dg.MarkdownMetadataValue:
     """Show a few images of a stage, a row for each of some values of column `by`."""
-    from diffusemix_pipeline.datasets.images import read_square
+    from diffusemix_pipeline.datasets.images import decode_square
     from diffusemix_pipeline.pictures import contact_sheet
 
     rows, labels = [], []
     for value, group in list(stage.manifest().groupby(by))[:_SHEET_ROWS]:
         names = group["file_name"].head(_SHEET_COLUMNS)
-        rows.append([read_square(stage.folder / name, 64) for name in names])
+        rows.append([decode_square(stage.files.read(name), 64) for name in names])
         labels.append(str(value))
     return picture(contact_sheet(rows, row_labels=labels, cell=64), f"some {stage.name} images")
 
@@ -53,7 +53,7 @@ def stages_picture(stages: Mapping[str, Stage], images: int = 4) -> bytes:
 
     `stages` maps raw, generated, hybrid and augmented to their stages.
     """
-    from diffusemix_pipeline.datasets.images import read_square
+    from diffusemix_pipeline.datasets.images import decode_square
     from diffusemix_pipeline.pictures import contact_sheet
 
     augmented = stages["augmented"].manifest()
@@ -62,8 +62,12 @@ def stages_picture(stages: Mapping[str, Stage], images: int = 4) -> bytes:
     rows = []
     for row in few.itertuples():
         names = {"raw": originals[row.source_id]}
-        paths = [stage.folder / names.get(key, row.file_name) for key, stage in stages.items()]
-        rows.append([read_square(path, row.width) for path in paths])
+        rows.append(
+            [
+                decode_square(stage.files.read(names.get(key, row.file_name)), row.width)
+                for key, stage in stages.items()
+            ]
+        )
     return contact_sheet(
         rows,
         row_labels=[f"{row.label}: {row.prompt}" for row in few.itertuples()],

@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import shutil
 import time
 import types
 import typing
@@ -13,7 +12,7 @@ from typing import Any, Literal, TextIO, get_args, get_origin
 import dagster as dg
 
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.files import write_json
+from diffusemix_pipeline.files import clear_aside, write_json
 from diffusemix_pipeline.orchestration.lost_runs import end_lost_runs
 from diffusemix_pipeline.progress import Progress
 from diffusemix_pipeline.project import Project, taken_alone, using_edits
@@ -55,7 +54,7 @@ def project_resource(project: Project) -> dg.ResourceDefinition:
         project.state.mkdir(parents=True, exist_ok=True)
         with project.run_lock.open("a+") as lock:
             if taken_alone(lock):
-                shutil.rmtree(project.aside, ignore_errors=True)  # what killed runs left there
+                clear_aside(project.aside)  # of what killed runs left there
                 assert context.instance is not None  # every run has one
                 end_lost_runs(context.instance, on_server=False)
                 lock.truncate(0)

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from diffusemix_pipeline.datasets.images import read_square
+from diffusemix_pipeline.datasets.images import decode_square
 from diffusemix_pipeline.datasets.manifest import Stage
+from diffusemix_pipeline.datasets.storage import StoredFiles
 from diffusemix_pipeline.progress import Progress, silent
 
 _DISK_RESERVE = 1_000_000_000  # bytes left to everything else that writes
@@ -69,19 +70,26 @@ class DecodedImages:
 class StoredImages:
     """Image files read as uint8 (N, S, S, 3): each is decoded again whenever it is asked for."""
 
-    def __init__(self, paths: Sequence[str], size: int) -> None:
-        self._paths, self._size = np.array(paths), size
+    def __init__(self, files: Sequence[StoredFiles], rows: pd.DataFrame, size: int) -> None:
+        """Take stages' files, and rows with `file_name` and `stage`, its place in `files`."""
+        self._files, self._rows, self._size = files, rows[["stage", "file_name"]], size
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._rows)
 
     def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
-        pixels = [read_square(Path(path), self._size) for path in self._paths[index]]
-        return np.array(pixels, np.uint8).reshape(-1, self._size, self._size, 3)
+        pixels = np.empty((len(self._rows.iloc[index]), self._size, self._size, 3), np.uint8)
+        for place, image in enumerate(self.subset(index)):
+            pixels[place] = image
+        return pixels
 
-    def subset(self, index: np.ndarray) -> "StoredImages":
-        """Return the images that an int or bool array names."""
-        return StoredImages(self._paths[index], self._size)
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for stage, name in self._rows.itertuples(index=False, name=None):
+            yield decode_square(self._files[stage].read(name), self._size)
+
+    def subset(self, index: slice | np.ndarray) -> "StoredImages":
+        """Return the images that a slice, an int or a bool array names."""
+        return StoredImages(self._files, self._rows.iloc[index], self._size)
 
 
 Images = np.ndarray | DecodedImages | StoredImages
@@ -120,15 +128,18 @@ def load_images(
     they are in use, the decoded images take `size` ** 2 * 3 bytes each of the disk of `aside`;
     where they do not fit, each is decoded when it is asked for, and a warning says so.
     """
-    rows = pd.concat([_rows(stage, split) for stage in stages])
+    columns = ["label", "sha256", "file_name"]
+    each = [ordered_rows(s, split, columns).assign(stage=n) for n, s in enumerate(stages)]
+    rows = pd.concat(each, ignore_index=True)
+    stored = StoredImages([stage.files for stage in stages], rows, size)
     index_of = {label: index for index, label in enumerate(classes)}
     labels, ids = np.array(rows["label"].map(index_of), np.int64), list(rows["sha256"])
     if not _fits(len(rows) * size**2 * 3, split, aside):
-        return LabelledImages(StoredImages(list(rows["path"]), size), labels, ids)
+        return LabelledImages(stored, labels, ids)
 
     def decoded() -> Iterator[np.ndarray]:
-        for done, path in enumerate(rows["path"], 1):
-            yield read_square(Path(path), size)
+        for done, image in enumerate(stored, 1):
+            yield image
             progress(f"Reading {split} images", done, len(rows))
 
     return LabelledImages(DecodedImages(decoded(), size, aside), labels, ids)
@@ -172,8 +183,3 @@ def ordered_rows(stage: Stage, split: str, columns: Sequence[str]) -> pd.DataFra
     """Return columns of the manifest's rows of a split, in the order of `load_images`."""
     rows = stage.manifest(list({"split", "label", "sha256", *columns})).query("split == @split")
     return rows.sort_values(["label", "sha256"], kind="stable")[list(columns)]
-
-
-def _rows(stage: Stage, split: str) -> pd.DataFrame:
-    rows = ordered_rows(stage, split, ["label", "sha256", "file_name"])
-    return rows[["label", "sha256"]].assign(path=f"{stage.folder}/" + rows["file_name"])

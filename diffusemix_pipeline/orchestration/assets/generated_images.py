@@ -40,7 +40,7 @@ def plan_edits(context: dg.OpExecutionContext) -> Iterator[dg.DynamicOutput[int]
 
     project, settings = context.resources.project, context.resources.settings
     plan = _plan(project, settings)
-    if finished_stage(project.generated, plan.fingerprint):
+    if finished_stage(project.generated, plan.fingerprint, plan.layout):
         context.log.info(f"{project.generated} is there already")
         yield dg.Output({}, "predicted")
         return
@@ -78,7 +78,7 @@ def edit_shard(context: dg.OpExecutionContext, shard: int) -> dict[str, Any]:
             began = time.time()  # shards may be processes, so by one clock for all
             made = make_edits(
                 plan,
-                store=EditStore(project.edits),
+                store=EditStore(project.edits, settings.storage.edits),
                 device=device,
                 gate=_gate(context, plan, device),
                 shard=shard,
@@ -105,7 +105,8 @@ def collect_edits(
     project, settings = context.resources.project, context.resources.settings
     store = EditStore(project.edits)
     plan = _plan(project, settings)
-    stage = finished_stage(project.generated, plan.fingerprint) or generate.collect_edits(
+    finished = finished_stage(project.generated, plan.fingerprint, plan.layout)
+    stage = finished or generate.collect_edits(
         plan,
         project.generated,
         store,
@@ -165,7 +166,7 @@ def _predicted(
     from diffusemix_pipeline.editing.cost import forecast, run_pilot
     from diffusemix_pipeline.editing.store import EditStore
 
-    store = EditStore(context.resources.project.edits)
+    store = EditStore(context.resources.project.edits, plan.settings.storage.edits)
     cost = run_pilot(
         plan,
         store,

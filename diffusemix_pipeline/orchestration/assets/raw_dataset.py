@@ -72,7 +72,7 @@ def _bring(context: dg.AssetExecutionContext) -> "tuple[Stage, str]":
         there = _pinned(project, progress)
         if there:
             stage, origin = there
-            return leave_out(stage, dropped, aside=project.aside), origin
+            return leave_out(stage, dropped, settings.storage, aside=project.aside), origin
         source = DIGITS
         context.log.info("No source.path is set and data/ holds no images: making the digits")
     if source in PUBLISHED:

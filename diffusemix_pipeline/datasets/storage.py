@@ -1,0 +1,237 @@
+"""Where the image files of a stage folder lie: as they are, or in tar shards; one way to read both.
+
+What belongs here: names, places and bytes of image files. What does not: their rows (`manifest`),
+and making them (`parts`).
+
+A shard is an ordinary tar in WebDataset's naming: `cat/dog-1.png` of the manifest is its member
+`cat/dog-1.png`, beside which `cat/dog-1.cls` holds the label's index; dots in a stem are `~` there,
+as WebDataset's readers end a key at the first one. `shards.parquet` says where each file's bytes
+lie, and `_info.json` tells timm's reader which shards a split has.
+"""
+
+import hashlib
+import io
+import os
+import tarfile
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from diffusemix_pipeline.files import write_json
+from diffusemix_pipeline.settings import Storage
+
+INDEX = "shards.parquet"
+INFO = "_info.json"
+_PACKED_FROM = 20_000  # images
+_BLOCK = tarfile.BLOCKSIZE
+_LABEL = ".cls"
+_INDEX_DTYPES = {"name_hash": "uint64", "offset": "int64", "size": "int32"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the images of a dataset lie, and into how many parts each split falls."""
+
+    packed: bool
+    """Whether a part is a tar shard; if not, it is some files."""
+    parts: Mapping[str, int]
+    """By split; powers of two, so that a dataset twice as large parts each in two."""
+
+    @classmethod
+    def of(cls, counts: Mapping[str, int], storage: Storage) -> "Layout":
+        """Return the layout of a dataset of so many source images by split."""
+        packed = storage.format == "tar"
+        if storage.format == "auto":
+            packed = sum(counts.values()) >= _PACKED_FROM
+        least = {split: -(-count // storage.shard_images) for split, count in counts.items()}
+        return cls(packed, {split: 1 << (n - 1).bit_length() for split, n in least.items() if n})
+
+    def part_of(self, split: str, image_id: str) -> str:
+        """Return the name of the part that a source image, and what is made of it, falls into."""
+        return f"{split}-{_hash(image_id) % self.parts[split]:06d}"
+
+    def document(self) -> dict[str, object]:
+        """Return the layout as JSON."""
+        return {"packed": self.packed, "parts": dict(sorted(self.parts.items()))}
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
+
+
+class StoredFiles:
+    """The image files of a stage folder, by their names in the manifest."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @cached_property
+    def _index(self) -> "_Index | None":
+        path = self.folder / INDEX
+        if not path.exists():
+            return None
+        state = path.stat()
+        return _read_index_once(path, state.st_ino, state.st_mtime_ns)
+
+    @property
+    def packed(self) -> bool:
+        """Whether they lie in tar shards."""
+        return self._index is not None
+
+    def read(self, name: str) -> bytes:
+        """Return a file's bytes; FileNotFoundError where there is none of that name."""
+        if self._index is None:
+            return (self.folder / name).read_bytes()
+        place = self._index.place(name)
+        with (self.folder / place.shard).open("rb") as shard:
+            return os.pread(shard.fileno(), place.size, place.offset)
+
+    def holder(self, name: str) -> str:
+        """Return the file of the folder that holds an image file, which is itself or a shard.
+
+        FileNotFoundError where no shard does.
+        """
+        return name if self._index is None else self._index.place(name).shard
+
+    def sizes(self, names: Iterable[str]) -> int:
+        """Return how many bytes some files have together."""
+        if self._index is None:
+            return sum((self.folder / name).stat().st_size for name in names)
+        return sum(self._index.place(name).size for name in names)
+
+
+class Differences(NamedTuple):
+    """How the files of a folder differ from what its tables say, by names."""
+
+    files: int
+    """How many files there are, or shards."""
+    strays: list[str]
+    missing: list[str]
+    changed: list[str]
+
+
+def differences(folder: Path, expected: Mapping[str, str], tables: set[str]) -> Differences:
+    """Read a stage's image files, and compare each with the SHA-256 that its name should have.
+
+    `tables` names the files of the folder that hold no images.
+    """
+    files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - tables
+    stored, holders, missing = StoredFiles(folder), set(), []
+    by_holder = defaultdict(list)
+    for name in expected:
+        try:
+            holder = stored.holder(name)
+        except FileNotFoundError:
+            missing.append(name)
+            continue
+        holders.add(holder)
+        if holder in files:
+            by_holder[holder].append(name)
+        else:
+            missing.append(name)
+    changed = [
+        name
+        for holder in sorted(by_holder)
+        for name in by_holder[holder]
+        if hashlib.sha256(stored.read(name)).hexdigest() != expected[name]
+    ]
+    return Differences(len(files), sorted(files - holders), sorted(missing), sorted(changed))
+
+
+def member_name(name: str) -> str:
+    """Return a file's name in its shard."""
+    path = PurePosixPath(name)
+    return str(path.with_name(path.stem.replace(".", "~") + path.suffix))
+
+
+class _Place(NamedTuple):
+    shard: str
+    offset: int
+    size: int
+
+
+class _Index:
+    """Where each file's bytes lie, found by the hash of its name: 24 bytes each in memory."""
+
+    def __init__(self, table: pd.DataFrame) -> None:
+        self.shards: list[str] = list(table["shard"].cat.categories)
+        self._hashes = table["name_hash"].to_numpy(np.uint64)
+        self._shard = table["shard"].cat.codes.to_numpy(np.int32)
+        self._offset = table["offset"].to_numpy(np.int64)
+        self._size = table["size"].to_numpy(np.int32)
+
+    def place(self, name: str) -> _Place:
+        """Return where a file lies; FileNotFoundError for an unknown name."""
+        wanted = np.uint64(_hash(name))
+        row = int(np.searchsorted(self._hashes, wanted))
+        if row == len(self._hashes) or self._hashes[row] != wanted:
+            raise FileNotFoundError(name)
+        return _Place(self.shards[self._shard[row]], int(self._offset[row]), int(self._size[row]))
+
+
+@lru_cache(maxsize=2)  # a part of a stage is made of two others
+def _read_index_once(path: Path, inode: int, changed: int) -> _Index:
+    """Read an index, once for all that a process makes of it."""
+    return _Index(pd.read_parquet(path).astype({"shard": "category"}))
+
+
+class ShardWriter:
+    """Writes one tar shard; the same files in the same order give the same bytes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
+        self._rows: list[dict[str, int]] = []
+
+    def add(self, name: str, content: bytes, label: int) -> None:
+        """Add a file and its label's index in the sorted classes."""
+        member = member_name(name)
+        self._put(member, content)
+        offset = self._tar.offset - -(-len(content) // _BLOCK) * _BLOCK
+        self._rows.append({"name_hash": _hash(name), "offset": offset, "size": len(content)})
+        self._put(str(PurePosixPath(member).with_suffix(_LABEL)), str(label).encode())
+
+    def close(self) -> None:
+        """End the archive; the file stays open."""
+        self._tar.close()
+
+    def index(self) -> pd.DataFrame:
+        """Return `name_hash`, `offset` and `size` of each file."""
+        return pd.DataFrame(self._rows, columns=list(_INDEX_DTYPES)).astype(_INDEX_DTYPES)
+
+    def _put(self, name: str, content: bytes) -> None:
+        header = tarfile.TarInfo(name)  # no time, no owner
+        header.size = len(content)
+        self._tar.addfile(header, io.BytesIO(content))
+
+
+def write_index(folder: Path, by_shard: Mapping[str, pd.DataFrame]) -> None:
+    """Write the index of a folder's shards from those of each, as `ShardWriter` gives them.
+
+    And `_info.json`, from which timm's reader knows the splits.
+    """
+    table = pd.concat([rows.assign(shard=shard) for shard, rows in by_shard.items()])
+    table = table.astype({"shard": "category"}).sort_values("name_hash", ignore_index=True)
+    assert table["name_hash"].is_unique
+    table.to_parquet(folder / INDEX, index=False)
+    splits: dict[str, dict[str, Any]] = {}
+    for shard, rows in sorted(by_shard.items()):
+        name = shard.rsplit("-", 1)[0]
+        of = splits.setdefault(
+            name, {"name": name, "num_samples": 0, "filenames": [], "shard_lengths": []}
+        )
+        of["num_samples"] += len(rows)
+        of["filenames"].append(shard)
+        of["shard_lengths"].append(len(rows))
+    write_json(folder / INFO, {"splits": splits})
+
+
+def read_index(folder: Path) -> dict[str, pd.DataFrame]:
+    """Return the index of each shard of a folder."""
+    table = pd.read_parquet(folder / INDEX)
+    return {str(shard): rows.drop(columns="shard") for shard, rows in table.groupby("shard")}

@@ -1,0 +1,81 @@
+"""Promise: executor, number of shards and the way in which images lie change no byte of them.
+
+The same on a Ray cluster: test_ray.py.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import quick_settings, tiny_editor, write_digits
+
+from diffusemix_pipeline.datasets.manifest import read_stage
+from diffusemix_pipeline.orchestration.launch import prepare_instance
+from diffusemix_pipeline.project import Project
+
+pytestmark = pytest.mark.slow
+EIGHT_TARS = "storage.shard_images=63"  # 400 images are for training
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> list[str]:
+    """500 images, and an editor."""
+    folder = tmp_path_factory.mktemp("inputs")
+    photos = write_digits(folder / "photos", last=500)
+    split = ["source.train_per_class=null", "source.val_fraction=0.1", "source.test_fraction=0.1"]
+    return [f"source.path={photos}", f"editing.editor={tiny_editor(folder / 'editor')}", *split]
+
+
+def images_of(project: Project) -> dict[str, dict[str, str]]:
+    """Return the SHA-256 of each image's bytes, by stage and name, and each stage's version."""
+    found = {}
+    for folder in (project.raw, project.generated, project.hybrid, project.augmented):
+        stage = read_stage(folder)
+        names = stage.manifest(["file_name"])["file_name"]
+        found[stage.name] = {n: hashlib.sha256(stage.files.read(n)).hexdigest() for n in names}
+        found[stage.name]["version"] = stage.version
+    return found
+
+
+def made(root: Path, inputs: list[str], *how: str, **environment: str) -> dict[str, dict[str, str]]:
+    """Run the main job as a team would, in a process of its own; return what it made."""
+    project, settings = Project(root), quick_settings(*inputs, *how)
+    (root / "diffusemix.yaml").write_text(yaml.safe_dump(settings.model_dump()))
+    prepare_instance(project)
+    job = ["job", "execute", "-m", "diffusemix_pipeline.definitions", "-j", "diffusemix"]
+    all_of_it = os.environ | environment | {"DAGSTER_HOME": str(root)}
+    subprocess.run([sys.executable, "-m", "dagster", *job], cwd=root, env=all_of_it, check=True)
+    return images_of(project)
+
+
+@pytest.fixture(scope="module")
+def plain(inputs, tmp_path_factory) -> dict[str, dict[str, str]]:
+    root = tmp_path_factory.mktemp("plain")
+    found = made(root, inputs, "executor=in_process", "storage.format=files")
+    assert len(found["raw"]) == 501
+    return found
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ("executor=in_process", "storage.format=files", "editing.shards=8"),
+        ("executor=in_process", "storage.format=tar", EIGHT_TARS),
+        ("executor=multiprocess", "storage.format=files", "editing.shards=8"),
+        ("executor=multiprocess", "storage.format=tar", "editing.shards=1"),
+    ],
+    ids=[
+        "in process, eight shards",
+        "in process, eight tars",
+        "multiprocess, eight shards",
+        "multiprocess, one tar",
+    ],
+)
+def test_the_same_500_images_are_made_however_they_are_made(plain, inputs, how, tmp_path):
+    assert made(tmp_path, inputs, *how) == plain
+    shards = len(list((tmp_path / "data" / "augmented").glob("*.tar")))
+    assert shards == (0 if "files" in how[1] else 8 if EIGHT_TARS in how else 1)
