@@ -25,7 +25,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import pandas as pd
@@ -34,7 +34,10 @@ from PIL import Image
 
 from benchmarks.mixing import NoEditor, different_pictures
 from diffusemix_pipeline.project import Project
-from diffusemix_pipeline.settings import load_settings
+from diffusemix_pipeline.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    import dagster as dg
 
 ASSETS = ("raw_dataset", "generated_images", "hybrid_images", "fractal_augmented_dataset")
 _CLASSES = 10
@@ -117,9 +120,7 @@ def run_assets(project: Project, overrides: Sequence[str]) -> dict[str, Any]:
 
     from diffusemix_pipeline.editing import generate
     from diffusemix_pipeline.editing.sampling import Sampler
-    from diffusemix_pipeline.orchestration.build import build_definitions
     from diffusemix_pipeline.orchestration.launch import prepare_instance
-    from diffusemix_pipeline.progress import silent
 
     settings = load_settings(project.root, overrides=overrides, environment={})
     prepare_instance(project)
@@ -129,18 +130,30 @@ def run_assets(project: Project, overrides: Sequence[str]) -> dict[str, Any]:
         patch("diffusemix_pipeline.editing.cost.load_sampler", lambda plan, device: sampler),
         dg.DagsterInstance.get() as instance,
     ):
-        definitions = build_definitions(project, settings, lambda log: silent)
-        job = definitions.resolve_implicit_global_asset_job_def()
-        done = job.execute_in_process(
-            instance=instance,
-            asset_selection=[dg.AssetKey(name) for name in ASSETS],
-            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
-        )
-        steps = {step.step_key: step for step in instance.get_run_step_stats(done.run_id)}
+        run_id = materialize(project, settings, instance, ASSETS)
+        steps = {step.step_key: step for step in instance.get_run_step_stats(run_id)}
     took = pd.Series({key: (s.end_time or 0) - (s.start_time or 0) for key, s in steps.items()})
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     peak = int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
     return {"peak_mb": peak, "by_asset": took.round(1).to_dict()}
+
+
+def materialize(
+    project: Project, settings: Settings, instance: "dg.DagsterInstance", assets: Sequence[str]
+) -> str:
+    """Materialize some assets in this process, without a word; return the run's id."""
+    import dagster as dg
+
+    from diffusemix_pipeline.orchestration.build import build_definitions
+    from diffusemix_pipeline.progress import silent
+
+    definitions = build_definitions(project, settings, lambda log: silent)
+    done = definitions.resolve_implicit_global_asset_job_def().execute_in_process(
+        instance=instance,
+        asset_selection=[dg.AssetKey(name) for name in assets],
+        run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+    )
+    return done.run_id
 
 
 def compare_workers(count: int, size: int) -> dict[str, list[float]]:

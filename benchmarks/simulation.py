@@ -22,12 +22,10 @@ import dagster as dg
 import numpy as np
 
 from benchmarks.mixing import NoEditor
-from benchmarks.scale import write_source
+from benchmarks.scale import materialize, write_source
 from diffusemix_pipeline.editing import generate
 from diffusemix_pipeline.editing.sampling import Sampler
-from diffusemix_pipeline.orchestration.build import build_definitions
 from diffusemix_pipeline.orchestration.launch import prepare_instance
-from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import SETTINGS_FILE, Settings, load_settings
 
@@ -59,13 +57,14 @@ def simulate(here: Path, runs: int, shards: int) -> Iterator[dict[str, Any]]:
     (project.root / SETTINGS_FILE).write_text(json.dumps(given), encoding="utf-8")
     settings = load_settings(project.root, environment={})
     prepare_instance(project)
-    with dg.DagsterInstance.get() as instance:
+    with chdir(project.root), dg.DagsterInstance.get() as instance:
         for _ in range(runs):
             more = count + shards * _NEW_IMAGES
             write_source(here / "source", more, _SIZE, start=count)
             count = more
             began = time.monotonic()
-            run_id = _materialize(project, settings, instance)
+            with _sleeping(settings):
+                run_id = materialize(project, settings, instance, ASSETS)
             seconds = time.monotonic() - began
             steps = instance.get_run_step_stats(run_id)
             took = [
@@ -85,18 +84,6 @@ def simulate(here: Path, runs: int, shards: int) -> Iterator[dict[str, Any]]:
             }
 
 
-def _materialize(project: Project, settings: Settings, instance: dg.DagsterInstance) -> str:
-    with _sleeping(settings):
-        definitions = build_definitions(project, settings, lambda log: silent)
-        job = definitions.resolve_implicit_global_asset_job_def()
-        done = job.execute_in_process(
-            instance=instance,
-            asset_selection=[dg.AssetKey(name) for name in ASSETS],
-            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
-        )
-    return done.run_id
-
-
 @contextmanager
 def _sleeping(settings: Settings) -> Iterator[None]:
     sampler = Sampler(SleepingEditor(), "cpu", settings, 1)
@@ -113,7 +100,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--shards", type=int, default=200)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+    with tempfile.TemporaryDirectory() as folder:
         for told in simulate(Path(folder), options.runs, options.shards):
             print(json.dumps(told), flush=True)
 
