@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import chdir, closing, contextmanager
 from pathlib import Path
@@ -129,21 +130,35 @@ def write_edits(raw: Stage, folder: Path, *, aside: Path) -> Stage:
             "edit_key": hashlib.sha256(content).hexdigest()[:32],
         }
         images.append(({**row, **made}, content))
-    return write_images(folder, "generated", images, aside=aside)
+    return write_images(folder, "generated", images, raw.layout["parts"], aside=aside)
 
 
 def write_images(
-    folder: Path, name: str, images: list[tuple[dict[str, Any], bytes]], *, aside: Path
+    folder: Path,
+    name: str,
+    images: list[tuple[dict[str, Any], bytes]],
+    parts: dict[str, int],
+    *,
+    aside: Path,
 ) -> Stage:
-    """Write a stage folder of rows and the bytes of their files, in one part."""
+    """Write a stage folder of rows and the bytes of their files."""
     classes = sorted({row["label"] for row, _ in images})
-    layout = Layout(packed=False, parts={"train": 1})
+    layout = Layout(packed=False, parts=parts)
+    by_part = defaultdict(list)
+    for row, content in images:
+        by_part[layout.part_of(row["split"], row["source_id"])].append((row, content))
     with write_stage(
         folder, name=name, fingerprint="given", layout=layout, classes=classes, aside=aside
     ) as stage:
-        part = Part("train-000000", uuid.uuid4().hex, images, len(images))
-        stage.write([part], lambda images, threads: images, total=len(images), describe="")
+        made = [Part(part, uuid.uuid4().hex, of, len(of)) for part, of in by_part.items()]
+        stage.write(made, _as_they_are, total=len(images), describe="")
     return read_stage(folder)
+
+
+def _as_they_are(
+    images: list[tuple[dict[str, Any], bytes]], threads: int
+) -> list[tuple[dict[str, Any], bytes]]:
+    return images
 
 
 def tiny_editor(folder: Path, seed: int = 0) -> Path:

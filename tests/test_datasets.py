@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pandera.errors
+import pyarrow as pa
 import pytest
 from conftest import picture, quick_settings, write_classes, write_images
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, UnidentifiedImageError
 
-from diffusemix_pipeline.datasets import manifest
 from diffusemix_pipeline.datasets.images import (
     UnreadableImageError,
     read_rgb,
@@ -20,13 +22,14 @@ from diffusemix_pipeline.datasets.images import (
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import (
     MANIFEST,
+    TablesWriter,
+    part_table,
     read_manifest,
     read_stage,
+    rows_version,
     typed,
-    write_tables,
 )
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.identity import digest
 
 PIXELS = 10_000_000
 
@@ -355,47 +358,85 @@ def test_train_only_holds_nothing_out_and_refuses_split_folders(tmp_path):
 # The manifest
 
 
-def table(rows: list[dict[str, object]], folder: Path) -> pd.DataFrame:
-    write_tables(folder, typed(rows), {"stage": "x", "fingerprint": "y", "notes": {}})
-    return read_manifest(folder)
+ROW = {
+    "image_id": "a",
+    "file_name": "a.png",
+    "label": "cat",
+    "split": "train",
+    "source_id": "s",
+    "source_sha256": "0",
+    "sha256": "0",
+}
 
 
-def test_a_manifest_refuses_rows_that_make_no_sense(tmp_path):
-    row = {
-        "image_id": "a",
-        "file_name": "a.png",
-        "label": "cat",
-        "split": "train",
-        "source_id": "s",
-        "source_sha256": "0",
-        "sha256": "0",
-    }
-    assert len(table([row], tmp_path)) == 1
-    for wrong in ({"split": "holdout"}, {"label": None}):
-        with pytest.raises(Exception, match=next(iter(wrong))):
-            table([{**row, **wrong}], tmp_path)
+def write_manifest(parts: dict[str, list[dict[str, object]]], folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    tables = TablesWriter(folder)
+    for name, rows in parts.items():
+        tables.add(name, f"of {name}", part_table(rows), None)
+    tables.close({"stage": "x", "fingerprint": "y", "notes": {}, "layout": {}})
+
+
+@pytest.mark.parametrize("wrong", [{"split": "holdout"}, {"label": None}, {"label": ".."}])
+def test_a_manifest_refuses_rows_that_make_no_sense(wrong, tmp_path):
+    write_manifest({"train-0": [ROW]}, tmp_path)
+    assert len(read_manifest(tmp_path)) == 1
+    with pytest.raises(Exception, match=next(iter(wrong))):
+        write_manifest({"train-0": [{**ROW, **wrong}]}, tmp_path)
+
+
+def test_a_manifest_refuses_the_same_image_twice(tmp_path):
     with pytest.raises(Exception, match="image_id"):
-        table([row, row], tmp_path)
+        write_manifest({"train-0": [ROW, ROW]}, tmp_path)
+    write_manifest({"train-0": [ROW], "train-1": [ROW]}, tmp_path)
+    with pytest.raises(Exception, match="image_id"):
+        read_manifest(tmp_path)
 
 
-def test_the_version_is_the_digest_of_the_whole_table(tmp_path, monkeypatch):
-    rows = [
-        {
-            "image_id": f"{number}",
-            "file_name": f"{number} ü, 🙂\n.png",
-            "label": "cat",
-            "split": "train",
-            "source_id": 'a "quoted" name',
-            "source_sha256": "0",
-            "sha256": "0",
-            **({"lam": 0.2, "seed": 2**62, "prompt": "sunset"} if number % 2 else {}),
-        }
-        for number in range(17)
-    ]
-    monkeypatch.setattr(manifest, "CHUNK_ROWS", 5)
-    whole = table(rows, tmp_path)
-    assert len(whole) == 17
-    assert read_stage(tmp_path).version == digest(whole.to_csv(index=False))
+VALUES = {
+    "file_name": st.text(min_size=1),
+    "prompt": st.none() | st.text(),
+    "lam": st.none() | st.floats(0, 1),
+    "seed": st.none() | st.integers(0, 2**63 - 1),
+}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.fixed_dictionaries(VALUES), min_size=2, max_size=9), st.data())
+def test_the_version_is_that_of_all_values_however_they_are_ordered_and_parted(rows, data):
+    rows = [{**ROW, "image_id": str(number), **row} for number, row in enumerate(rows)]
+
+    def version(rows):
+        return rows_version(pa.Table.from_pandas(typed(rows), preserve_index=False))
+
+    whole = version(rows)
+    assert version(data.draw(st.permutations(rows))) == whole
+    cut = data.draw(st.integers(1, len(rows) - 1))
+    parts = int(version(rows[:cut]), 16) + int(version(rows[cut:]), 16)
+    assert f"{parts % 2**128:032x}" == whole
+    changed, name = data.draw(st.integers(0, len(rows) - 1)), data.draw(st.sampled_from([*VALUES]))
+    other = data.draw(VALUES[name].filter(lambda value: value != rows[changed][name]))
+    rows[changed][name] = other
+    assert version(rows) != whole
+
+
+def test_a_part_of_a_manifest_is_read_by_itself(tmp_path):
+    parts = {
+        f"train-{part}": [
+            {**ROW, "image_id": f"{n}", "file_name": f"{n} \u00fc, \U0001f642\n.png"}
+            for n in range(part, 9, 3)
+        ]
+        for part in range(3)
+    }
+    write_manifest(parts, tmp_path)
+    stage = read_stage(tmp_path)
+    assert stage.counts == {"images": 9, "by_split": {"train": {"cat": 9}}}
+    assert list(stage.manifest()["image_id"]) == [f"{n}" for n in range(9)]
+    for name, rows in parts.items():
+        assert stage.rows_of(name).equals(typed(rows))
+        assert list(stage.rows_of(name, ["image_id"])["image_id"]) == [r["image_id"] for r in rows]
+        assert stage.parts[name].images == 3
+        assert stage.parts[name].version == rows_version(part_table(rows))
 
 
 def test_a_folder_without_a_stage_is_named(tmp_path):
@@ -433,7 +474,7 @@ def test_a_manifest_names_nothing_outside_of_its_folder(column, value, tmp_path)
     out, aside = tmp_path / "out", tmp_path / "aside"
     row = {"image_id": "cat", "label": "cat", "split": "train", "source_id": "cat"}
     row |= {"file_name": "a..b/cat.png", "edit_key": "0" * 32, "source_sha256": "", "sha256": ""}
-    write_images(out, "raw", [(row, b"")], aside=aside)
+    write_images(out, "raw", [(row, b"")], {"train": 1}, aside=aside)
     rows = pd.read_parquet(out / MANIFEST)
     rows[column] = value
     rows.to_parquet(out / MANIFEST)

@@ -125,7 +125,6 @@ def test_dropped_edits_and_sources_make_a_new_version_without_a_new_edit(source,
     left = rows.query("image_id != @edit['image_id']").reset_index(drop=True)
     assert after.manifest().equals(left)
     assert after.version != before.version
-    assert after.notes["dropped"] == 1
     assert not (after.folder / edit["file_name"]).exists()
 
     gone = a_train_row(raw)
@@ -211,8 +210,7 @@ def test_a_dropped_edit_ends_the_attempts_whatever_the_gate_says(source, editor,
     dropped = Dropped(edits=frozenset({edit["edit_key"]}))
     after, paid = made(raw, editor, tmp_path, dropped, gate)
     assert paid == 0
-    assert after.notes["dropped"] == 2  # for each of the labels
-    assert len(after.manifest()) == len(rows) - 2
+    assert len(after.manifest()) == len(rows) - 2  # for each of the labels
 
 
 def test_tombstones_are_lines_that_a_person_can_read_and_delete(source, tmp_path):

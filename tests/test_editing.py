@@ -22,7 +22,7 @@ from diffusemix_pipeline.datasets.dropped import Dropped
 from diffusemix_pipeline.datasets.images import read_square, to_square
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import REJECTED, Stage, read_stage
-from diffusemix_pipeline.datasets.storage import StoredFiles
+from diffusemix_pipeline.datasets.storage import Layout, StoredFiles
 from diffusemix_pipeline.editing import generate as generate_module
 from diffusemix_pipeline.editing import instruct_pix2pix, planning, sampling
 from diffusemix_pipeline.editing.editor import (
@@ -428,6 +428,34 @@ def test_edits_that_came_with_the_data_are_not_paid_for_again(weights, tmp_path)
     made_by = numeric_profiles(more.stage, EditStore(tmp_path / "edits"))
     assert sorted(made_by.values()) == [3, 7]
     assert any("came with the data" in profile for profile in made_by)
+
+
+@pytest.mark.parametrize("layout", ["files", "tar"])
+def test_what_new_images_do_not_touch_is_neither_planned_nor_looked_at(
+    layout, weights, tmp_path, monkeypatch
+):
+    of_two = "storage.shard_images=2", f"storage.format={layout}"
+    old = generated(tmp_path, weights, *of_two, images=10).stage.manifest()
+    shutil.rmtree(tmp_path / "edits")  # as in a clone
+    sources, plan_one = set(), planning._planned
+
+    def noted(source, *how):
+        sources.add(source.image_id)
+        return plan_one(source, *how)
+
+    monkeypatch.setattr(planning, "_planned", noted)
+    more = generated(tmp_path, weights, *of_two, images=11)
+    new = more.stage.manifest()
+    assert more.made == 2
+    assert set(old["image_id"]) < set(new["image_id"])
+    place = Layout(**more.stage.layout).part_of
+    added = set(new["source_id"]) - set(old["source_id"])
+    touched = {place("train", source) for source in added}
+    there = new[new["source_id"].map(lambda source: place("train", source) in touched)]
+    assert 2 <= len(there) < len(new)
+    assert sources == set(there["source_id"])
+    assert set(EditStore(tmp_path / "edits")) == set(there["edit_key"])
+    assert not any(more.stage.differences()[1:])
 
 
 def test_the_number_of_workers_changes_no_byte(weights, tmp_path, monkeypatch):

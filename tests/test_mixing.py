@@ -30,7 +30,8 @@ def inputs(tmp_path):
         images.append(
             ({**row, **itself, "edit_key": row["sha256"][:32], "sha256": sha256}, content)
         )
-    return raw, write_images(tmp_path / "generated", "generated", images, aside=aside)
+    parts = raw.layout["parts"]
+    return raw, write_images(tmp_path / "generated", "generated", images, parts, aside=aside)
 
 
 def augmented(inputs, tmp_path, name):

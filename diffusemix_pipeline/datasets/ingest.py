@@ -37,7 +37,7 @@ from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings, Storage
 from diffusemix_pipeline.workers import in_processes
 
-CODE_VERSION = "7"
+CODE_VERSION = "8"
 _CHECKED_AT_ONCE = 500  # images, by a process
 
 
@@ -235,11 +235,11 @@ def _without(
 
 
 def leave_out(stage: Stage, dropped: Dropped, storage: Storage, *, aside: Path) -> Stage:
-    """Return a raw stage that came from elsewhere, written anew where it holds what was dropped."""
+    """Return a raw stage that came from elsewhere, without what was dropped and in our layout."""
     rows = stage.manifest()
     where = rows["split"] + "/" + rows["label"]
     gone = pd.Series(zip(rows["source_sha256"], where, strict=True)).isin(list(dropped.sources))
-    if not gone.any():
+    if not gone.any() and stage.layout == layout_of(stage, storage).document():
         return stage
     check_left(set(rows["label"]), rows.loc[~gone, ["split", "label"]].itertuples(index=False))
     fingerprint = digest("raw", stage.fingerprint, sorted(rows.loc[gone, "source_sha256"]))

@@ -1,17 +1,23 @@
 """A stage folder's tables: `manifest.parquet`, a row an image, and `stage.json`, what made it.
 
-Both hold only what the inputs determine. Times, hosts and run ids would change the version.
+Both hold only what the inputs determine. Times, hosts and run ids would change the version. The
+rows of a part are a row group, in the order of the parts' names, so that a part is read and written
+without the others.
 """
 
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
-import pyarrow
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import parquet
 
 from diffusemix_pipeline.datasets.checked import CHECKED
 from diffusemix_pipeline.datasets.storage import (
@@ -24,7 +30,6 @@ from diffusemix_pipeline.datasets.storage import (
 )
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import write_json
-from diffusemix_pipeline.identity import digest_of_text
 from diffusemix_pipeline.settings import Storage
 
 MANIFEST = "manifest.parquet"
@@ -34,7 +39,8 @@ REJECTED = "rejected.parquet"
 TABLES = {MANIFEST, STAGE, REJECTED, CHECKED, INDEX, INFO}
 """The files of a stage folder that are no images."""
 SPLITS = ("train", "val", "test")
-CHUNK_ROWS = 1024  # held as Python objects at a time
+_FORMAT = 2  # of both tables; what an earlier version wrote is read, and taken over by no other
+_VERSION_BITS = 128
 
 # What each column holds, for a person: docs/data.md.
 _DTYPES = {
@@ -58,8 +64,25 @@ _DTYPES = {
     "verdict": "str",
 }
 _REQUIRED = ("image_id", "file_name", "label", "split", "source_id", "source_sha256", "sha256")
+_ARROW_TYPES = {
+    "str": pa.string(),
+    "Int32": pa.int32(),
+    "Int64": pa.int64(),
+    "Float64": pa.float64(),
+}
+_SCHEMA = pa.schema({name: _ARROW_TYPES[dtype] for name, dtype in _DTYPES.items()})
 # Arrow's own allocator keeps what pandas frees; the system's gives it back.
-pyarrow.set_memory_pool(pyarrow.system_memory_pool())
+pa.set_memory_pool(pa.system_memory_pool())
+
+
+class PartFacts(NamedTuple):
+    """What is known of a part without reading its rows."""
+
+    fingerprint: str
+    """See `parts.Part`."""
+    version: str
+    """See `rows_version`."""
+    images: int
 
 
 @dataclass(frozen=True)
@@ -74,13 +97,18 @@ class Stage:
     notes: dict[str, Any] = field(default_factory=dict)
     layout: dict[str, Any] = field(default_factory=dict)
     """See `Layout.document`; empty where an earlier version wrote the folder."""
-    parts: dict[str, str] = field(default_factory=dict)
-    """Name -> fingerprint; see `parts.Part`."""
+    parts: dict[str, PartFacts] = field(default_factory=dict)
+    """By name, in the order of the names."""
     reused: bool = False
 
     def manifest(self, columns: list[str] | None = None) -> pd.DataFrame:
-        """Read the stage's rows, or some columns of them."""
+        """Read the stage's rows, or some columns of them, in the order of their files' names."""
         return read_manifest(self.folder, columns)
+
+    def rows_of(self, part: str, columns: list[str] | None = None) -> pd.DataFrame:
+        """Read the rows of one part, or some columns of them."""
+        with parquet.ParquetFile(self.folder / MANIFEST) as file:
+            return _checked(read_part(file, list(self.parts).index(part), columns), columns)
 
     @cached_property
     def files(self) -> StoredFiles:
@@ -95,21 +123,34 @@ class Stage:
 
     def differences(self) -> Differences:
         """Read all images, and compare them with what the manifest says."""
-        rows = self.manifest(["file_name", "sha256"]).itertuples(index=False, name=None)
-        return differences(self.folder, dict(rows), TABLES)
+        return differences(self.folder, self.manifest(["file_name", "sha256"]), TABLES)
 
 
 def read_manifest(folder: Path, columns: list[str] | None = None) -> pd.DataFrame:
-    """Read and check a stage folder's manifest, or some columns of it.
+    """Read and check a stage folder's manifest, or some columns of it, in the order of file names.
 
     UserError names a folder that holds none.
     """
     path = folder / MANIFEST
     if not path.exists():
         raise UserError(f"{folder} holds no {MANIFEST}: run the stage that makes it first.")
+    names = None if columns is None else list(dict.fromkeys([*columns, "file_name"]))
+    rows = _checked(pd.read_parquet(path, columns=names), names)
+    return rows.sort_values("file_name", ignore_index=True)[columns or list(_DTYPES)]
+
+
+def _checked(rows: pd.DataFrame, columns: list[str] | None) -> pd.DataFrame:
+    """Return rows of a manifest, or some columns of them, as what they must be; or raise."""
     schema = _schema().select_columns(columns or list(_DTYPES))
     dtypes = {name: _DTYPES[name] for name in schema.columns}
-    return schema.validate(pd.read_parquet(path, columns=columns).astype(dtypes))
+    return schema.validate(rows.astype(dtypes))
+
+
+def read_part(
+    file: parquet.ParquetFile, number: int, columns: list[str] | None = None
+) -> pd.DataFrame:
+    """Read the rows of a part by its place among all, unchecked."""
+    return file.read_row_group(number, columns=columns).to_pandas()
 
 
 def read_stage(folder: Path) -> Stage:
@@ -125,8 +166,11 @@ def read_stage(folder: Path) -> Stage:
         content["version"],
         content["counts"],
         content["notes"],
-        content.get("layout", {}),
-        content.get("parts", {}),
+        *(
+            (content["layout"], {name: PartFacts(**of) for name, of in content["parts"].items()})
+            if content.get("format") == _FORMAT
+            else ()
+        ),
     )
 
 
@@ -138,42 +182,94 @@ def layout_of(raw: Stage, storage: Storage) -> Layout:
 
 def finished_stage(folder: Path, fingerprint: str, layout: Layout) -> Stage | None:
     """Return the stage in `folder` if the same fingerprint made it and no file is missing."""
+    stage = whole_stage(folder, layout)
+    return stage if stage and stage.fingerprint == fingerprint else None
+
+
+def whole_stage(folder: Path, layout: Layout) -> Stage | None:
+    """Return the stage in `folder` if its images lie in such a layout and no file is missing."""
     if not (folder / STAGE).exists():
         return None
     stage = read_stage(folder)
-    if stage.fingerprint != fingerprint or stage.layout != layout.document():
+    if stage.layout != layout.document():
         return None
     names = [*stage.image_files(), *([INDEX] if layout.packed else [])]
     whole = all((folder / name).exists() for name in names)
     return replace(stage, reused=True) if whole else None
 
 
-def write_tables(folder: Path, rows: pd.DataFrame, facts: Mapping[str, Any]) -> None:
-    """Write a stage folder's tables: the rows, and what is said of the stage, the last of all."""
-    rows = rows.sort_values("file_name", ignore_index=True)
-    rows = _schema().validate(rows, inplace=True)
-    rows.to_parquet(folder / MANIFEST, index=False, row_group_size=CHUNK_ROWS)
-    write_json(folder / STAGE, {**facts, "version": version_of(rows), "counts": counts_of(rows)})
+class TablesWriter:
+    """Writes a stage folder's tables, one part after the other."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file = parquet.ParquetWriter(folder / MANIFEST, _SCHEMA)
+        self._parts: dict[str, PartFacts] = {}
+        self._counts: Counter[tuple[str, str]] = Counter()
+
+    def add(self, name: str, fingerprint: str, rows: pa.Table, version: str | None) -> None:
+        """Write the rows of a part as `part_table` gives them; parts come in the order of names.
+
+        `version` is that of the rows, where it is known.
+        """
+        assert len(rows)
+        assert not self._parts or name > max(self._parts)
+        self._file.write_table(rows, row_group_size=len(rows))
+        self._parts[name] = PartFacts(fingerprint, version or rows_version(rows), len(rows))
+        counted = rows.group_by(["split", "label"]).aggregate([([], "count_all")])
+        for of in counted.to_pylist():
+            self._counts[of["split"], of["label"]] += of["count_all"]
+
+    def close(self, facts: Mapping[str, Any]) -> None:
+        """Write what is said of the stage, the last of all."""
+        self._file.close()
+        by_split: dict[str, dict[str, int]] = {}
+        for (split, label), number in sorted(self._counts.items()):
+            by_split.setdefault(split, {})[label] = number
+        said = {
+            **facts,
+            "format": _FORMAT,
+            "version": _sum(int(of.version, 16) for of in self._parts.values()),
+            "counts": {"images": self._counts.total(), "by_split": by_split},
+            "parts": {name: of._asdict() for name, of in self._parts.items()},
+        }
+        write_json(self._folder / STAGE, said)
 
 
 def typed(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Return rows as a table; what one does not say is missing."""
-    return pd.DataFrame(rows, columns=list(_DTYPES)).astype(_DTYPES)
+    # As objects first: whole numbers beside missing ones would become fractions.
+    return pd.DataFrame(rows, columns=list(_DTYPES), dtype=object).astype(_DTYPES)
 
 
-def version_of(rows: pd.DataFrame) -> str:
-    """Return a digest of every value of every row, whatever library wrote the file."""
-    starts = range(0, max(len(rows), 1), CHUNK_ROWS)
-    pieces = (rows[at : at + CHUNK_ROWS].to_csv(index=False, header=at == 0) for at in starts)
-    return digest_of_text(pieces)
+def part_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Return the rows of a part, checked, in the order of their files' names."""
+    ordered = _checked(typed(rows), None).sort_values("file_name")
+    return pa.Table.from_pandas(ordered, _SCHEMA, preserve_index=False).replace_schema_metadata()
 
 
-def counts_of(rows: pd.DataFrame) -> dict[str, Any]:
-    """Count images in all and by split and class."""
-    by_split: dict[str, dict[str, int]] = {}
-    for (split, label), number in rows.groupby(["split", "label"]).size().items():
-        by_split.setdefault(str(split), {})[str(label)] = int(number)
-    return {"images": len(rows), "by_split": by_split}
+def rows_version(rows: pa.Table) -> str:
+    """Return 32 hex digits that identify rows by every value of each, in whatever order.
+
+    It is the sum of the rows' digests, so that the versions of parts give that of the whole
+    (AdHash; Bellare and Micciancio 1997, "A New Paradigm for Collision-Free Hashing").
+    """
+    values = [column.cast(pa.string()) for column in rows.columns]
+    # With their lengths, no two rows are written alike; what is missing has none.
+    lengths = [pc.binary_length(column).cast(pa.string()) for column in values]
+    lines = pc.binary_join_element_wise(
+        *values, *lengths, "\t", null_handling="replace", null_replacement=""
+    )
+    return _sum(_row_digest(line) for chunk in lines.chunks for line in chunk.to_pylist())
+
+
+def _row_digest(line: str) -> int:
+    hasher = hashlib.blake2b(line.encode(), digest_size=_VERSION_BITS // 8)
+    return int.from_bytes(hasher.digest())
+
+
+def _sum(digests: Iterable[int]) -> str:
+    return f"{sum(digests) % (1 << _VERSION_BITS):0{_VERSION_BITS // 4}x}"
 
 
 def class_names(counts: Mapping[str, Any]) -> list[str]:

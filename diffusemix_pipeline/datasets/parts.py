@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+import pyarrow as pa
+from pyarrow import parquet
 
 from diffusemix_pipeline.datasets.manifest import (
     MANIFEST,
     STAGE,
     Stage,
+    TablesWriter,
+    part_table,
     read_stage,
-    typed,
-    write_tables,
 )
 from diffusemix_pipeline.datasets.storage import INDEX, Layout, ShardWriter, read_index, write_index
 from diffusemix_pipeline.devices import usable_cores
@@ -110,9 +112,9 @@ class StageWriter:
             else:
                 yield part
 
-    def put_together(self) -> tuple[pd.DataFrame, dict[str, str]]:
-        """Put all parts' files into the folder; return all rows, and each part's fingerprint."""
-        rows, index = [typed([])], {}
+    def put_together(self, facts: dict[str, Any]) -> None:
+        """Put all parts' files into the folder, and write its tables with what is said of it."""
+        tables, index = TablesWriter(self.folder), {}
         for name, fingerprint in sorted(self._parts.items()):
             part: _MadePart | _OldPart
             if (self._begun / fingerprint / MANIFEST).exists():
@@ -120,16 +122,17 @@ class StageWriter:
             else:
                 assert self._old is not None
                 part = self._old.part(name)
-            rows.append(part.rows)
+            rows = part.rows
+            tables.add(name, fingerprint, rows, part.version)
             if self._layout.packed:
                 link_or_copy(part.shard, self.folder / f"{name}.tar")
                 index[f"{name}.tar"] = part.index
             else:
-                for file in part.rows["file_name"]:
+                for file in rows["file_name"].to_pylist():
                     link_or_copy(part.files / file, self.folder / file)
         if self._layout.packed:
             write_index(self.folder, index)
-        return pd.concat(rows, ignore_index=True), dict(self._parts)
+        tables.close({**facts, "notes": self.notes, "layout": self._layout.document()})
 
 
 @contextmanager
@@ -152,9 +155,7 @@ def write_stage(
     with replaced_folder(folder, mark=STAGE, aside=aside) as partial:
         writer = StageWriter(partial, old, layout, classes, begun)
         yield writer
-        rows, parts = writer.put_together()
-        facts = {"stage": name, "fingerprint": fingerprint, "notes": writer.notes}
-        write_tables(partial, rows, {**facts, "layout": layout.document(), "parts": parts})
+        writer.put_together({"stage": name, "fingerprint": fingerprint})
     shutil.rmtree(begun, ignore_errors=True)
 
 
@@ -163,10 +164,11 @@ class _MadePart:
     """A part that was made for this stage, in a folder of its own."""
 
     folder: Path
+    version: None = None
 
     @property
-    def rows(self) -> pd.DataFrame:
-        return pd.read_parquet(self.folder / MANIFEST)
+    def rows(self) -> pa.Table:
+        return parquet.read_table(self.folder / MANIFEST)
 
     @property
     def files(self) -> Path:
@@ -185,7 +187,8 @@ class _MadePart:
 class _OldPart:
     """A part of the stage folder that is replaced."""
 
-    rows: pd.DataFrame
+    version: str
+    rows: pa.Table
     files: Path
     shard: Path
     index: pd.DataFrame | None
@@ -195,31 +198,32 @@ class _OldParts:
     """The parts of the stage folder that is replaced."""
 
     def __init__(self, stage: Stage) -> None:
-        self._stage, self._layout = stage, Layout(**stage.layout)
+        self._stage, self._packed = stage, Layout(**stage.layout).packed
+        self._numbers = {name: number for number, name in enumerate(stage.parts)}
 
     def holds(self, name: str, fingerprint: str) -> bool:
         """Say whether it has a part that follows from the same, with all its files."""
-        if self._stage.parts.get(name) != fingerprint:
+        if name not in self._numbers or self._stage.parts[name].fingerprint != fingerprint:
             return False
-        folder = self._stage.folder
-        files = [INDEX, f"{name}.tar"] if self._layout.packed else self._rows[name]["file_name"]
-        return all((folder / file).exists() for file in files)
+        files = [INDEX, f"{name}.tar"] if self._packed else self._names(name)
+        return all((self._stage.folder / file).exists() for file in files)
 
     def part(self, name: str) -> _OldPart:
-        index = self._index.get(f"{name}.tar") if self._layout.packed else None
-        rows = self._rows.get(name, typed([]))
-        return _OldPart(rows, self._stage.folder, self._shard(name), index)
+        folder = self._stage.folder
+        index = self._index[f"{name}.tar"] if self._packed else None
+        version = self._stage.parts[name].version
+        return _OldPart(version, self._rows(name), folder, folder / f"{name}.tar", index)
 
-    def _shard(self, name: str) -> Path:
-        return self._stage.folder / f"{name}.tar"
+    def _rows(self, name: str) -> pa.Table:
+        return self._manifest.read_row_group(self._numbers[name])
+
+    def _names(self, name: str) -> list[str]:
+        return list(self._rows(name)["file_name"].to_pylist())
 
     @cached_property
-    def _rows(self) -> dict[str, pd.DataFrame]:
-        rows = self._stage.manifest()
-        ids = rows["image_id"].where(rows["edit_key"].isna(), rows["source_id"])  # of source images
-        places = zip(rows["split"], ids, strict=True)
-        names = [self._layout.part_of(split, image_id) for split, image_id in places]
-        return {str(name): of_part for name, of_part in rows.groupby(names)}
+    def _manifest(self) -> parquet.ParquetFile:
+        self._stage.manifest(["file_name"])  # checked: no name leads out of the folder
+        return parquet.ParquetFile(self._stage.folder / MANIFEST)
 
     @cached_property
     def _index(self) -> dict[str, pd.DataFrame]:
@@ -257,7 +261,7 @@ class _Maker:
         folder = self.begun / f"{part.name}.{uuid.uuid4().hex[:8]}"
         folder.mkdir()
         rows = self._pack(images, folder) if self.packed else self._put(images, folder)
-        typed(rows).to_parquet(folder / MANIFEST, index=False)
+        parquet.write_table(part_table(rows), folder / MANIFEST)
         try:
             folder.rename(self.begun / part.fingerprint)
         except OSError:  # whoever was killed had just made the same

@@ -13,10 +13,11 @@ import hashlib
 import io
 import os
 import tarfile
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
@@ -86,11 +87,15 @@ class StoredFiles:
 
     def read(self, name: str) -> bytes:
         """Return a file's bytes; FileNotFoundError where there is none of that name."""
+        with (self.folder / self.holder(name)).open("rb") as file:
+            return self.read_from(file, name)
+
+    def read_from(self, holder: BinaryIO, name: str) -> bytes:
+        """Return a file's bytes from what holds it, opened anew or for files read before."""
         if self._index is None:
-            return (self.folder / name).read_bytes()
+            return holder.read()
         place = self._index.place(name)
-        with (self.folder / place.shard).open("rb") as shard:
-            return os.pread(shard.fileno(), place.size, place.offset)
+        return os.pread(holder.fileno(), place.size, place.offset)
 
     def holder(self, name: str) -> str:
         """Return the file of the folder that holds an image file, which is itself or a shard.
@@ -99,11 +104,15 @@ class StoredFiles:
         """
         return name if self._index is None else self._index.place(name).shard
 
-    def sizes(self, names: Iterable[str]) -> int:
-        """Return how many bytes some files have together."""
+    def holders(self, names: pd.Series) -> pd.Series:
+        """Return what holds each file; missing where no shard does."""
+        return names if self._index is None else self._index.shards_of(names)
+
+    def sizes(self, names: pd.Series) -> int:
+        """Return how many bytes some files have together; those that are nowhere have none."""
         if self._index is None:
             return sum((self.folder / name).stat().st_size for name in names)
-        return sum(self._index.place(name).size for name in names)
+        return self._index.bytes_of(names)
 
 
 class Differences(NamedTuple):
@@ -116,32 +125,25 @@ class Differences(NamedTuple):
     changed: list[str]
 
 
-def differences(folder: Path, expected: Mapping[str, str], tables: set[str]) -> Differences:
-    """Read a stage's image files, and compare each with the SHA-256 that its name should have.
+def differences(folder: Path, expected: pd.DataFrame, tables: set[str]) -> Differences:
+    """Read a stage's image files, and compare each `file_name` with the `sha256` it should have.
 
     `tables` names the files of the folder that hold no images.
     """
     files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - tables
-    stored, holders, missing = StoredFiles(folder), set(), []
-    by_holder = defaultdict(list)
-    for name in expected:
-        try:
-            holder = stored.holder(name)
-        except FileNotFoundError:
-            missing.append(name)
-            continue
-        holders.add(holder)
-        if holder in files:
-            by_holder[holder].append(name)
-        else:
-            missing.append(name)
-    changed = [
-        name
-        for holder in sorted(by_holder)
-        for name in by_holder[holder]
-        if hashlib.sha256(stored.read(name)).hexdigest() != expected[name]
-    ]
-    return Differences(len(files), sorted(files - holders), sorted(missing), sorted(changed))
+    stored, changed = StoredFiles(folder), []
+    holders = stored.holders(expected["file_name"])
+    there = holders.isin(files)
+    by_holder = expected[there].assign(holder=holders[there]).sort_values("holder")
+    rows = by_holder[["holder", "file_name", "sha256"]].itertuples(index=False, name=None)
+    for holder, of_holder in groupby(rows, key=itemgetter(0)):
+        with (folder / holder).open("rb") as file:
+            for _, name, sha256 in of_holder:
+                if hashlib.sha256(stored.read_from(file, name)).hexdigest() != sha256:
+                    changed.append(name)
+    missing = expected.loc[~there, "file_name"]
+    strays = files - set(holders.dropna().unique())
+    return Differences(len(files), sorted(strays), sorted(missing), sorted(changed))
 
 
 def member_name(name: str) -> str:
@@ -169,10 +171,27 @@ class _Index:
     def place(self, name: str) -> _Place:
         """Return where a file lies; FileNotFoundError for an unknown name."""
         wanted = np.uint64(_hash(name))
-        row = int(np.searchsorted(self._hashes, wanted))
+        row = int(self._hashes.searchsorted(wanted))
         if row == len(self._hashes) or self._hashes[row] != wanted:
             raise FileNotFoundError(name)
         return _Place(self.shards[self._shard[row]], int(self._offset[row]), int(self._size[row]))
+
+    def shards_of(self, names: pd.Series) -> pd.Series:
+        """Return the shard of each file; missing for an unknown name."""
+        rows, known = self._rows(names)
+        codes = np.where(known, self._shard[rows], -1)
+        return pd.Series(pd.Categorical.from_codes(codes, self.shards), names.index).astype("str")
+
+    def bytes_of(self, names: pd.Series) -> int:
+        """Return how many bytes the files have together; an unknown one has none."""
+        rows, known = self._rows(names)
+        return int(self._size[rows[known]].sum())
+
+    def _rows(self, names: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+        """Return int (N,) places in the index, and bool (N,) whether that is the file's."""
+        wanted = np.fromiter(map(_hash, names), np.uint64, len(names))
+        rows = np.minimum(self._hashes.searchsorted(wanted), len(self._hashes) - 1)
+        return rows, self._hashes[rows] == wanted
 
 
 @lru_cache(maxsize=2)  # a part of a stage is made of two others

@@ -36,6 +36,7 @@ from diffusemix_pipeline.editing.editor import edits_at_once, load_editor
 from diffusemix_pipeline.editing.gate import ACCEPTED, Judge
 from diffusemix_pipeline.editing.planning import (
     CODE_VERSION,
+    PARTS,
     Plan,
     PlannedEdit,
     case,
@@ -98,28 +99,33 @@ def generate(
     finished = finished_stage(out, plan.fingerprint, plan.layout)
     if finished:
         return Generated(finished, 0)
-    adopt_edits(out, store)
+    there = plan.parts_in(out)
+    adopt_edits(out, store, plan.of_parts(there).source_ids)
+    lacking = plan.without_parts(there)
     gate = None
     if plan.gate:
         assert gate_of  # without it, what nobody judged would count as judged
         gate = gate_of(plan)
         adopt_verdicts(out, plan, gate.verdicts)
-        fit_where_needed(gate, plan)
-    made = make_edits(plan, store=store, device=device, gate=gate, progress=progress)
+        fit_where_needed(gate, lacking)
+    made = make_edits(lacking, store=store, device=device, gate=gate, progress=progress)
     verdicts = gate.verdicts if gate else None
     return Generated(collect_edits(plan, out, store, verdicts, aside, progress), made)
 
 
-def adopt_edits(folder: Path, store: EditStore) -> int:
+def adopt_edits(folder: Path, store: EditStore, staying: Sequence[str] | pd.Series = ()) -> int:
     """Take the edits of a stage folder into a store that lacks them; return how many.
 
-    They came with the data, to a clone or to CI, and are not to be paid for again there.
+    They came with the data, to a clone or to CI, and are not to be paid for again there. Those of
+    the sources that are `staying`, by image id, are not touched by what comes.
     """
     if not (folder / STAGE).exists():
         return 0
     adopted, files = 0, StoredFiles(folder)
-    rows = read_manifest(folder, ["edit_key", "file_name", "sha256"])
-    for key, name, sha256 in rows.itertuples(index=False, name=None):
+    columns = ["edit_key", "file_name", "sha256"]
+    rows = read_manifest(folder, [*columns, "source_id"])
+    gone = rows.loc[~rows["source_id"].isin(staying), columns]
+    for key, name, sha256 in gone.itertuples(index=False, name=None):
         if key in store:
             continue
         with suppress(FileNotFoundError):
@@ -184,7 +190,7 @@ def collect_edits(
     aside: Path,
     progress: Progress = silent,
 ) -> Stage:
-    """Write the stage folder from the store, which holds every edit of the plan.
+    """Write the stage folder from the store, which holds every edit that the folder lacks.
 
     With a gate, an edit is the first accepted attempt; `rejected.parquet` has a row for each of the
     others. Raises UserError where nothing was accepted, or where an edit is missing: the plan of
@@ -200,7 +206,7 @@ def collect_edits(
         aside=aside,
     ) as stage:
         stage.write(
-            collected.parts(plan),
+            collected.parts(plan, out),
             partial(_stored, store),
             total=len(plan),
             describe="Linking edits",
@@ -213,7 +219,7 @@ def collect_edits(
                 "preview`, choose other prompts, or change editing.gate."
             )
         stage.notes["editor"] = plan.weights
-        stage.notes["dropped"] = collected.dropped
+        stage.notes[PARTS] = plan.part_fingerprints
         if verdicts:
             stage.notes["gate"] = plan.gate
             rejected.to_parquet(stage.folder / REJECTED, index=False)
@@ -228,13 +234,20 @@ class _Collected:
         self._gated = verdicts is not None
         self._judged = verdicts_by_case(verdicts) if verdicts else {}
         self._records = store.records()
-        self.accepted, self.dropped = 0, 0
+        self.accepted = 0
         self.rejected: list[dict[str, Any]] = []
 
-    def parts(self, plan: Plan) -> Iterator[Part]:
-        """Give the parts that have an edit that is used."""
+    def parts(self, plan: Plan, out: Path) -> Iterator[Part]:
+        """Give the parts that have an edit that is used; `out` may hold some already."""
+        there = set(plan.parts_in(out))
+        old = read_stage(out).parts if there else {}
         labels = plan.classes if plan.layout.packed else None  # their places are in the shards
         for name, of_part in plan.by_part():
+            if name in there:
+                if name in old:  # or else all its edits were dropped
+                    self.accepted += old[name].images
+                    yield Part(name, old[name].fingerprint, [], len(of_part))
+                continue
             rows = list(self._rows(of_part))
             self.accepted += len(rows)
             if rows:
@@ -245,7 +258,6 @@ class _Collected:
         for first in plan:
             for edit in attempts(plan, first, self._judged):
                 if edit.key in plan.dropped:
-                    self.dropped += 1
                     continue
                 verdict = self._judged.get(edit.case) if self._gated else ACCEPTED
                 if verdict is None or (verdict == ACCEPTED and edit.key not in self._records):
@@ -393,9 +405,8 @@ def numeric_profiles(stage: Stage, store: EditStore) -> dict[str, int]:
 
     Edits that came with the data, from another machine's store, are "not known here".
     """
-    records, known = store.records(), store.profiles()
-    keys = [key for key in stage.manifest(["edit_key"])["edit_key"] if key in records]
-    made_by = Counter(records[key].profile for key in keys)
+    known = store.profiles()
+    made_by = Counter(store.records().count_by_profile(stage.manifest(["edit_key"])["edit_key"]))
     counted = {
         ", ".join(f"{name}={value}" for name, value in known[profile].items()): count
         for profile, count in made_by.most_common()

@@ -6,6 +6,7 @@ What belongs here: what follows from rows and settings alone. What does not: pix
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import pandas as pd
 
 from diffusemix_pipeline.datasets.dropped import NOTHING, Dropped
 from diffusemix_pipeline.datasets.images import decode_square
-from diffusemix_pipeline.datasets.manifest import Stage, class_names, layout_of
+from diffusemix_pipeline.datasets.manifest import Stage, class_names, layout_of, whole_stage
 from diffusemix_pipeline.datasets.storage import Layout, StoredFiles
 from diffusemix_pipeline.editing.editor import editor_fingerprint, locate_editor, locate_lora
 from diffusemix_pipeline.files import Ledger
@@ -22,7 +23,9 @@ from diffusemix_pipeline.identity import digest, draw, seed_from
 from diffusemix_pipeline.recipes import training_identity
 from diffusemix_pipeline.settings import PLACE_OR_SPEED, Editing, Settings
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
+PARTS = "planned"
+"""The note in which a stage keeps its plan's `part_fingerprints`."""
 GATE_VERSION = "2"
 """Of the label gate: new where its teachers or its rules would judge otherwise."""
 
@@ -77,8 +80,8 @@ class Plan:
     asked for: what one holds of them costs some 700 bytes, their rows here a fifth of that.
     """
 
-    fingerprint: str
-    """Of the stage."""
+    shape: str
+    """Identifies all that the stage follows from beside the sources."""
     editor: Path
     weights: str
     """The editor's fingerprint."""
@@ -119,11 +122,51 @@ class Plan:
         falls_to = self._sources["sha256"].map(lambda sha256: int(sha256[:16], 16) % of)
         return Shard(self, self._sources[falls_to == number])
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identify the stage."""
+        return digest("generated", self.shape, self.part_fingerprints)
+
+    @cached_property
+    def part_fingerprints(self) -> dict[str, str]:
+        """Identify what each part of the stage follows from."""
+        return {
+            str(name): digest(self.shape, name, *(list(sources[of]) for of in sources))
+            for name, sources in self._sources.groupby(self._part_names)
+        }
+
     def by_part(self) -> Iterator[tuple[str, "Plan"]]:
         """Give the parts of the stage by name, each as a plan of its sources alone."""
-        names = self._sources["image_id"].map(lambda source: self.layout.part_of("train", source))
-        for name, sources in self._sources.groupby(names):
+        for name, sources in self._sources.groupby(self._part_names):
             yield str(name), replace(self, _sources=sources)
+
+    def parts_in(self, folder: Path) -> list[str]:
+        """Return the parts that a stage folder holds as this plan wants them.
+
+        With a label gate, none: its verdicts follow from all training images.
+        """
+        stage = None if self.gate else whole_stage(folder, self.layout)
+        if stage is None:
+            return []
+        noted = stage.notes[PARTS]
+        return [name for name, of in self.part_fingerprints.items() if noted.get(name) == of]
+
+    def of_parts(self, names: Sequence[str]) -> "Plan":
+        """Return the plan of some parts alone."""
+        return replace(self, _sources=self._sources[self._part_names.isin(names)])
+
+    def without_parts(self, names: Sequence[str]) -> "Plan":
+        """Return the plan of all other parts."""
+        return replace(self, _sources=self._sources[~self._part_names.isin(names)])
+
+    @property
+    def source_ids(self) -> pd.Series:
+        """The image ids of the sources."""
+        return self._sources["image_id"]
+
+    @cached_property
+    def _part_names(self) -> pd.Series:
+        return self._sources["image_id"].map(lambda source: self.layout.part_of("train", source))
 
     def verdicts(self, folder: Path) -> Ledger:
         """Return where the gate keeps its verdicts, below the folder of all gates."""
@@ -159,18 +202,19 @@ def plan_edits(raw: Stage, settings: Settings, dropped: Dropped = NOTHING) -> Pl
     gate = _gate_version(raw, train, settings)
     gated = [gate, editing.gate.max_attempts] if gate else None
     left_out = sorted(dropped.edits)
-    asked = [raw.version, settings.seed, settings.size, shape, weights, gated, left_out]
-    fingerprint = digest("generated", CODE_VERSION, *asked)
+    layout, classes = layout_of(raw, settings.storage), class_names(raw.counts)
+    labels = classes if layout.packed else None  # their places are in the shards
+    asked = [settings.seed, settings.size, shape, weights, gated, left_out, labels]
     sources = _share(train, editing.share, settings.seed)
     return Plan(
-        fingerprint=fingerprint,
+        shape=digest(CODE_VERSION, *asked),
         editor=folder,
         weights=weights,
         settings=settings,
         gate=gate,
         dropped=dropped.edits,
-        layout=layout_of(raw, settings.storage),
-        classes=class_names(raw.counts),
+        layout=layout,
+        classes=classes,
         _files=raw.files,
         _sources=sources,
     )

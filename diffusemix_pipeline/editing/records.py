@@ -1,7 +1,7 @@
 """What was said of each edit before it was stored: some 50 bytes an edit, so of any number."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,14 @@ class Records(Mapping[str, Record]):
 
     def __len__(self) -> int:
         return len(self._keys)
+
+    def count_by_profile(self, keys: Sequence[str]) -> dict[str, int]:
+        """Count those of `keys` of which anything was said by the profile that made them."""
+        sought = np.frombuffer(bytes.fromhex("".join(keys)), self._keys.dtype)
+        places = np.minimum(self._keys.searchsorted(sought), len(self) - 1)
+        made_by = self._made_by[places[self._keys[places] == sought]]
+        counts = zip(*np.unique(made_by, return_counts=True), strict=True)
+        return {self._names[profile]: int(count) for profile, count in counts}
 
     def disputed(self) -> dict[str, list[Record]]:
         """Return all that was said of the edits of which different bytes were told."""

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from diffusemix_pipeline.datasets.images import decode_square, png_bytes
 from diffusemix_pipeline.datasets.manifest import (
@@ -24,10 +23,8 @@ from diffusemix_pipeline.datasets.manifest import (
     finished_stage,
     layout_of,
     read_stage,
-    version_of,
 )
 from diffusemix_pipeline.datasets.parts import Image, Part, write_stage
-from diffusemix_pipeline.datasets.storage import Layout, StoredFiles
 from diffusemix_pipeline.identity import digest, draw
 from diffusemix_pipeline.mixing.blending import hybrid, mix
 from diffusemix_pipeline.mixing.fractals import fractals_version, load_fractals
@@ -35,7 +32,7 @@ from diffusemix_pipeline.mixing.masks import Mask, half_mask
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings
 
-CODE_VERSION = "2"
+CODE_VERSION = "3"
 _AT_ONCE = 256  # images that wait, made, to be written
 
 Join = Callable[[np.ndarray, np.ndarray, Mask, str], tuple[np.ndarray, dict[str, Any]]]
@@ -137,16 +134,23 @@ class _WithFractal:
 
 @dataclass(frozen=True)
 class Mixer:
-    """Makes the images of a part: `join` of each edit, its source and the mask drawn for it."""
+    """Makes a part's images: `join` of each edit, its source and the mask drawn for it.
+
+    The same part of `raw` holds the sources.
+    """
 
     raw: Path
     generated: Path
     settings: Settings
     join: Join
 
-    def __call__(self, rows: pd.DataFrame, threads: int) -> Iterator[Image]:
-        """Take rows of edits, with the file names of their sources as `original`."""
-        originals, edits = StoredFiles(self.raw), StoredFiles(self.generated)
+    def __call__(self, part: str, threads: int) -> Iterator[Image]:
+        """Give each image's manifest row and bytes."""
+        raw, generated = read_stage(self.raw), read_stage(self.generated)
+        originals, edits = raw.files, generated.files
+        file_names = raw.rows_of(part, ["image_id", "file_name"]).set_index("image_id")["file_name"]
+        rows = generated.rows_of(part)
+        rows["original"] = file_names.loc[rows["source_id"]].to_numpy()
         size, mixing = self.settings.size, self.settings.mixing
         names = sorted(mixing.masks)
         masks: dict[str, Mask] = {m: half_mask(m, size, size, mixing.seam) for m in names}
@@ -184,19 +188,14 @@ def write_mixed(
         out, name=name, fingerprint=fingerprint, layout=layout, classes=labels, aside=aside
     ) as stage:
         of_all = [name, CODE_VERSION, *drawn, labels if layout.packed else None]
-        parts = _parts(raw, generated, layout, of_all)
+        parts = _parts(raw, generated, of_all)
         stage.write(parts, mixer, total=total, describe=f"Mixing {name} images", progress=progress)
     return read_stage(out)
 
 
-def _parts(raw: Stage, generated: Stage, layout: Layout, of_all: Sequence[Any]) -> Iterator[Part]:
-    """Give the parts of what is made of `generated`: rows of edits, with their sources' files."""
-    columns = ["image_id", "file_name", "sha256"]
-    sources = raw.manifest(columns).set_index("image_id")
-    edits = generated.manifest()
-    names = edits["source_id"].map(lambda source: layout.part_of("train", source))
-    for name, rows in edits.groupby(names):
-        originals = sources.loc[rows["source_id"]]
-        fingerprint = digest(*of_all, name, version_of(rows), list(originals["sha256"]))
-        work = rows.assign(original=originals["file_name"].to_numpy())
-        yield Part(str(name), fingerprint, work, len(rows))
+def _parts(raw: Stage, generated: Stage, of_all: Sequence[Any]) -> Iterator[Part]:
+    """Give the parts of what is made of `generated`: each of one part of it and of `raw`."""
+    assert raw.layout["parts"] == generated.layout["parts"]
+    for name, edits in generated.parts.items():
+        fingerprint = digest(*of_all, name, edits.version, raw.parts[name].version)
+        yield Part(name, fingerprint, name, edits.images)

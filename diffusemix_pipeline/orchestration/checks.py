@@ -66,7 +66,9 @@ def _labels_kept(name: str, asset: dg.AssetsDefinition) -> dg.AssetChecksDefinit
         from diffusemix_pipeline.datasets.manifest import read_manifest
 
         project = context.resources.project
-        wrong = wrong_labels(read_manifest(project.raw), read_manifest(getattr(project, name)))
+        raw = read_manifest(project.raw, ["image_id", "label", "split"])
+        made = read_manifest(getattr(project, name), ["image_id", "label", "source_id"])
+        wrong = wrong_labels(raw, made)
         return _result(not wrong, f"{len(wrong)} images with a wrong label", {"wrong": wrong[:20]})
 
     return labels_kept

@@ -41,7 +41,7 @@ def stage_sheet(stage: Stage, by: str) -> dg.MarkdownMetadataValue:
     from diffusemix_pipeline.pictures import contact_sheet
 
     rows, labels = [], []
-    for value, group in list(stage.manifest().groupby(by))[:_SHEET_ROWS]:
+    for value, group in list(stage.manifest([by, "file_name"]).groupby(by))[:_SHEET_ROWS]:
         names = group["file_name"].head(_SHEET_COLUMNS)
         rows.append([decode_square(stage.files.read(name), 64) for name in names])
         labels.append(str(value))

@@ -44,7 +44,8 @@ def plan_edits(context: dg.OpExecutionContext) -> Iterator[dg.DynamicOutput[int]
         context.log.info(f"{project.generated} is there already")
         yield dg.Output({}, "predicted")
         return
-    adopt_edits(project.generated, EditStore(project.edits))
+    there = plan.parts_in(project.generated)
+    adopt_edits(project.generated, EditStore(project.edits), plan.of_parts(there).source_ids)
     gate = _gate(context, plan, choose_device(settings.device))
     accuracy = None
     if gate:
@@ -77,7 +78,7 @@ def edit_shard(context: dg.OpExecutionContext, shard: int) -> dict[str, Any]:
         with own_device(project, settings.device) as device:
             began = time.time()  # shards may be processes, so by one clock for all
             made = make_edits(
-                plan,
+                plan.without_parts(plan.parts_in(project.generated)),
                 store=EditStore(project.edits, settings.storage.edits),
                 device=device,
                 gate=_gate(context, plan, device),
@@ -168,7 +169,7 @@ def _predicted(
 
     store = EditStore(context.resources.project.edits, plan.settings.storage.edits)
     cost = run_pilot(
-        plan,
+        plan.without_parts(plan.parts_in(context.resources.project.generated)),
         store,
         device=choose_device(plan.settings.device),
         gate=gate,
