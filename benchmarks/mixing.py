@@ -422,12 +422,14 @@ def _made_pictures(count: int, size: int, seed: int) -> np.ndarray:
 
 
 def different_pictures(count: int, size: int, seed: int) -> Iterable[np.ndarray]:
-    """Make `count` pictures from some thirty, moved about and numbered."""
+    """Make `count` pictures from pairs of some thirty, one moved about, and numbered."""
     pictures = _made_pictures(30, size, seed)
     for number in range(count):
-        moved = np.roll(pictures[number % 30], number // 30, axis=(0, 1))
-        moved[0, 0] = number % 256, number // 256 % 256, number // 65536
-        yield moved
+        moves = number // 30**2
+        moved = np.roll(pictures[number % 30], (5 * moves % size, 11 * moves % size), axis=(0, 1))
+        both = moved // 2 + pictures[number // 30 % 30] // 2
+        both[0, 0] = number % 256, number // 256 % 256, number // 65536
+        yield both
 
 
 # Timing -----------------------------------------------------------------------------------------

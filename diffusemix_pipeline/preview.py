@@ -4,15 +4,13 @@ Its edits stay in the store, where a run finds those that it wants, too: it draw
 prompts.
 """
 
-from collections import defaultdict
-from itertools import chain, zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from diffusemix_pipeline.datasets.images import UnreadableImageError, decode_square
 from diffusemix_pipeline.datasets.ingest import ingest
-from diffusemix_pipeline.datasets.items import Item
-from diffusemix_pipeline.datasets.sources import list_items
+from diffusemix_pipeline.datasets.items import Listing
+from diffusemix_pipeline.datasets.sources import list_images
 from diffusemix_pipeline.devices import choose_device
 from diffusemix_pipeline.editing.generate import generate
 from diffusemix_pipeline.editing.store import EditStore
@@ -49,8 +47,8 @@ def preview(
 def _sheet(
     source: str, settings: Settings, project: Project, images: int, work: Path, progress: Progress
 ) -> bytes:
-    items = list_items(source, project.archives(settings.source.archives), progress)
-    _copy_some(source, items, work / "chosen", images, settings.source.max_pixels)
+    listing = list_images(source, project.archives(settings.source.archives), progress)
+    _copy_some(source, listing, work / "chosen", images, settings.source.max_pixels)
     raw = ingest(
         str(work / "chosen"),
         settings,
@@ -80,21 +78,19 @@ def _sheet(
     )
 
 
-def _copy_some(source: str, items: list[Item], folder: Path, images: int, max_pixels: int) -> None:
+def _copy_some(source: str, listing: Listing, folder: Path, images: int, max_pixels: int) -> None:
     """Copy the first readable training images, of one class after the other, into class folders."""
-    by_class: defaultdict[str, list[Item]] = defaultdict(list)
-    for item in items:
-        if item.split in (None, "train"):
-            by_class[item.label].append(item)
-    by_turns = filter(None, chain.from_iterable(zip_longest(*by_class.values())))
+    train = listing.rows[listing.rows["split"].isna() | (listing.rows["split"] == "train")]
+    turns = train.groupby("label", sort=False).cumcount()
+    by_turns = Listing(train.loc[turns.sort_values(kind="stable").index], listing.kind)
     copied = 0
-    for item in by_turns:
+    for label, picture in zip(by_turns.rows["label"], by_turns.pictures(), strict=True):
         try:
-            item.read(max_pixels)
+            picture.read(max_pixels)
         except UnreadableImageError:
             continue
-        content, suffix = item.stored(max_pixels)
-        write_bytes(folder / item.label / f"{copied}{suffix}", content)
+        content, suffix = picture.stored(max_pixels)
+        write_bytes(folder / label / f"{copied}{suffix}", content)
         copied += 1
         if copied == images:
             return

@@ -387,10 +387,10 @@ def test_a_manifest_refuses_rows_that_make_no_sense(wrong, tmp_path):
 
 def test_a_manifest_refuses_the_same_image_twice(tmp_path):
     with pytest.raises(Exception, match="image_id"):
-        write_manifest({"train-0": [ROW, ROW]}, tmp_path)
-    write_manifest({"train-0": [ROW], "train-1": [ROW]}, tmp_path)
+        write_manifest({"train-0": [ROW, ROW]}, tmp_path / "part")
+    write_manifest({"train-0": [ROW], "train-1": [ROW]}, tmp_path / "parts")
     with pytest.raises(Exception, match="image_id"):
-        read_manifest(tmp_path)
+        read_manifest(tmp_path / "parts")
 
 
 VALUES = {

@@ -26,8 +26,9 @@ from scipy.io import savemat
 from diffusemix_pipeline.cli import main
 from diffusemix_pipeline.datasets.images import read_rgb
 from diffusemix_pipeline.datasets.ingest import ingest
+from diffusemix_pipeline.datasets.items import Item
 from diffusemix_pipeline.datasets.published import PUBLISHED, check_at_hand, published_items, terms
-from diffusemix_pipeline.datasets.sources import list_items
+from diffusemix_pipeline.datasets.sources import list_images
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.preflight import check_run
 
@@ -344,6 +345,12 @@ def accept_tables(folder: Path, monkeypatch) -> None:
     monkeypatch.setattr(Flowers102, "_file_dict", sums)
 
 
+def items_of(source: str, archives: Path | None = None) -> list[Item]:
+    listing = list_images(source, archives)
+    rows = listing.rows[list(Item._fields[:-1])].itertuples(index=False, name=None)
+    return [Item(*row, picture) for row, picture in zip(rows, listing.pictures(), strict=True)]
+
+
 def said(items) -> dict[str, tuple[str | None, str, str]]:
     return {item.source_id: (item.split, item.label, item.sha256) for item in items}
 
@@ -359,51 +366,51 @@ def test_every_dataset_has_a_miniature():
 def test_a_dataset_is_read_as_it_was_published(name, miniature):
     folder, expected = miniature(name)
     packed = {path: path.read_bytes() for path in folder.iterdir()}
-    items = list_items(name, folder)
+    items = items_of(name, folder)
     assert said(items) == {
         source_id: (image.split, image.label, hashlib.sha256(image.content).hexdigest())
         for source_id, image in expected.items()
     }
     for item in items:
-        assert item.read(PIXELS).size == ((32, 32) if "cifar" in name else (64, 48))
+        assert item.picture.read(PIXELS).size == ((32, 32) if "cifar" in name else (64, 48))
     assert {path: path.read_bytes() for path in packed} == packed
     for path in packed:  # what is unpacked is enough
         path.unlink()
-    assert said(list_items(name, folder)) == said(items)
+    assert said(items_of(name, folder)) == said(items)
     assert not list(folder.rglob("*.partial"))
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_cifar_pixels_are_right_in_every_channel(name, miniature):
     folder, expected = miniature(name)
-    for item in list_items(name, folder):
+    for item in items_of(name, folder):
         channels = np.frombuffer(expected[item.source_id].content, np.uint8).reshape(3, 32, 32)
-        pixels = np.asarray(item.read(PIXELS))
+        pixels = np.asarray(item.picture.read(PIXELS))
         assert all(np.array_equal(pixels[:, :, c], channels[c]) for c in range(3))
-        png, suffix = item.stored(PIXELS)
+        png, suffix = item.picture.stored(PIXELS)
         assert suffix == ".png"
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), pixels)
-    first = next(item for item in list_items(name, folder) if item.split == "train")
-    assert np.array_equal(np.asarray(first.read(PIXELS)), cifar_pixels(0))
+    first = next(item for item in items_of(name, folder) if item.split == "train")
+    assert np.array_equal(np.asarray(first.picture.read(PIXELS)), cifar_pixels(0))
 
 
 def test_classes_of_one_name_stay_two(miniature):
-    for_cranes = {item.label for item in list_items("imagenet", miniature("imagenet")[0])}
+    for_cranes = {item.label for item in items_of("imagenet", miniature("imagenet")[0])}
     assert for_cranes == {"n01440764 tench", "n02012849 crane", "n03126707 crane"}
 
 
 def test_validation_images_may_lie_in_class_folders(miniature):
     folder, _ = miniature("imagenet")
-    before = published_items("imagenet", folder)
+    before = items_of("imagenet", folder)
     val = folder / "imagenet" / "val"
     for item in before:
         if item.split == "test":
             (val / item.label[:9]).mkdir(exist_ok=True)
             name = Path(item.source_id).name
             (val / name).rename(val / item.label[:9] / name)
-    after = published_items("imagenet", folder)
-    assert [(i.label, i.split, i.digest) for i in before] == [
-        (i.label, i.split, i.digest) for i in after
+    after = items_of("imagenet", folder)
+    assert [(i.label, i.split, i.sha256) for i in before] == [
+        (i.label, i.split, i.sha256) for i in after
     ]
 
 
@@ -413,7 +420,7 @@ def test_archives_may_lie_beside_what_they_become(miniature):
     for path in list(folder.iterdir()):
         if path.is_file():
             path.rename(folder / "flowers-102" / path.name)  # as torchvision leaves them
-    assert len(list_items("flowers102", folder)) == len(expected)
+    assert len(items_of("flowers102", folder)) == len(expected)
 
 
 def test_an_ingest_keeps_the_official_splits(miniature, tmp_path):
@@ -436,7 +443,7 @@ def test_an_ingest_keeps_the_official_splits(miniature, tmp_path):
 def test_a_folder_of_a_datasets_name_is_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_classes(tmp_path / "cifar10", ["cat", "dog"], 2)
-    assert len(list_items("./cifar10")) == 4
+    assert len(items_of("./cifar10")) == 4
 
 
 # What is not as it was published
@@ -450,7 +457,7 @@ def test_other_numbers_than_the_official_are_refused_by_name(name, miniature, mo
     train = official.images["train"]
     message = f"{name}: train has [0-9]+ images of 3 classes, but {train:,} of {official.classes:,}"
     with pytest.raises(UserError, match=message):
-        list_items(name, folder)
+        items_of(name, folder)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -459,7 +466,7 @@ def test_a_damaged_archive_is_named_and_leaves_nothing_behind(name, miniature):
     largest = max(folder.iterdir(), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     with pytest.raises(UserError, match=f"{largest.name} cannot be unpacked .* damaged"):
-        list_items(name, folder)
+        items_of(name, folder)
     gives = next(a.gives for a in PUBLISHED[name].archives if a.name == largest.name)
     assert not (folder / gives).exists()
     assert not list(folder.rglob("*.partial"))
@@ -469,7 +476,7 @@ def test_an_archive_of_something_else_is_refused(miniature):
     folder, _ = miniature("cub200")
     write_tar(folder / "CUB_200_2011.tgz", {"CUB_200/images.txt": b""})
     with pytest.raises(UserError, match="there is no CUB_200_2011 in it"):
-        list_items("cub200", folder)
+        items_of("cub200", folder)
 
 
 @pytest.mark.parametrize(
@@ -485,7 +492,7 @@ def test_a_tar_that_leads_out_of_its_folder_is_refused(name, archive, member, mi
     folder, _ = miniature(name)
     write_tar(folder / archive, {member: tar_bytes({"escaped": b"x"})})
     with pytest.raises(UserError, match=f"{archive} cannot be unpacked .*[Oo]utside"):
-        list_items(name, folder)
+        items_of(name, folder)
     assert not list(folder.parent.rglob("escaped*"))
 
 
@@ -494,7 +501,7 @@ def test_a_tar_within_a_tar_is_held_to_the_same(miniature):
     inner = tar_bytes({"../../../escaped": b"x"})
     write_tar(folder / "ILSVRC2012_img_train.tar", {"n01440764.tar": inner})
     with pytest.raises(UserError, match="cannot be unpacked .*outside"):
-        list_items("imagenet", folder)
+        items_of("imagenet", folder)
     assert not list(folder.parent.rglob("escaped*"))
 
 
@@ -502,39 +509,39 @@ def test_a_zip_that_leads_out_of_its_folder_is_refused(miniature):
     folder, _ = miniature("tiny_imagenet")
     write_zip(folder / "tiny-imagenet-200.zip", {"../escaped": b"x"})
     with pytest.raises(UserError, match="cannot be unpacked .*outside"):
-        list_items("tiny_imagenet", folder)
+        items_of("tiny_imagenet", folder)
     assert not list(folder.parent.rglob("escaped*"))
 
 
 @pytest.mark.parametrize("elsewhere", ["../../../stranger.jpg", "/stranger.jpg"])
 def test_a_table_that_names_a_file_elsewhere_is_refused(elsewhere, miniature, tmp_path):
     folder, _ = miniature("cub200")
-    list_items("cub200", folder)
+    items_of("cub200", folder)
     (tmp_path / "stranger.jpg").write_bytes(jpeg(1))
     table = folder / "CUB_200_2011" / "images.txt"
     lines = table.read_text().splitlines()
     table.write_text("\n".join([f"1 {elsewhere}", *lines[1:]]))
     with pytest.raises(UserError, match="would lie outside"):
-        list_items("cub200", folder)
+        items_of("cub200", folder)
 
 
 @pytest.mark.parametrize("name", sorted(set(PUBLISHED) - {"cifar10", "cifar100"}))
 def test_a_missing_image_is_told(name, miniature):
     folder, _ = miniature(name)
-    last = list_items(name, folder)[-1]
+    last = items_of(name, folder)[-1]
     (folder / last.source_id).unlink()
     with pytest.raises(UserError, match="cannot be read|test has 5 images of 3 classes, but 6"):
-        list_items(name, folder)
+        items_of(name, folder)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_a_torn_record_is_told(name, miniature):
     folder, _ = miniature(name)
-    list_items(name, folder)
+    items_of(name, folder)
     batch = next(folder.rglob("test*.bin"))
     batch.write_bytes(batch.read_bytes()[:-1])
     with pytest.raises(UserError, match=f"{batch.name} ends within image 2"):
-        list_items(name, folder)
+        items_of(name, folder)
 
 
 @pytest.mark.parametrize(
@@ -548,11 +555,11 @@ def test_a_torn_record_is_told(name, miniature):
 )
 def test_a_damaged_table_is_told_with_the_repair(name, table, miniature):
     folder, _ = miniature(name)
-    list_items(name, folder)
+    items_of(name, folder)
     (folder / table).write_bytes(b"")
     message = f"{name} is not as it was published .* unpack the archives again"
     with pytest.raises(UserError, match=message):
-        list_items(name, folder)
+        items_of(name, folder)
 
 
 # What is not there
@@ -561,7 +568,7 @@ def test_a_damaged_table_is_told_with_the_repair(name, table, miniature):
 @pytest.mark.parametrize("name", ["imagenet", "stanford_cars"])
 def test_what_cannot_be_downloaded_is_asked_for_by_name(name, tmp_path):
     with pytest.raises(UserError) as error:
-        list_items(name, tmp_path / "archives")
+        items_of(name, tmp_path / "archives")
     for archive in PUBLISHED[name].archives:
         assert archive.name in str(error.value)
         assert archive.gives in str(error.value)
@@ -586,7 +593,7 @@ def test_a_failed_download_names_address_and_folder(name, tmp_path, monkeypatch)
     folder = tmp_path / "archives"
     check_at_hand(name, folder)  # it may yet be downloaded
     with pytest.raises(UserError) as error:
-        list_items(name, folder)
+        items_of(name, folder)
     assert f"{PUBLISHED[name].archives[0].url} could not be downloaded" in str(error.value)
     assert "no network" in str(error.value)
     assert f"put it into {folder}" in str(error.value)
@@ -615,7 +622,8 @@ def offered(miniature, monkeypatch):
 def test_what_is_downloaded_is_checked_and_unpacked(offered, tmp_path):
     archive, expected = offered
     folder, told = tmp_path / "project" / "published", []
-    items = published_items("cifar100", folder, lambda what, done, total: told.append(what))
+    told_of = published_items("cifar100", folder, lambda what, done, total: told.append(what))
+    items = list(told_of)
     assert len(items) == len(expected)
     assert (folder / archive.name).read_bytes() == archive.read_bytes()
     steps = [f"Downloading {archive.name}", f"Unpacking {archive.name}", "Reading cifar100"]
@@ -627,7 +635,7 @@ def test_a_download_with_another_checksum_is_refused(offered, tmp_path):
     archive.write_bytes(archive.read_bytes() + b"more")
     folder = tmp_path / "published"
     with pytest.raises(UserError, match=r"could not be downloaded .*corrupted"):
-        list_items("cifar100", folder)
+        items_of("cifar100", folder)
     assert {path.name for path in folder.iterdir()} <= {".lock"}
 
 

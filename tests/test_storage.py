@@ -285,15 +285,15 @@ def test_what_was_checked_before_a_cut_off_is_not_checked_again(source, tmp_path
     seen: list[str] = []
 
     def killed_at(last: int):
-        def look(max_pixels, items):
-            for item in items:
-                if len(seen) == last:
-                    raise KilledError
-                seen.append(item.source_id)
-                yield from looked(max_pixels, [item])
+        def look(max_pixels, listing):
+            if len(seen) == last:
+                raise KilledError
+            seen.extend(listing.rows["source_id"])
+            return looked(max_pixels, listing)
 
         return look
 
+    monkeypatch.setattr(ingest_module, "_CHECKED_AT_ONCE", 10)
     monkeypatch.setattr(ingest_module, "_looked_at", killed_at(30))
     with pytest.raises(KilledError):
         ingest(str(source), asked(), tmp_path / "raw", aside=tmp_path / "aside")

@@ -4,39 +4,56 @@
 one, a ledger keeps what was found so far.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import parquet
 
-from diffusemix_pipeline.datasets.items import Item
 from diffusemix_pipeline.files import Ledger
 
 CHECKED = "checked.parquet"
-CODE_VERSION = 1  # of what is found
-_COLUMNS = ["digest", "pixels", "outline", "width", "height", "max_pixels", "version"]
+CODE_VERSION = 2  # of what is found
+_OUTLINE = 64  # numbers
+_SCHEMA = pa.schema(
+    {
+        "sha256": pa.string(),
+        "pixels": pa.string(),
+        "outline": pa.binary(2 * _OUTLINE),
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "max_pixels": pa.int64(),
+        "version": pa.int32(),
+    }
+)
+_AT_ONCE = 4096  # facts that are held as Python's objects
 
 
 class Facts(NamedTuple):
     """What is in a picture."""
 
-    pixels: bytes
+    pixels: str
     """Identifies it: see `images.pixels_digest`."""
     outline: bytes
     """See `copies.outline`."""
-    size: tuple[int, int]
-    """Width and height in px."""
+    width: int
+    height: int
+    """In px."""
 
 
 class Checked:
-    """The facts of the files that were read before, by the digest of their bytes."""
+    """The facts of files."""
 
-    def __init__(self, table: pd.DataFrame) -> None:
-        self._columns = [
-            table[name].to_numpy() for name in ("pixels", "outline", "width", "height")
-        ]
-        self._rows = dict(zip(table["digest"], range(len(table)), strict=True))
+    def __init__(self, table: pa.Table) -> None:
+        digests = pd.Index(table["sha256"].to_pandas())
+        again = digests.duplicated()
+        self._table = table.filter(pa.array(~again)) if again.any() else table
+        self._digests = digests[~again] if again.any() else digests
 
     @classmethod
     def read(cls, folder: Path, begun: Ledger, max_pixels: int) -> "Checked":
@@ -44,37 +61,57 @@ class Checked:
 
         What was found for another is of no use.
         """
-        path = folder / CHECKED
-        before = pd.read_parquet(path) if path.exists() else pd.DataFrame(columns=_COLUMNS)
-        told = pd.DataFrame(map(_from_json, begun), columns=_COLUMNS)
-        table = pd.concat([of for of in (before, told) if len(of)] or [before])
-        same = (table["max_pixels"] == max_pixels) & (table["version"] == CODE_VERSION)
-        return cls(table[same])
+        tables, path = [_SCHEMA.empty_table(), *_told(begun)], folder / CHECKED
+        if path.exists() and parquet.read_schema(path).equals(_SCHEMA):
+            tables.append(parquet.read_table(path))
+        same = (pc.field("max_pixels") == max_pixels) & (pc.field("version") == CODE_VERSION)
+        return cls(pa.concat_tables(table.filter(same) for table in tables))
 
-    def __contains__(self, digest: bytes) -> bool:
-        return digest in self._rows
+    def joined(self, found: Sequence[pa.Table]) -> "Checked":
+        """Return these facts and others: see `told`."""
+        return Checked(pa.concat_tables([self._table, *found]))
 
-    def get(self, digest: bytes) -> Facts | None:
-        """Return the facts of a file; None for one that was not read."""
-        if digest not in self._rows:
-            return None
-        pixels, outline, width, height = (of[self._rows[digest]] for of in self._columns)
-        return Facts(pixels, outline, (int(width), int(height)))
+    def of(self, digests: pd.Series) -> "Checked":
+        """Return the facts of some files alone, as far as there are any."""
+        known = digests[self.knows(digests)].drop_duplicates()
+        return Checked(self._of(known, _SCHEMA.names))
+
+    def knows(self, digests: pd.Series) -> np.ndarray:
+        """Return bool (N,): which files were read before."""
+        return np.asarray(self._digests.get_indexer(digests)) >= 0
+
+    def facts(self, digests: pd.Series) -> pd.DataFrame:
+        """Return `pixels`, `width` and `height` of files that were read, in rows as theirs."""
+        found = self._of(digests, ["pixels", "width", "height"]).to_pandas()
+        return found.set_index(digests.index)
+
+    def outlines(self, digests: pd.Series) -> np.ndarray:
+        """Return the outlines of files that were read as float16 (N, 64)."""
+        [found] = self._of(digests, ["outline"])["outline"].combine_chunks().buffers()[1:]
+        return np.frombuffer(found, np.float16)[: len(digests) * _OUTLINE].reshape(-1, _OUTLINE)
+
+    def write(self, folder: Path) -> None:
+        """Write all, in the order of the digests."""
+        parquet.write_table(self._table.sort_by("sha256"), folder / CHECKED)
+
+    def _of(self, digests: pd.Series, columns: list[str]) -> pa.Table:
+        places = self._digests.get_indexer(digests)
+        return self._table.select(columns).take(pa.array(places))
 
 
-def note(begun: Ledger, digest: bytes, facts: Facts, max_pixels: int) -> None:
-    """Keep what was found in a file, for a run that goes on after a cut-off."""
-    width, height = facts.size
-    values = digest.hex(), facts.pixels.hex(), facts.outline.hex(), width, height
-    begun.add(dict(zip(_COLUMNS, (*values, max_pixels, CODE_VERSION), strict=True)))
+def told(facts: Mapping[str, Facts], max_pixels: int, begun: Ledger) -> pa.Table:
+    """Return what was found in files, by digest; keep it for a run that goes on after a cut-off."""
+    rows = [
+        {"sha256": sha256, **of._asdict(), "max_pixels": max_pixels, "version": CODE_VERSION}
+        for sha256, of in facts.items()
+    ]
+    for row in rows:
+        begun.add(row | {"outline": row["outline"].hex()})
+    return pa.Table.from_pylist(rows, _SCHEMA)
 
 
-def _from_json(said: dict[str, Any]) -> dict[str, Any]:
-    return said | {name: bytes.fromhex(said[name]) for name in ("digest", "pixels", "outline")}
-
-
-def write_checked(folder: Path, items: Iterable[Item], max_pixels: int) -> None:
-    """Write the facts of images that were read, in the order of their digests."""
-    rows = {item.digest: (item.pixels, item.outline, *item.size) for item in items}
-    found = [(digest, *rows[digest], max_pixels, CODE_VERSION) for digest in sorted(rows)]
-    pd.DataFrame(found, columns=_COLUMNS).to_parquet(folder / CHECKED, index=False)
+def _told(begun: Ledger) -> Iterator[pa.Table]:
+    facts = iter(begun)
+    while some := list(islice(facts, _AT_ONCE)):
+        rows = [said | {"outline": bytes.fromhex(said["outline"])} for said in some]
+        yield pa.Table.from_pylist(rows, _SCHEMA)

@@ -6,12 +6,13 @@ have in common is taken off, for pictures of one make, such as X-rays, share mos
 Crops, mirrored and rotated pictures are not found.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
-from diffusemix_pipeline.datasets.items import Item
+from diffusemix_pipeline.datasets.checked import Checked
 
 # Correlations of outlines. Different pictures: at most 0.9964 (1,797 digits) and 0.9838 (4,000 of
 # CIFAR-10); of 200 made radiographs with a lesion each, 191 have more than 0.997 with another, but
@@ -31,42 +32,54 @@ def outline(image: Image.Image) -> bytes:
     return np.asarray(grey, np.float16).tobytes()
 
 
-def copies_across_splits(items: Sequence[Item]) -> list[dict[str, str]]:
+def copies_across_splits(images: pd.DataFrame, checked: Checked) -> list[dict[str, str]]:
     """List the images of train that val or test hold too, or nearly, and those of val in test.
 
-    Each has `split`, `image` and `held_out`: the image that is the most like it.
+    `images` has a row an image, with `source_id`, `split`, `sha256` and `pixels`; `checked` knows
+    their outlines. Each that is found has `split`, `image` and `held_out`: the image that is the
+    most like it.
     """
-    return [*_copies(items, "train", {"val", "test"}), *_copies(items, "val", {"test"})]
+    outlines = checked.outlines(images["sha256"])
+    return [
+        *_copies(images, outlines, "train", {"val", "test"}),
+        *_copies(images, outlines, "val", {"test"}),
+    ]
 
 
-def _copies(items: Sequence[Item], split: str, others: set[str]) -> Iterator[dict[str, str]]:
-    ours = [item for item in items if item.split == split]
-    held_out = [item for item in items if item.split in others]
-    if not held_out or not ours:
+def _copies(
+    images: pd.DataFrame, outlines: np.ndarray, split: str, others: set[str]
+) -> Iterator[dict[str, str]]:
+    is_ours = (images["split"] == split).to_numpy()
+    is_held_out = images["split"].isin(others).to_numpy()
+    if not is_held_out.any() or not is_ours.any():
         return
-    same = {item.pixels: item for item in held_out}
-    theirs, step = _outlines(held_out), min(_AT_ONCE, max(1, _COMPARED // len(held_out)))
-    batches = [ours[start : start + step] for start in range(0, len(ours), step)]
-    total = theirs.sum(axis=0) + sum(_outlines(batch).sum(axis=0) for batch in batches)
+    ours, held_out = images[is_ours], images[is_held_out]
+    same = held_out.drop_duplicates("pixels", keep="last").set_index("pixels")["source_id"]
+    same_as_ours, names = ours["pixels"].map(same), held_out["source_id"].to_numpy()
+    my_outlines, theirs = outlines[is_ours], _normed(outlines[is_held_out])
+    step = min(_AT_ONCE, max(1, _COMPARED // len(held_out)))
+    starts = range(0, len(ours), step)
+    total = theirs.sum(axis=0) + sum(_normed(my_outlines[s : s + step]).sum(axis=0) for s in starts)
     others_count = max(1, len(ours) + len(held_out) - 2)
-    for batch in batches:
-        mine = _outlines(batch)
+    for start in starts:
+        mine = _normed(my_outlines[start : start + step])
         alike = mine @ theirs.T
         nearest = alike.argmax(axis=1)
         pairs = theirs[nearest]
         common = (total - mine - pairs) / others_count
         own = (_unit(mine - common) * _unit(pairs - common)).sum(axis=1)
         near = (alike.max(axis=1) > _NEAR) & (own > _NEAR_BUT_FOR_THE_COMMON)
-        for item, place, is_near in zip(batch, nearest, near, strict=True):
-            copy = same.get(item.pixels) or (held_out[place] if is_near else None)
-            if copy:
-                yield {"split": split, "image": item.source_id, "held_out": copy.source_id}
+        exact = same_as_ours[start : start + step]
+        found = exact.where(exact.notna() | ~near, names[nearest])
+        pairs_found = zip(ours["source_id"][start : start + step], found, strict=True)
+        for image, copy in pairs_found:
+            if isinstance(copy, str):
+                yield {"split": split, "image": image, "held_out": copy}
 
 
-def _outlines(items: Sequence[Item]) -> np.ndarray:
+def _normed(outlines: np.ndarray) -> np.ndarray:
     """Return float32 (N, 64), each of mean 0 and length 1; a flat picture is 0, like no other."""
-    raw = np.frombuffer(b"".join(item.outline for item in items), np.float16)
-    return _unit(raw.reshape(len(items), -1).astype(np.float32))
+    return _unit(outlines.astype(np.float32))
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:

@@ -95,8 +95,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def pixels_digest(image: Image.Image) -> bytes:
-    """Return 16 bytes that identify an RGB picture, however it was encoded."""
+def pixels_digest(image: Image.Image) -> str:
+    """Return 32 hex digits that identify an RGB picture, however it was encoded."""
     pixels = np.asarray(image)
     content = f"{pixels.shape}".encode() + pixels.tobytes()
-    return hashlib.blake2b(content, digest_size=16).digest()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()

@@ -3,19 +3,17 @@
 import hashlib
 import re
 import shutil
-from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
-from diffusemix_pipeline.datasets.checked import Checked, Facts, note, write_checked
+from diffusemix_pipeline.datasets.checked import Checked, Facts, told
 from diffusemix_pipeline.datasets.copies import copies_across_splits, outline
 from diffusemix_pipeline.datasets.dropped import NOTHING, Dropped
 from diffusemix_pipeline.datasets.images import UnreadableImageError, pixels_digest
-from diffusemix_pipeline.datasets.items import Item
+from diffusemix_pipeline.datasets.items import Listing
 from diffusemix_pipeline.datasets.manifest import (
     SPLITS,
     STAGE,
@@ -27,7 +25,7 @@ from diffusemix_pipeline.datasets.manifest import (
 )
 from diffusemix_pipeline.datasets.parts import Image, Part, write_stage
 from diffusemix_pipeline.datasets.published import PUBLISHED
-from diffusemix_pipeline.datasets.sources import NAMES, list_items, source_digest
+from diffusemix_pipeline.datasets.sources import NAMES, list_images, source_digest
 from diffusemix_pipeline.datasets.splits import assign_splits, thin_train
 from diffusemix_pipeline.datasets.storage import Layout, StoredFiles
 from diffusemix_pipeline.errors import UserError
@@ -38,7 +36,8 @@ from diffusemix_pipeline.settings import Settings, Storage
 from diffusemix_pipeline.workers import in_processes
 
 CODE_VERSION = "8"
-_CHECKED_AT_ONCE = 500  # images, by a process
+_CHECKED_AT_ONCE = 64  # images
+_WORTH_PROCESSES = 500  # images: they start as fast as so few are checked
 
 
 def ingest(
@@ -60,50 +59,56 @@ def ingest(
     or is put; no other source needs it. What is `dropped` is left out last: no other image moves to
     another split, or takes its place.
     """
-    items = list_items(source, archives, progress)
-    if train_only and {item.split for item in items} != {None}:
+    listing = list_images(source, archives, progress)
+    images, kind = listing.rows, listing.kind
+    if train_only and images["split"].notna().any():
         raise UserError(
             f"{source} holds train/val/test folders; give the train folder alone: "
             "val and test are never augmented."
         )
     where = {"path", "archives"}  # this shapes nothing
     shape = settings.source.model_dump(exclude=where)
-    content = source_digest(items)
-    named = {sha256 for sha256, _ in dropped.sources}
-    present = {item.sha256 for item in items if item.sha256 in named}
+    content = source_digest(images)
+    present = set(images.loc[images["sha256"].isin({of for of, _ in dropped.sources}), "sha256"])
     left_out = sorted(source for source in dropped.sources if source[0] in present)
     fingerprint = digest("raw", CODE_VERSION, train_only, settings.seed, shape, content, left_out)
     finished = _finished(out, fingerprint, settings.storage)
     if finished:
         return finished
-    begun = aside / f"{out.name}.checked{BEGUN}"
-    readable, copies, set_aside = _readable(
-        items, out, Ledger(begun), settings.source.max_pixels, progress
-    )
+    begun, max_pixels = aside / f"{out.name}.checked{BEGUN}", settings.source.max_pixels
+    checked, reasons = _checked(listing, out, Ledger(begun), max_pixels, progress)
+    readable, set_aside = _readable(images, checked, reasons)
+    del listing, images  # not to be held beside what is made of them
     if train_only:
-        for_training = (replace(item, split="train") for item in readable)
-        used = thin_train(list(for_training), settings.source.train_per_class, settings.seed)
+        for_training = readable.assign(split="train")
+        used = thin_train(for_training, settings.source.train_per_class, settings.seed)
     else:
         used = assign_splits(readable, settings.source, settings.seed)
     left_out_by_train_per_class = len(readable) - len(used)
-    used, notes_of_dropped = _without(used, dropped, settings.source.max_pixels)
-    total, labels = len(used), sorted({item.label for item in used})
-    layout = Layout.of(Counter(item.split or "" for item in used), settings.storage)
+    gone = _is_dropped(used["sha256"], used["split"], used["label"], dropped)
+    kept, left = used[~gone], Listing(used[gone], kind)
+    classes = kept[["split", "label"]].drop_duplicates()
+    check_left(set(used["label"].unique()), classes.itertuples(index=False, name=None))
+    del readable, used
+    labels = sorted(kept["label"].unique())
+    layout = Layout.of(kept["split"].value_counts().to_dict(), settings.storage)
     with write_stage(
         out, name="raw", fingerprint=fingerprint, layout=layout, classes=labels, aside=aside
     ) as stage:
         stage.notes["content"] = source if source in PUBLISHED else content  # as source_version
         stage.notes["set_aside"] = set_aside
-        stage.notes["dropped"] = notes_of_dropped
+        stage.notes["dropped"] = [
+            {"label": row["label"], "split": row["split"], "sha256": row["sha256"]}
+            for row, _ in _copied(max_pixels, left, threads=1)
+        ]
         stage.notes["left_out_by_train_per_class"] = left_out_by_train_per_class
-        stage.notes["copies_across_splits"] = copies_across_splits(used)
+        stage.notes["copies_across_splits"] = copies_across_splits(kept, checked)
         # What was asked of the source, for whoever has data/ without it.
         stage.notes["source"] = {"kind": _kind(source), "seed": settings.seed, **shape}
-        write_checked(stage.folder, [*readable, *copies], settings.source.max_pixels)
-        del readable, copies  # like the rest of the listing, not to be held beside the manifest
-        parts = _parts(used, layout, labels, settings.source.max_pixels)
-        make = partial(_copied, settings.source.max_pixels)
-        stage.write(parts, make, total=total, describe="Copying images", progress=progress)
+        checked.write(stage.folder)
+        parts = _parts(Listing(kept, kind), layout, labels, max_pixels)
+        make = partial(_copied, max_pixels)
+        stage.write(parts, make, total=len(kept), describe="Copying images", progress=progress)
     shutil.rmtree(begun, ignore_errors=True)
     return read_stage(out)
 
@@ -116,17 +121,16 @@ def _finished(out: Path, fingerprint: str, storage: Storage) -> Stage | None:
 
 
 def _parts(
-    items: list[Item], layout: Layout, labels: Sequence[str], max_pixels: int
+    listing: Listing, layout: Layout, labels: Sequence[str], max_pixels: int
 ) -> Iterator[Part]:
-    """Give the parts of a raw stage; `items` is empty afterwards."""
-    by_part: defaultdict[str, list[Item]] = defaultdict(list)
-    for item in items:
-        by_part[layout.part_of(item.split or "", _image_id(item))].append(item)
-    items.clear()
-    for name in sorted(by_part):
-        work = sorted(by_part.pop(name), key=_image_id)
-        of = [(item.source_id, item.label, item.sha256) for item in work]
-        yield Part(name, _fingerprint(name, layout, labels, max_pixels, of), work, len(work))
+    """Give the parts of a raw stage."""
+    images = listing.rows.assign(image_id=list(_image_ids(listing.rows)))
+    names = map(layout.part_of, images["split"], images["image_id"])
+    of = ["source_id", "label", "sha256"]
+    for name, rows in images.groupby(list(names)):
+        rows = rows.sort_values("image_id")
+        fingerprint = _fingerprint(str(name), layout, labels, max_pixels, rows[of].values.tolist())
+        yield Part(str(name), fingerprint, Listing(rows, listing.kind), len(rows))
 
 
 def _fingerprint(
@@ -144,101 +148,88 @@ def _fingerprint(
     return digest("raw", CODE_VERSION, name, max_pixels, classes, [list(of) for of in sources])
 
 
-def _readable(
-    items: list[Item], out: Path, begun: Ledger, max_pixels: int, progress: Progress
-) -> tuple[list[Item], list[Item], list[dict[str, str]]]:
-    """Part the items: those that can be read, those that repeat one of these, what is set aside.
+def _checked(
+    listing: Listing, out: Path, begun: Ledger, max_pixels: int, progress: Progress
+) -> tuple[Checked, dict[int, str]]:
+    """Look at what was not read before, for the stage in `out` or for one that was `begun`.
 
-    `items` is empty afterwards: of a large source, it is not to be held twice. Nothing is read of
-    those that were checked before, for the stage in `out` or for one that was `begun`.
+    Returns what is in all images, and by row why one cannot be used.
     """
+    rows = listing.rows
     checked = Checked.read(out, begun, max_pixels)
-    total = len(items)
-    items.reverse()
-    kept: list[Item] = []
-    copies: list[Item] = []
-    set_aside: list[dict[str, str]] = []
-    seen: defaultdict[tuple[str | None, str], dict[bytes, str]] = defaultdict(dict)
-    for item, found in _facts(items, checked, max_pixels):
-        if not isinstance(found, str) and item.digest not in checked:
-            note(begun, item.digest, found, max_pixels)
-        first = seen[item.split, item.label]
-        if isinstance(found, str):
-            set_aside.append({"source_id": item.source_id, "reason": found})
-        elif found.pixels in first:
-            copies.append(replace(item, **found._asdict()))
-            reason = f"the same picture as {first[found.pixels]}"
-            set_aside.append({"source_id": item.source_id, "reason": reason})
-        else:
-            first[found.pixels] = item.source_id
-            kept.append(replace(item, **found._asdict()))
-        progress("Checking images", len(kept) + len(set_aside), total)
-    if not kept:
-        raise UserError(
-            f"None of the {total} files can be read as an image; "
-            f"the first: {set_aside[0]['source_id']}: {set_aside[0]['reason']}."
-        )
-    return kept, copies, set_aside
+    new = rows[~checked.knows(rows["sha256"])]
+
+    def chunks() -> Iterator[Listing]:
+        for start in range(0, len(new), _CHECKED_AT_ONCE):
+            yield Listing(new[start : start + _CHECKED_AT_ONCE], listing.kind)
+
+    look, done = partial(_looked_at, max_pixels), len(rows) - len(new)
+    reasons: dict[int, str] = {}
+    tables = []
+    looked = (map if len(new) <= _WORTH_PROCESSES else in_processes)(look, chunks())
+    for chunk, found in zip(chunks(), looked, strict=True):
+        named = dict(zip(chunk.rows["sha256"], found, strict=True))
+        usable = {sha256: of for sha256, of in named.items() if not isinstance(of, str)}
+        tables.append(told(usable, max_pixels, begun))
+        pairs = zip(chunk.rows.index, found, strict=True)
+        reasons |= {number: of for number, of in pairs if isinstance(of, str)}
+        done += len(found)
+        progress("Checking images", done, len(rows))
+    return checked.joined(tables).of(rows["sha256"]), reasons
 
 
-def _facts(
-    items: list[Item], checked: Checked, max_pixels: int
-) -> Iterator[tuple[Item, Facts | str]]:
-    """Take the items, the last first; give each with what is in it, or why it cannot be used."""
-
-    def chunks() -> Iterator[list[Item]]:
-        while items:
-            chunk = [items.pop() for _ in range(min(_CHECKED_AT_ONCE, len(items)))]
-            taken.append(chunk)
-            yield [item for item in chunk if item.digest not in checked]
-
-    taken: deque[list[Item]] = deque()
-    few = sum(item.digest not in checked for item in items) <= _CHECKED_AT_ONCE
-    here, there = partial(_looked_at, max_pixels), partial(_all_looked_at, max_pixels)
-    for looked in map(here, chunks()) if few else in_processes(there, chunks()):
-        news = iter(looked)
-        for item in taken.popleft():
-            yield item, checked.get(item.digest) or next(news)
-
-
-def _all_looked_at(max_pixels: int, items: Sequence[Item]) -> list[Facts | str]:
-    return list(_looked_at(max_pixels, items))
-
-
-def _looked_at(max_pixels: int, items: Sequence[Item]) -> Iterator[Facts | str]:
-    for item in items:
+def _looked_at(max_pixels: int, listing: Listing) -> list[Facts | str]:
+    """Return what is in each image, or why it cannot be used."""
+    found: list[Facts | str] = []
+    for picture in listing.pictures():
         try:
-            image = item.read(max_pixels)
+            image = picture.read(max_pixels)
         except UnreadableImageError as reason:
-            yield str(reason)
+            found.append(str(reason))
         else:
-            yield Facts(pixels_digest(image), outline(image), image.size)
+            found.append(Facts(pixels_digest(image), outline(image), *image.size))
+    return found
 
 
-def _without(
-    items: list[Item], dropped: Dropped, max_pixels: int
-) -> tuple[list[Item], list[dict[str, str]]]:
-    """Leave out what was dropped; return the rest, and the rows of what was left out."""
-    gone = [(item.sha256, f"{item.split}/{item.label}") in dropped.sources for item in items]
-    kept = [item for item, is_gone in zip(items, gone, strict=True) if not is_gone]
-    notes = [
-        {
-            "label": item.label,
-            "split": item.split or "",
-            "sha256": hashlib.sha256(item.stored(max_pixels)[0]).hexdigest(),
-        }
-        for item, is_gone in zip(items, gone, strict=True)
-        if is_gone
-    ]
-    check_left({item.label for item in items}, [(i.split or "", i.label) for i in kept])
-    return kept, notes
+def _readable(
+    images: pd.DataFrame, checked: Checked, reasons: dict[int, str]
+) -> tuple[pd.DataFrame, list[dict[str, str]]]:
+    """Return the images that can be read and repeat no other, with their facts; name the others."""
+    readable = images.drop(index=list(reasons))
+    if readable.empty:
+        first = images["source_id"][min(reasons)]
+        raise UserError(
+            f"None of the {len(images)} files can be read as an image; "
+            f"the first: {first}: {reasons[min(reasons)]}."
+        )
+    readable = readable.join(checked.facts(readable["sha256"]))
+    alike = ["split", "label", "pixels"]
+    repeated = readable.duplicated(alike)
+    firsts = readable.loc[~repeated, [*alike, "source_id"]]
+    same_as = readable.loc[repeated, alike].merge(firsts, how="left", on=alike)["source_id"]
+    for number, first in zip(readable.index[repeated], same_as, strict=True):
+        reasons[number] = f"the same picture as {first}"
+    names = images["source_id"]
+    set_aside = [{"source_id": names[n], "reason": reasons[n]} for n in sorted(reasons)]
+    return readable[~repeated], set_aside
+
+
+def _is_dropped(
+    sha256: pd.Series, split: pd.Series, label: pd.Series, dropped: Dropped
+) -> pd.Series:
+    """Tell which images are dropped, by the digests, splits and labels of their files."""
+    named = sha256.isin({of_file for of_file, _ in dropped.sources})
+    place = split + "/" + label
+    sources = zip(sha256[named], place[named], strict=True)
+    return named & pd.Series(
+        [source in dropped.sources for source in sources], sha256.index[named], dtype=bool
+    ).reindex(sha256.index, fill_value=False)
 
 
 def leave_out(stage: Stage, dropped: Dropped, storage: Storage, *, aside: Path) -> Stage:
     """Return a raw stage that came from elsewhere, without what was dropped and in our layout."""
     rows = stage.manifest()
-    where = rows["split"] + "/" + rows["label"]
-    gone = pd.Series(zip(rows["source_sha256"], where, strict=True)).isin(list(dropped.sources))
+    gone = _is_dropped(rows["source_sha256"], rows["split"], rows["label"], dropped)
     if not gone.any() and stage.layout == layout_of(stage, storage).document():
         return stage
     check_left(set(rows["label"]), rows.loc[~gone, ["split", "label"]].itertuples(index=False))
@@ -298,33 +289,35 @@ def check_left(labels: set[str], left: Iterable[tuple[str, str]]) -> None:
         raise UserError(f"What was dropped leaves {what}: take a line out of the file of it.")
 
 
-def _copied(max_pixels: int, items: Sequence[Item], threads: int) -> Iterator[Image]:
+def _copied(max_pixels: int, listing: Listing, threads: int) -> Iterator[Image]:
     """Give each image's manifest row and bytes."""
-    for item in items:
-        content, suffix = item.stored(max_pixels)
-        image_id = _image_id(item)
-        row = {
+    columns = ["label", "split", "source_id", "sha256", "width", "height"]
+    rows = listing.rows[columns].itertuples(index=False, name=None)
+    ids = _image_ids(listing.rows)
+    for image_id, row, picture in zip(ids, rows, listing.pictures(), strict=True):
+        label, split, source_id, source_sha256, width, height = row
+        content, suffix = picture.stored(max_pixels)
+        made = {
             "image_id": image_id,
             "file_name": f"{image_id}{suffix}",
-            "label": item.label,
-            "split": item.split,
-            "source_id": item.source_id,
-            "source_sha256": item.sha256,
+            "label": label,
+            "split": split,
+            "source_id": source_id,
+            "source_sha256": source_sha256,
             "sha256": hashlib.sha256(content).hexdigest(),
-            "width": item.size[0],
-            "height": item.size[1],
+            "width": width,
+            "height": height,
         }
-        yield row, content
+        yield made, content
 
 
-def _image_id(item: Item) -> str:
-    return f"{item.split}/{item.label}/{_stem(item)}"
-
-
-def _stem(item: Item) -> str:
-    """Name a file so that a person finds the source and no two collide."""
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(item.source_id).stem).strip(".-")[:60]
-    return f"{stem or 'image'}-{item.sha256[:8]}"
+def _image_ids(images: pd.DataFrame) -> Iterator[str]:
+    """Name files so that a person finds the source and no two collide."""
+    columns = ["split", "label", "source_id", "sha256"]
+    for split, label, source_id, sha256 in images[columns].itertuples(index=False, name=None):
+        stem = PurePosixPath(source_id).stem
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip(".-")[:60]
+        yield f"{split}/{label}/{stem or 'image'}-{sha256[:8]}"
 
 
 def _kind(source: str) -> str:

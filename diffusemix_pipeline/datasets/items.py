@@ -1,22 +1,28 @@
-"""One labelled image before it is read: what every kind of source gives, in little memory.
+"""Labelled images before they are read: what every kind of source gives, and all of them at once.
 
 What does not belong here: which images a source has.
 """
 
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
 from diffusemix_pipeline.datasets.images import plain_rgb_suffix, png_bytes, read_rgb
 from diffusemix_pipeline.identity import file_sha256
 
+_AT_ONCE = 4096  # items that are held as such
+
 
 class Picture(Protocol):
-    """Where an image's pixels are."""
+    """Where an image's pixels are: a named tuple of texts and numbers, the same for a source."""
 
     def read(self, max_pixels: int) -> Image.Image:
         """Return the upright RGB picture, or raise UnreadableImageError."""
@@ -27,63 +33,76 @@ class Picture(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)  # there is one for every image of a source at once
-class Item:
+class Item(NamedTuple):
     """One labelled image before it is read. `split` is None where the source does not say."""
 
     source_id: str
     label: str
     split: str | None
-    digest: bytes
-    """SHA-256 of the file's bytes; none of a file that cannot be read."""
-    file: Picture
-    pixels: bytes = b""
-    """Identifies the picture, once it was read."""
-    outline: bytes = b""
-    """The picture in 128 bytes, once it was read: see `copies.outline`."""
-    size: tuple[int, int] = (0, 0)
-    """Its width and height in px, once it was read."""
+    sha256: str
+    """Of the file's bytes; empty for a file that cannot be read."""
+    picture: Any
+    """See `Picture`."""
 
-    @property
-    def sha256(self) -> str:
-        """The digest in hexadecimal, which takes twice its memory."""
-        return self.digest.hex()
 
-    def read(self, max_pixels: int) -> Image.Image:
-        """Return the upright RGB picture, or raise UnreadableImageError."""
-        return self.file.read(max_pixels)
+@dataclass(frozen=True)
+class Listing:
+    """The images of a source as a table: some 200 bytes an image, so of any number."""
 
-    def stored(self, max_pixels: int) -> tuple[bytes, str]:
-        """Return the bytes and the suffix in `data/raw`."""
-        return self.file.stored(max_pixels)
+    rows: pd.DataFrame
+    """The fields of `Item`, those of its picture in the place of that."""
+    kind: Any
+    """The class of its pictures."""
+
+    @classmethod
+    def of(cls, items: Iterable[Item]) -> "Listing":
+        """Take the items of a source, one at least, all of one kind of picture."""
+        names, tables = list(Item._fields[:-1]), []
+        kind: Any = None
+        texts, left = dict.fromkeys(names, "str"), iter(items)
+        while some := list(islice(left, _AT_ONCE)):
+            kind = type(some[0].picture)
+            values = [[*item[:-1], *item.picture] for item in some]
+            tables.append(pd.DataFrame(values, columns=[*names, *kind._fields]).astype(texts))
+        return cls(pd.concat(tables, ignore_index=True), kind)
+
+    def pictures(self) -> Iterator[Picture]:
+        """Give the picture of each row."""
+        fields = self.rows[list(self.kind._fields)]
+        return map(self.kind._make, fields.itertuples(index=False, name=None))
 
 
 def file_item(root: Path, path: Path, label: str, split: str | None) -> Item:
     """Return the item of an image file below `root`."""
     try:
-        found = bytes.fromhex(file_sha256(path))
+        sha256 = file_sha256(path)
     except OSError:  # reading it will fail as well, and say why
-        found = b""
+        sha256 = ""
     name = path.relative_to(root).as_posix()
     source_id = written(name)
-    file = _File(root, source_id if source_id == name else name)
-    return Item(source_id, label, split, found, file)
+    encoded = "" if source_id == name else quote_from_bytes(os.fsencode(name))
+    return Item(source_id, label, split, sha256, File(str(root), encoded or name, bool(encoded)))
 
 
-class _File(NamedTuple):
-    """An image file, in little memory: the root is shared by all, the name with `source_id`."""
+class File(NamedTuple):
+    """An image file: where its name is no text, that is percent-encoded."""
 
-    root: Path
+    root: str
     name: str
+    encoded: bool
 
     @property
     def path(self) -> Path:
-        return self.root / self.name
+        """Where it lies."""
+        name = os.fsdecode(unquote_to_bytes(self.name)) if self.encoded else self.name
+        return Path(self.root, name)
 
     def read(self, max_pixels: int) -> Image.Image:
+        """Return the upright RGB picture, or raise UnreadableImageError."""
         return read_rgb(self.path, max_pixels)
 
     def stored(self, max_pixels: int) -> tuple[bytes, str]:
+        """Return its bytes where they are a plain RGB JPEG or PNG, else those of a PNG."""
         plain = plain_rgb_suffix(self.path)
         if plain:
             return self.path.read_bytes(), plain

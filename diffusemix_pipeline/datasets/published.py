@@ -7,6 +7,7 @@ images have no published labels, the official val is the test here.
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -58,33 +59,33 @@ def check_at_hand(name: str, folder: Path) -> None:
     check_obtainable(facts.archives, folder, facts.page)
 
 
-def published_items(name: str, folder: Path, progress: Progress = silent) -> list[Item]:
-    """List a published dataset's images in a fixed order, fetched and unpacked where need be.
+def published_items(name: str, folder: Path, progress: Progress = silent) -> Iterator[Item]:
+    """Give a published dataset's images in a fixed order, fetched and unpacked where need be.
 
     Raises UserError for archives that cannot be had, and for what is not as it was published:
     damaged files, other numbers of images or classes.
     """
     facts = PUBLISHED[name]
     provide(facts.archives, folder, facts.page, progress)
-    items: list[Item] = []
+    counts: Counter[tuple[str | None, str]] = Counter()
     total = sum(facts.images.values())
     try:
-        for item in facts.read(folder):
-            items.append(item)
-            progress(f"Reading {name}", len(items), total)
+        for done, item in enumerate(facts.read(folder), start=1):
+            counts[item.split, item.label] += 1
+            progress(f"Reading {name}", done, total)
+            yield item
     except Exception as error:  # of text, SciPy and torchvision: dozens of types for damaged files
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         raise UserError(
             f"{name} is not as it was published ({reason}). {_repair(facts, folder)}"
         ) from error
     for split, expected in facts.images.items():
-        labels = [item.label for item in items if item.split == split]
-        if (len(labels), len(set(labels))) != (expected, facts.classes):
+        by_class = [count for (of_split, _), count in counts.items() if of_split == split]
+        if (sum(by_class), len(by_class)) != (expected, facts.classes):
             raise UserError(
-                f"{name}: {split} has {len(labels):,} images of {len(set(labels)):,} classes, but "
+                f"{name}: {split} has {sum(by_class):,} images of {len(by_class):,} classes, but "
                 f"{expected:,} of {facts.classes:,} were published. {_repair(facts, folder)}"
             )
-    return items
 
 
 def _repair(facts: Published, folder: Path) -> str:
@@ -96,7 +97,7 @@ def _image(root: Path, path: Path, label: str, split: str) -> Item:
     if ".." in path.parts or not path.is_relative_to(root):
         raise UserError(f"{path} would lie outside of {root}")
     item = file_item(root, path, label, split)
-    if not item.digest:
+    if not item.sha256:
         raise UserError(f"{path} is listed, but cannot be read")
     return item
 
@@ -113,7 +114,7 @@ def _lines(path: Path) -> list[str]:
 class _CifarImage(NamedTuple):
     """An image in a file of many; no limit of pixels concerns it."""
 
-    path: Path
+    path: str
     offset: int
 
     def read(self, max_pixels: int) -> Image.Image:
@@ -124,7 +125,7 @@ class _CifarImage(NamedTuple):
 
     def _pixels(self) -> np.ndarray:
         """Return uint8 (32, 32, 3)."""
-        with self.path.open("rb") as file:
+        with Path(self.path).open("rb") as file:
             file.seek(self.offset)
             channels = np.frombuffer(file.read(_CIFAR_BYTES), np.uint8).reshape(_CIFAR_SHAPE)
         return np.ascontiguousarray(np.moveaxis(channels, 0, 2))
@@ -147,8 +148,8 @@ def _cifar(
                     source_id=f"{folder}/{name}/{number:05d}",
                     label=classes[record[label_bytes - 1]],
                     split=split,
-                    digest=hashlib.sha256(record[label_bytes:]).digest(),
-                    file=_CifarImage(path, number * record_bytes + label_bytes),
+                    sha256=hashlib.sha256(record[label_bytes:]).hexdigest(),
+                    picture=_CifarImage(str(path), number * record_bytes + label_bytes),
                 )
 
 

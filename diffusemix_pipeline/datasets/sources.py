@@ -2,15 +2,17 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
 from diffusemix_pipeline.datasets.images import png_bytes
-from diffusemix_pipeline.datasets.items import Item, file_item, visible_files, written
+from diffusemix_pipeline.datasets.items import Item, Listing, file_item, visible_files, written
 from diffusemix_pipeline.datasets.published import PUBLISHED, published_items
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import digest, digest_of_text
@@ -30,19 +32,17 @@ _SPLIT_FOLDERS = {
 }
 
 
-def list_items(
-    source: str, archives: Path | None = None, progress: Progress = silent
-) -> list[Item]:
+def list_images(source: str, archives: Path | None = None, progress: Progress = silent) -> Listing:
     """List a source's images in a fixed order; UserError for a folder without any.
 
     A published dataset is read from, and where it is not there downloaded to, `archives`.
     """
     if source == DIGITS:
-        return list(_digits())
+        return Listing.of(_digits())
     if source in PUBLISHED:
         assert archives is not None, "a published dataset lies in a folder of archives"
-        return published_items(source, archives, progress)
-    return _folder(Path(source).expanduser())
+        return Listing.of(published_items(source, archives, progress))
+    return Listing.of(_folder(Path(source).expanduser()))
 
 
 def source_version(source: str) -> str:
@@ -50,7 +50,7 @@ def source_version(source: str) -> str:
 
     A published dataset's archives do not change, so its name says it: nothing is downloaded.
     """
-    return source if source in PUBLISHED else source_digest(list_items(source))
+    return source if source in PUBLISHED else source_digest(list_images(source).rows)
 
 
 def listing_version(source: str) -> str:
@@ -65,47 +65,47 @@ def listing_version(source: str) -> str:
     return digest_of_text(digest(written(str(p)), s.st_size, s.st_mtime_ns) for p, s in stats)
 
 
-def source_digest(items: Iterable[Item]) -> str:
+def source_digest(images: pd.DataFrame) -> str:
     """Identify the content of a source: names, labels, splits and bytes, not times."""
-    by_name = sorted(items, key=lambda item: item.source_id)
-    return digest_of_text(digest(i.source_id, i.label, i.split or "", i.sha256) for i in by_name)
+    columns = ["source_id", "label", "split", "sha256"]
+    by_name = images[columns].sort_values("source_id").fillna({"split": ""})
+    return digest_of_text(digest(*row) for row in by_name.itertuples(index=False, name=None))
 
 
-def _digits() -> Iterable[Item]:
+def _digits() -> Iterator[Item]:
+    for number, label in enumerate(_scikit_digits().target):
+        picture = _Digit(number)
+        sha256 = hashlib.sha256(png_bytes(picture.pixels())).hexdigest()
+        yield Item(f"{DIGITS}/{number:04d}", str(label), None, sha256, picture)
+
+
+@cache
+def _scikit_digits() -> Any:
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
-    for index, (pixels, label) in enumerate(zip(bunch.images, bunch.target, strict=True)):
-        digit = _enlarged_digit(pixels)
-        yield Item(
-            source_id=f"{DIGITS}/{index:04d}",
-            label=str(label),
-            split=None,
-            digest=hashlib.sha256(png_bytes(digit)).digest(),
-            file=_Digit(digit),
-        )
+    return load_digits()
 
 
 class _Digit(NamedTuple):
-    """A picture that is in memory; no limit of pixels concerns it."""
+    """A picture of scikit-learn's; no limit of pixels concerns it."""
 
-    pixels: np.ndarray
+    number: int
 
     def read(self, max_pixels: int) -> Image.Image:
-        return Image.fromarray(self.pixels)
+        return Image.fromarray(self.pixels())
 
     def stored(self, max_pixels: int) -> tuple[bytes, str]:
-        return png_bytes(self.pixels), ".png"
+        return png_bytes(self.pixels()), ".png"
+
+    def pixels(self) -> np.ndarray:
+        """Return uint8 (32, 32, 3) of scikit-learn's 8 x 8 of 0 to 16."""
+        small = _scikit_digits().images[self.number]
+        grey = Image.fromarray((small * (255 / 16)).round().astype(np.uint8))
+        large = grey.resize((_DIGIT_SIDE, _DIGIT_SIDE), Image.Resampling.BICUBIC)
+        return np.repeat(np.asarray(large)[:, :, None], 3, axis=2)
 
 
-def _enlarged_digit(pixels: np.ndarray) -> np.ndarray:
-    """Turn scikit-learn's 8 x 8 of 0 to 16 into uint8 (32, 32, 3)."""
-    grey = Image.fromarray((pixels * (255 / 16)).round().astype(np.uint8))
-    large = grey.resize((_DIGIT_SIDE, _DIGIT_SIDE), Image.Resampling.BICUBIC)
-    return np.repeat(np.asarray(large)[:, :, None], 3, axis=2)
-
-
-def _folder(root: Path) -> list[Item]:
+def _folder(root: Path) -> Iterator[Item]:
     if not root.is_dir():
         raise UserError(f"The image folder {root} does not exist. Give a folder of class folders.")
     top = _subfolders(root)
@@ -120,17 +120,16 @@ def _folder(root: Path) -> list[Item]:
         ]
     else:
         classes = [(None, label, written(label)) for label in top]
-    found = [
-        file_item(root, path, label, split)
-        for split, folder, label in classes
-        for path in visible_files(root / folder)
-    ]
+    found = False
+    for split, folder, label in classes:
+        for path in visible_files(root / folder):
+            found = True
+            yield file_item(root, path, label, split)
     if not found:
         raise UserError(
             f"{root} holds no images in class folders. Lay them out as {root.name}/CLASS/IMAGE "
             f"or {root.name}/{{train,val,test}}/CLASS/IMAGE."
         )
-    return found
 
 
 def _subfolders(folder: Path) -> list[str]:
