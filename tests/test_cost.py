@@ -21,10 +21,10 @@ from diffusemix_pipeline.editing.generate import (
     generate,
     make_edits,
     open_edits,
-    verdicts_by_case,
 )
 from diffusemix_pipeline.editing.planning import plan_edits
 from diffusemix_pipeline.editing.store import EditStore
+from diffusemix_pipeline.editing.verdicts import Verdicts
 from diffusemix_pipeline.settings import Settings
 
 COST = Cost(
@@ -122,7 +122,7 @@ def test_with_a_gate_the_edits_after_a_rejection_are_foreseen(raw, weights, tmp_
     assert (left.edits, left.images) == (0, 15)  # the dogs are given up
     store.remove(list(store))
     cats = [edit.key for edit in plan if edit.source.label == "cat"]
-    assert {edit.key for edit in open_edits(plan, verdicts_by_case(gate.verdicts))} == set()
+    assert {edit.key for edit in open_edits(plan, Verdicts(gate.verdicts))} == set()
     assert run_pilot(plan, store, device="cpu", gate=gate) is None  # and not made for a pilot
     assert make_edits(plan, store=store, device="cpu", gate=gate) == len(cats) == 15
 

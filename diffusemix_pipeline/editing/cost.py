@@ -19,10 +19,10 @@ from diffusemix_pipeline.editing.generate import (
     load_sampler,
     open_edits,
     taken,
-    verdicts_by_case,
 )
 from diffusemix_pipeline.editing.planning import Plan, plan_edits
 from diffusemix_pipeline.editing.store import EditStore
+from diffusemix_pipeline.editing.verdicts import Verdicts
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings
 
@@ -77,7 +77,7 @@ class Forecast:
 
 def forecast(plan: Plan, store: EditStore, gate: LabelGate | None, cost: Cost) -> Forecast:
     """Predict what is left of a plan, if as large a share gets through the gate as of the pilot."""
-    judged = verdicts_by_case(gate.verdicts) if gate else {}
+    judged = Verdicts(gate.verdicts if gate else [])
     rejected = 0.0 if cost.accepted is None else 1 - cost.accepted
     most = plan.settings.editing.gate.max_attempts
     edits = [0.0] * most  # by how many rejections come before: each of these waits for the last
@@ -87,7 +87,7 @@ def forecast(plan: Plan, store: EditStore, gate: LabelGate | None, cost: Cost) -
         if edit.key in plan.dropped:
             continue
         if edit.case in judged:
-            images += judged[edit.case] == ACCEPTED
+            images += judged.get(edit.case) == ACCEPTED
         else:
             tries = most - edit.attempt
             for time in range(tries):
@@ -125,7 +125,7 @@ def run_pilot(
     """
     round_edits, rounds = pilot_rounds(plan, device)
     half = round_edits * rounds
-    judged = verdicts_by_case(gate.verdicts) if gate else {}
+    judged = Verdicts(gate.verdicts if gate else [])
     missing = {edit.key for edit in open_edits(plan, judged)}
     store.exchange(missing, progress)
     missing = {key for key in missing if key not in store}

@@ -6,10 +6,9 @@ lacks, collect all of them into the stage folder.
 
 import hashlib
 import re
-import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -44,6 +43,7 @@ from diffusemix_pipeline.editing.planning import (
     plan_edits,
 )
 from diffusemix_pipeline.editing.store import EditStore
+from diffusemix_pipeline.editing.verdicts import Verdicts
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import Ledger
 from diffusemix_pipeline.identity import digest
@@ -143,7 +143,7 @@ def adopt_verdicts(folder: Path, plan: Plan, verdicts: Ledger) -> None:
     """
     if not (folder / STAGE).exists() or read_stage(folder).notes.get("gate") != plan.gate:
         return
-    known = verdicts_by_case(verdicts)
+    known = Verdicts(verdicts)
     columns = ["edit_key", "label", "verdict"]
     rejected = pd.read_parquet(folder / REJECTED, columns=columns)
     for rows in (read_manifest(folder, columns), rejected):
@@ -168,7 +168,7 @@ def make_edits(
     What the gate rejects is made anew from another seed, as often as the settings allow.
     """
     wanted: Iterable[PlannedEdit] = plan.shard(shard, shards)
-    judged = verdicts_by_case(gate.verdicts) if gate else {}
+    judged = Verdicts(gate.verdicts if gate else [])
     sampler = cache(lambda: load_sampler(plan, device))  # once, for all attempts, if at all
     made = 0
     while wanted:
@@ -232,7 +232,7 @@ class _Collected:
 
     def __init__(self, store: EditStore, verdicts: Ledger | None) -> None:
         self._gated = verdicts is not None
-        self._judged = verdicts_by_case(verdicts) if verdicts else {}
+        self._judged = Verdicts(verdicts or [])
         self._records = store.records()
         self.accepted = 0
         self.rejected: list[dict[str, Any]] = []
@@ -260,7 +260,7 @@ class _Collected:
                 if edit.key in plan.dropped:
                     continue
                 verdict = self._judged.get(edit.case) if self._gated else ACCEPTED
-                if verdict is None or (verdict == ACCEPTED and edit.key not in self._records):
+                if not verdict or (verdict == ACCEPTED and edit.key not in self._records):
                     raise UserError(
                         f"{edit.source.image_id} lacks its edit to '{edit.prompt}': dropped.txt or "
                         "the store changed during the run. Run it again: what was made is kept."
@@ -290,7 +290,7 @@ def judged_edits(stage: Stage) -> pd.DataFrame:
 
 def _make_missing(
     wanted: Iterable[PlannedEdit],
-    judged: Mapping[str, str],
+    judged: Verdicts,
     store: EditStore,
     sampler: Callable[[], "Sampler"],
     progress: Progress,
@@ -336,7 +336,7 @@ def load_sampler(plan: Plan, device: str) -> "Sampler":
 def judge_edits(
     plan: Plan,
     wanted: Iterable[PlannedEdit],
-    judged: Mapping[str, str],
+    judged: Verdicts,
     store: EditStore,
     gate: LabelGate,
     progress: Progress,
@@ -346,7 +346,7 @@ def judge_edits(
     for edit in wanted:
         if edit.case not in judged:
             total += 1
-        elif judged[edit.case] != ACCEPTED:
+        elif judged.get(edit.case) != ACCEPTED:
             rejected.append(edit)
     unjudged = (edit for edit in wanted if edit.case not in judged)
     done = 0
@@ -365,16 +365,11 @@ def judge_edits(
     return rejected
 
 
-def verdicts_by_case(verdicts: Ledger) -> dict[str, str]:
-    """Read what a gate said; see `PlannedEdit.case`."""
-    return {case(said["key"], said["label"]): sys.intern(said["verdict"]) for said in verdicts}
-
-
 def _may_try_again(plan: Plan, edit: PlannedEdit) -> bool:
     return edit.attempt + 1 < plan.settings.editing.gate.max_attempts
 
 
-def attempts(plan: Plan, first: PlannedEdit, judged: Mapping[str, str]) -> Iterator[PlannedEdit]:
+def attempts(plan: Plan, first: PlannedEdit, judged: Verdicts) -> Iterator[PlannedEdit]:
     """Walk from a first attempt to the one that was dropped or not rejected, or to the last."""
     yield first
     while (
@@ -388,11 +383,11 @@ def attempts(plan: Plan, first: PlannedEdit, judged: Mapping[str, str]) -> Itera
 
 def fit_where_needed(gate: LabelGate, plan: Plan) -> float | None:
     """Fit the gate if it has an edit of the plan to judge; None where it has not."""
-    judged = verdicts_by_case(gate.verdicts)
+    judged = Verdicts(gate.verdicts)
     return gate.fit() if next(open_edits(plan, judged), None) else None
 
 
-def open_edits(plan: Plan, judged: Mapping[str, str]) -> Iterator[PlannedEdit]:
+def open_edits(plan: Plan, judged: Verdicts) -> Iterator[PlannedEdit]:
     """Give the edits without a verdict: first attempts, or the ones after what was rejected."""
     for first in plan:
         *_, edit = attempts(plan, first, judged)
