@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -48,6 +49,18 @@ def test_the_pixels_come_back(tmp_path_factory, pixels):
     assert key_of(1) in store
     assert np.array_equal(np.asarray(Image.open(store.path(key_of(1)))), pixels)
     assert file_sha256(store.path(key_of(1))) == record.sha256
+
+
+def test_edits_are_counted_by_the_profile_that_made_them(store):
+    keys = [key_of(number) for number in range(6)]
+    assert store.records().count_by_profile(keys) == {}
+    for key in keys[1:5]:
+        store.put(key, PIXELS, "p" if key < keys[3] else "q")
+    made = [key for key in keys if key in store]
+    assert store.records().count_by_profile(keys) == Counter(
+        store.records()[key].profile for key in made
+    )
+    assert store.records().count_by_profile([]) == {}
 
 
 def test_the_first_bytes_stay(store):

@@ -62,8 +62,8 @@ class Records(Mapping[str, Record]):
     def count_by_profile(self, keys: Sequence[str]) -> dict[str, int]:
         """Count those of `keys` of which anything was said by the profile that made them."""
         sought = np.frombuffer(bytes.fromhex("".join(keys)), self._keys.dtype)
-        places = np.minimum(self._keys.searchsorted(sought), len(self) - 1)
-        made_by = self._made_by[places[self._keys[places] == sought]]
+        sought = sought[np.isin(sought, self._keys)]
+        made_by = self._made_by[self._keys.searchsorted(sought)]
         counts = zip(*np.unique(made_by, return_counts=True), strict=True)
         return {self._names[profile]: int(count) for profile, count in counts}
 
