@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 ASSETS = ("raw_dataset", "generated_images", "hybrid_images", "fractal_augmented_dataset")
 _CLASSES = 10
-_TEST_SHARE = 0.1
+_HELD_OUT = ("test", "val")  # a tenth each
 _PAIRS = 3
 
 
@@ -55,8 +55,8 @@ def measure(count: int, size: int, overrides: Sequence[str]) -> dict[str, Any]:
         own = [f"source.path={here / 'source'}", f"size={size}", *overrides]
         anew = _run_apart(project, own)
         again = _run_apart(project, own)
-        # One for training: the image with number `count` would be one for test.
-        write_source(here / "source", count + 2, size, start=count + 1)
+        new = count + len(_HELD_OUT)  # one for training
+        write_source(here / "source", new + 1, size, start=new)
         added = _run_apart(project, own)
         runs = [anew, again, added]
         files = sum(1 for path in project.data.rglob("*") if path.is_file())
@@ -80,11 +80,11 @@ def measure(count: int, size: int, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def write_source(folder: Path, count: int, size: int, start: int = 0) -> None:
-    """Write the images from number `start` on as JPEG, a tenth of them for test."""
+    """Write the images from number `start` on as JPEG: of each ten, one for test, one for val."""
     for number, pixels in enumerate(different_pictures(count, size, seed=0)):
         if number >= start:
-            split = "test" if number % round(1 / _TEST_SHARE) == 0 else "train"
-            label = f"class-{number // round(1 / _TEST_SHARE) % _CLASSES}"
+            split = (*_HELD_OUT, *["train"] * 8)[number % 10]
+            label = f"class-{number // 10 % _CLASSES}"
             path = folder / split / label / f"image-{number:07d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path, quality=95)
