@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 ASSETS = ("raw_dataset", "generated_images", "hybrid_images", "fractal_augmented_dataset")
 _CLASSES = 10
-_HELD_OUT = ("test", "val")  # a tenth each
 _PAIRS = 3
 
 
@@ -55,8 +54,7 @@ def measure(count: int, size: int, overrides: Sequence[str]) -> dict[str, Any]:
         own = [f"source.path={here / 'source'}", f"size={size}", *overrides]
         anew = _run_apart(project, own)
         again = _run_apart(project, own)
-        new = count + len(_HELD_OUT)  # one for training
-        write_source(here / "source", new + 1, size, start=new)
+        write_source(here / "source", count + 3, size, start=count + 2)  # one for training
         added = _run_apart(project, own)
         runs = [anew, again, added]
         files = sum(1 for path in project.data.rglob("*") if path.is_file())
@@ -80,10 +78,10 @@ def measure(count: int, size: int, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def write_source(folder: Path, count: int, size: int, start: int = 0) -> None:
-    """Write the images from number `start` on as JPEG: of each ten, one for test, one for val."""
+    """Write the images from number `start` on as JPEG: of twenty, two for test, one for val."""
     for number, pixels in enumerate(different_pictures(count, size, seed=0)):
         if number >= start:
-            split = (*_HELD_OUT, *["train"] * 8)[number % 10]
+            split = {0: "test", 1: "val", 10: "test"}.get(number % 20, "train")
             label = f"class-{number // 10 % _CLASSES}"
             path = folder / split / label / f"image-{number:07d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
