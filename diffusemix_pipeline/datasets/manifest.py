@@ -108,7 +108,8 @@ class Stage:
     def rows_of(self, part: str, columns: list[str] | None = None) -> pd.DataFrame:
         """Read the rows of one part, or some columns of them."""
         with parquet.ParquetFile(self.folder / MANIFEST) as file:
-            return _checked(read_part(file, list(self.parts).index(part), columns), columns)
+            rows = file.read_row_group(list(self.parts).index(part), columns=columns)
+        return _checked(rows.to_pandas(), columns)
 
     @cached_property
     def files(self) -> StoredFiles:
@@ -144,13 +145,6 @@ def _checked(rows: pd.DataFrame, columns: list[str] | None) -> pd.DataFrame:
     schema = _schema().select_columns(columns or list(_DTYPES))
     dtypes = {name: _DTYPES[name] for name in schema.columns}
     return schema.validate(rows.astype(dtypes))
-
-
-def read_part(
-    file: parquet.ParquetFile, number: int, columns: list[str] | None = None
-) -> pd.DataFrame:
-    """Read the rows of a part by its place among all, unchecked."""
-    return file.read_row_group(number, columns=columns).to_pandas()
 
 
 def read_stage(folder: Path) -> Stage:
