@@ -54,8 +54,9 @@ def _copies(
     if not is_held_out.any() or not is_ours.any():
         return
     ours, held_out = images[is_ours], images[is_held_out]
-    same = held_out.drop_duplicates("pixels", keep="last").set_index("pixels")["source_id"]
-    same_as_ours, names = ours["pixels"].map(same), held_out["source_id"].to_numpy()
+    of_pixels = held_out.drop_duplicates("pixels", keep="last").set_index("pixels")["source_id"]
+    same = ours["pixels"].map(of_pixels).to_numpy(object)
+    near, names = np.full(len(ours), None, object), held_out["source_id"].to_numpy(object)
     my_outlines, theirs = outlines[is_ours], _normed(outlines[is_held_out])
     step = min(_AT_ONCE, max(1, _COMPARED // len(held_out)))
     starts = range(0, len(ours), step)
@@ -64,17 +65,17 @@ def _copies(
     for start in starts:
         mine = _normed(my_outlines[start : start + step])
         alike = mine @ theirs.T
-        nearest = alike.argmax(axis=1)
+        rows = np.flatnonzero(alike.max(axis=1) > _NEAR)  # few: the rest is for these alone
+        nearest = alike[rows].argmax(axis=1)
         pairs = theirs[nearest]
-        common = (total - mine - pairs) / others_count
-        own = (_unit(mine - common) * _unit(pairs - common)).sum(axis=1)
-        near = (alike.max(axis=1) > _NEAR) & (own > _NEAR_BUT_FOR_THE_COMMON)
-        exact = same_as_ours[start : start + step]
-        found = exact.where(exact.notna() | ~near, names[nearest])
-        pairs_found = zip(ours["source_id"][start : start + step], found, strict=True)
-        for image, copy in pairs_found:
-            if isinstance(copy, str):
-                yield {"split": split, "image": image, "held_out": copy}
+        common = (total - mine[rows] - pairs) / others_count
+        own = (_unit(mine[rows] - common) * _unit(pairs - common)).sum(axis=1)
+        is_near = own > _NEAR_BUT_FOR_THE_COMMON
+        near[start + rows[is_near]] = names[nearest[is_near]]
+    copies = np.where(pd.isna(same), near, same)
+    found = np.flatnonzero(pd.notna(copies))
+    for image, copy in zip(ours["source_id"].iloc[found], copies[found], strict=True):
+        yield {"split": split, "image": image, "held_out": copy}
 
 
 def _normed(outlines: np.ndarray) -> np.ndarray:

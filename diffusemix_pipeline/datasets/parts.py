@@ -157,6 +157,7 @@ def write_stage(
         yield writer
         writer.put_together({"stage": name, "fingerprint": fingerprint})
     shutil.rmtree(begun, ignore_errors=True)
+    pa.default_memory_pool().release_unused()  # to the system, before the next stage takes more
 
 
 @dataclass(frozen=True)
