@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, UnidentifiedImageError
 
+from diffusemix_pipeline.datasets.columns import first_alike, places_in
 from diffusemix_pipeline.datasets.images import (
     UnreadableImageError,
     read_rgb,
@@ -353,6 +354,26 @@ def test_train_only_holds_nothing_out_and_refuses_split_folders(tmp_path):
     write_classes(tmp_path / "split" / "train", ["cat", "dog"], 4)
     with pytest.raises(UserError, match="give the train folder alone"):
         ingested(tmp_path / "split", tmp_path, train_only=True)
+
+
+# Columns
+
+TEXTS = st.lists(st.text("ab", max_size=2), max_size=9)
+
+
+@given(TEXTS, TEXTS)
+def test_places_are_those_of_the_first_equal_text(known, values):
+    column = pa.chunked_array([known[:3], known[3:]], pa.string())
+    expected = [known.index(value) if value in known else -1 for value in values]
+    assert list(places_in(column, pd.Series(values, dtype="str"))) == expected
+
+
+@given(
+    st.lists(st.tuples(st.none() | st.sampled_from("ab"), st.text("ab", min_size=1, max_size=2)))
+)
+def test_rows_are_alike_where_all_texts_are(rows):
+    columns = [pd.Series([row[of] for row in rows], dtype="str") for of in (0, 1)]
+    assert list(first_alike(*columns)) == [rows.index(row) for row in rows]
 
 
 # The manifest

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import parquet
 
+from diffusemix_pipeline.datasets.columns import places_in
 from diffusemix_pipeline.files import Ledger
 
 CHECKED = "checked.parquet"
@@ -50,10 +51,8 @@ class Checked:
     """The facts of files."""
 
     def __init__(self, table: pa.Table) -> None:
-        digests = pd.Index(table["sha256"].to_pandas())
-        again = digests.duplicated()
-        self._table = table.filter(pa.array(~again)) if again.any() else table
-        self._digests = digests[~again] if again.any() else digests
+        """Take a table of facts; of one file's, the first count."""
+        self._table = table
 
     @classmethod
     def read(cls, folder: Path, begun: Ledger, max_pixels: int) -> "Checked":
@@ -73,12 +72,12 @@ class Checked:
 
     def of(self, digests: pd.Series) -> "Checked":
         """Return the facts of some files alone, as far as there are any."""
-        known = digests[self.knows(digests)].drop_duplicates()
-        return Checked(self._of(known, _SCHEMA.names))
+        places = self._places(digests)
+        return Checked(self._table.take(pa.array(np.unique(places[places >= 0]))))
 
     def knows(self, digests: pd.Series) -> np.ndarray:
         """Return bool (N,): which files were read before."""
-        return np.asarray(self._digests.get_indexer(digests)) >= 0
+        return self._places(digests) >= 0
 
     def facts(self, digests: pd.Series) -> pd.DataFrame:
         """Return `pixels`, `width` and `height` of files that were read, in rows as theirs."""
@@ -95,8 +94,10 @@ class Checked:
         parquet.write_table(self._table.sort_by("sha256"), folder / CHECKED)
 
     def _of(self, digests: pd.Series, columns: list[str]) -> pa.Table:
-        places = self._digests.get_indexer(digests)
-        return self._table.select(columns).take(pa.array(places))
+        return self._table.select(columns).take(pa.array(self._places(digests)))
+
+    def _places(self, digests: pd.Series) -> np.ndarray:
+        return places_in(self._table["sha256"], digests)
 
 
 def told(facts: Mapping[str, Facts], max_pixels: int, begun: Ledger) -> pa.Table:

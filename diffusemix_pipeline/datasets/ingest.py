@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 import pandas as pd
 
 from diffusemix_pipeline.datasets.checked import Checked, Facts, told
+from diffusemix_pipeline.datasets.columns import first_alike
 from diffusemix_pipeline.datasets.copies import copies_across_splits, outline
 from diffusemix_pipeline.datasets.dropped import NOTHING, Dropped
 from diffusemix_pipeline.datasets.images import UnreadableImageError, pixels_digest
@@ -203,13 +205,12 @@ def _readable(
             f"the first: {first}: {reasons[min(reasons)]}."
         )
     readable = readable.join(checked.facts(readable["sha256"]))
-    alike = ["split", "label", "pixels"]
-    repeated = readable.duplicated(alike)
-    firsts = readable.loc[~repeated, [*alike, "source_id"]]
-    same_as = readable.loc[repeated, alike].merge(firsts, how="left", on=alike)["source_id"]
+    names = images["source_id"]
+    firsts = first_alike(readable["split"], readable["label"], readable["pixels"])
+    repeated = firsts != np.arange(len(readable))
+    same_as = readable["source_id"].iloc[firsts[repeated]]
     for number, first in zip(readable.index[repeated], same_as, strict=True):
         reasons[number] = f"the same picture as {first}"
-    names = images["source_id"]
     set_aside = [{"source_id": names[n], "reason": reasons[n]} for n in sorted(reasons)]
     return readable[~repeated], set_aside
 
