@@ -62,9 +62,10 @@ class Checked:
         """
         tables, path = [_SCHEMA.empty_table(), *_told(begun)], folder / CHECKED
         if path.exists() and parquet.read_schema(path).equals(_SCHEMA):
-            tables.append(parquet.read_table(path))
-        same = (pc.field("max_pixels") == max_pixels) & (pc.field("version") == CODE_VERSION)
-        return cls(pa.concat_tables(table.filter(same) for table in tables))
+            tables.append(parquet.ParquetFile(path).read(use_threads=False))
+        table = pa.concat_tables(tables)
+        same_limit = pc.equal(table["max_pixels"], max_pixels)
+        return cls(table.filter(pc.and_(same_limit, pc.equal(table["version"], CODE_VERSION))))
 
     def joined(self, found: Sequence[pa.Table]) -> "Checked":
         """Return these facts and others: see `told`."""

@@ -53,7 +53,8 @@ def _copies(
     is_held_out = images["split"].isin(others).to_numpy()
     if not is_held_out.any() or not is_ours.any():
         return
-    ours, held_out = images[is_ours], images[is_held_out]
+    names_and_pixels = images[["source_id", "pixels"]]
+    ours, held_out = names_and_pixels[is_ours], names_and_pixels[is_held_out]
     of_pixels = held_out.drop_duplicates("pixels", keep="last").set_index("pixels")["source_id"]
     same = ours["pixels"].map(of_pixels).to_numpy(object)
     near, names = np.full(len(ours), None, object), held_out["source_id"].to_numpy(object)

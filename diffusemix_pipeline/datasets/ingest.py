@@ -108,9 +108,10 @@ def ingest(
         # What was asked of the source, for whoever has data/ without it.
         stage.notes["source"] = {"kind": _kind(source), "seed": settings.seed, **shape}
         checked.write(stage.folder)
-        parts = _parts(Listing(kept, kind), layout, labels, max_pixels)
+        parts, total = _parts(Listing(kept, kind), layout, labels, max_pixels), len(kept)
+        del kept, checked  # the listing goes with the parts
         make = partial(_copied, max_pixels)
-        stage.write(parts, make, total=len(kept), describe="Copying images", progress=progress)
+        stage.write(parts, make, total=total, describe="Copying images", progress=progress)
     shutil.rmtree(begun, ignore_errors=True)
     return read_stage(out)
 
@@ -197,7 +198,7 @@ def _readable(
     images: pd.DataFrame, checked: Checked, reasons: dict[int, str]
 ) -> tuple[pd.DataFrame, list[dict[str, str]]]:
     """Return the images that can be read and repeat no other, with their facts; name the others."""
-    readable = images.drop(index=list(reasons))
+    readable = images.drop(index=list(reasons)) if reasons else images
     if readable.empty:
         first = images["source_id"][min(reasons)]
         raise UserError(

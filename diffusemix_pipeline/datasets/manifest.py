@@ -108,7 +108,8 @@ class Stage:
     def rows_of(self, part: str, columns: list[str] | None = None) -> pd.DataFrame:
         """Read the rows of one part, or some columns of them."""
         with parquet.ParquetFile(self.folder / MANIFEST) as file:
-            rows = file.read_row_group(list(self.parts).index(part), columns=columns)
+            number = list(self.parts).index(part)
+            rows = file.read_row_group(number, columns=columns, use_threads=False)
         return _checked(rows.to_pandas(), columns)
 
     @cached_property
@@ -136,7 +137,8 @@ def read_manifest(folder: Path, columns: list[str] | None = None) -> pd.DataFram
     if not path.exists():
         raise UserError(f"{folder} holds no {MANIFEST}: run the stage that makes it first.")
     names = None if columns is None else list(dict.fromkeys([*columns, "file_name"]))
-    rows = _checked(pd.read_parquet(path, columns=names), names)
+    with parquet.ParquetFile(path) as file:
+        rows = _checked(file.read(names, use_threads=False).to_pandas(), names)
     return rows.sort_values("file_name", ignore_index=True)[columns or list(_DTYPES)]
 
 
@@ -210,8 +212,8 @@ class TablesWriter:
         assert not self._parts or name > max(self._parts)
         self._file.write_table(rows, row_group_size=len(rows))
         self._parts[name] = PartFacts(fingerprint, version or rows_version(rows), len(rows))
-        counted = rows.group_by(["split", "label"]).aggregate([([], "count_all")])
-        for of in counted.to_pylist():
+        by_class = rows.group_by(["split", "label"], use_threads=False)
+        for of in by_class.aggregate([([], "count_all")]).to_pylist():
             self._counts[of["split"], of["label"]] += of["count_all"]
 
     def close(self, facts: Mapping[str, Any]) -> None:

@@ -169,7 +169,7 @@ class _MadePart:
 
     @property
     def rows(self) -> pa.Table:
-        return parquet.read_table(self.folder / MANIFEST)
+        return parquet.ParquetFile(self.folder / MANIFEST).read(use_threads=False)
 
     @property
     def files(self) -> Path:
@@ -216,7 +216,7 @@ class _OldParts:
         return _OldPart(version, self._rows(name), folder, folder / f"{name}.tar", index)
 
     def _rows(self, name: str) -> pa.Table:
-        return self._manifest.read_row_group(self._numbers[name])
+        return self._manifest.read_row_group(self._numbers[name], use_threads=False)
 
     def _names(self, name: str) -> list[str]:
         return list(self._rows(name)["file_name"].to_pylist())
