@@ -18,6 +18,8 @@ from diffusemix_pipeline.editing.gate import (
     verdicts,
     yield_table,
 )
+from diffusemix_pipeline.editing.planning import case
+from diffusemix_pipeline.editing.verdicts import Verdicts
 from diffusemix_pipeline.settings import Gate
 
 PHOTOS = np.stack([to_square(picture(seed), 32) for seed in range(6)])
@@ -25,6 +27,21 @@ DIGITS = np.repeat(
     (load_digits().images[:40] * 15.9).astype(np.uint8).repeat(4, 1).repeat(4, 2)[..., None], 3, 3
 )
 ANY = Gate(min_change=0, max_change=1)
+
+
+def test_every_verdict_comes_back_and_the_last_counts():
+    # Of so many digests, some end with a zero byte, which numpy takes away.
+    said = [
+        {"key": f"{number:032x}", "label": label, "verdict": (ACCEPTED, "label")[number % 2]}
+        for number in range(2000)
+        for label in ("cat", "dog")
+    ]
+    again = {**said[0], "verdict": "flat"}
+    told = Verdicts([*said, again])
+    for fact in (again, *said[1:]):
+        assert told.get(case(fact["key"], fact["label"])) == fact["verdict"]
+    assert case("0" * 32, "cow") not in told
+    assert case("0" * 32, "cat") not in Verdicts([])
 
 
 def judged(originals, edits, gate: Gate = ANY, labels=0, certainty=1.0) -> list[str]:

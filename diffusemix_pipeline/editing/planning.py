@@ -148,7 +148,7 @@ class Plan:
         stage = None if self.gate else whole_stage(folder, self.layout)
         if stage is None:
             return []
-        noted = stage.notes[PARTS]
+        noted = stage.notes.get(PARTS, {})
         return [name for name, of in self.part_fingerprints.items() if noted.get(name) == of]
 
     def of_parts(self, names: Sequence[str]) -> "Plan":

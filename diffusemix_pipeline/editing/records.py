@@ -49,12 +49,12 @@ class Records(Mapping[str, Record]):
             raise KeyError(key)
         sought = bytes.fromhex(key)
         place = int(np.searchsorted(self._keys, np.bytes_(sought)))
-        if place == len(self) or _whole(self._keys[place], _KEY_BYTES) != sought:
+        if place == len(self) or whole(self._keys[place], _KEY_BYTES) != sought:
             raise KeyError(key)
         return self._record(self._shas[place], self._made_by[place])
 
     def __iter__(self) -> Iterator[str]:
-        return (_whole(key, _KEY_BYTES).hex() for key in self._keys)
+        return (whole(key, _KEY_BYTES).hex() for key in self._keys)
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -72,7 +72,7 @@ class Records(Mapping[str, Record]):
         found: dict[str, list[Record]] = {}
         for key, sha256, profile in self._disputed:
             record = self._record(sha256, profile)
-            found.setdefault(_whole(key, _KEY_BYTES).hex(), []).append(record)
+            found.setdefault(whole(key, _KEY_BYTES).hex(), []).append(record)
         return found
 
     def settle(self, key: str, record: Record) -> None:
@@ -82,9 +82,9 @@ class Records(Mapping[str, Record]):
         self._made_by[place] = self._profiles[record.profile]
 
     def _record(self, sha256: bytes, profile: int) -> Record:
-        return Record(_whole(sha256, _SHA_BYTES).hex(), self._names[profile])
+        return Record(whole(sha256, _SHA_BYTES).hex(), self._names[profile])
 
 
-def _whole(value: bytes, length: int) -> bytes:
+def whole(value: bytes, length: int) -> bytes:
     """Give back the zeros at the end of bytes, which numpy takes away."""
     return value.ljust(length, b"\0")

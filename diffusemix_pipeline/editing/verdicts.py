@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from diffusemix_pipeline.editing.planning import case
+from diffusemix_pipeline.editing.records import whole
 
 _SAID = np.dtype([("case", "S16"), ("verdict", "u1")])
 
@@ -27,9 +28,9 @@ class Verdicts:
 
     def get(self, judged: str, default: str = "") -> str:
         """Return the verdict on a case, or the default where there is none."""
-        digest = np.bytes_(_digest(judged))
-        place = int(self._cases.searchsorted(digest))
-        if place == len(self._cases) or self._cases[place] != digest:
+        digest = _digest(judged)
+        place = int(self._cases.searchsorted(np.bytes_(digest)))
+        if place == len(self._cases) or whole(self._cases[place], len(digest)) != digest:
             return default
         return self._names[self._verdicts[place]]
 
