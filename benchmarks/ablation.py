@@ -1,7 +1,7 @@
 """What each choice of DiffuseMix is worth, judged on val alone: the test images are not read.
 
     python -m benchmarks.ablation FOLDER --config SETTINGS.yaml --data DATASET [--choices A;B]
-        [--seeds 0,1]
+        [--seeds 0,1] [--set KEY=VALUE]
 
 Trains classifiers of the settings' seeds under each choice (mixing online, copies an image,
 prompts, the gate, the order of the two joins, lambda), asks them about the val images, clean and
@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.fits import Task, ask_all, fit_all, make_stages
-from diffusemix_pipeline.datasets.ingest import ingest
+from benchmarks.fits import Task, ask_all, fit_all, make_stages, without_copies
 from diffusemix_pipeline.datasets.manifest import Stage
 from diffusemix_pipeline.evaluation.comparison import WITH_EDITS, shared_families
 from diffusemix_pipeline.evaluation.statistics import difference_spread, mean_estimates
@@ -79,6 +78,8 @@ class Bench:
     config: Path
     seeds: str = ""
     """Some of the settings' seeds, by ','; all where it is empty."""
+    overrides: tuple[str, ...] = ()
+    """Of the settings, for every choice."""
 
     @property
     def aside(self) -> Path:
@@ -86,7 +87,7 @@ class Bench:
 
     def settings(self, overrides: Sequence[str] = ()) -> Settings:
         own = [f"source.path={self.data}", "evaluation.attack_images=0"]
-        own += ["evaluation.autoattack_images=0", *overrides]
+        own += ["evaluation.autoattack_images=0", *self.overrides, *overrides]
         own += [f"training.seeds=[{self.seeds}]"] if self.seeds else []
         return load_settings(self.folder, config=self.config, overrides=own, environment={})
 
@@ -95,8 +96,8 @@ def measure(bench: Bench, names: Sequence[str]) -> pd.DataFrame:
     """Train and ask under every choice; return accuracies and paired differences to the base.
 
     Columns, shares of 1, means over seeds: `clean`; `corrupted`, over all families; `unshared`,
-    over those that neither the edits nor the other arms show in training; each with the 95 %
-    interval of its difference to DiffuseMix as it is.
+    over those that no arm here shows a classifier in training; each with the 95 % interval of its
+    difference to DiffuseMix as it is.
     """
     tasks = {name: _tasks(bench, CHOICES[name], list(CHOICES).index(name)) for name in names}
     every = [task for of_choice in tasks.values() for task in of_choice]
@@ -140,7 +141,7 @@ def measure(bench: Bench, names: Sequence[str]) -> pd.DataFrame:
 def _tasks(bench: Bench, choice: Choice, place: int) -> list[Task]:
     """Return a choice's fits, a seed each, with the stages that they need."""
     settings = bench.settings(choice.overrides)
-    raw = ingest(bench.data, settings, bench.folder / "raw", aside=bench.aside)
+    raw = without_copies(bench.data, settings, bench.folder)
     stages = _stages(bench, choice, raw, settings, bench.folder / f"choice-{place:02d}")
     return [
         Task(Wanted(choice.arm, seed), stages, settings, "val", bench.folder)
@@ -196,7 +197,14 @@ if __name__ == "__main__":
     parser.add_argument("--data", required=True, help="a folder of labelled images")
     parser.add_argument("--choices", default=";".join(CHOICES), help="some of them, by ';'")
     parser.add_argument("--seeds", default="", help="some of the settings' seeds, by ','")
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
     options = parser.parse_args()
-    bench = Bench(options.folder, options.data, options.config, options.seeds)
+    chosen = options.choices.split(";")
+    if unknown := {*chosen, BASE} - CHOICES.keys():
+        parser.error(f"no such choice: {sorted(unknown)[0]}")
+    if BASE not in chosen:
+        parser.error(f"--choices needs {BASE}, which the others are compared with")
+    overrides = tuple(options.overrides)
+    bench = Bench(options.folder, options.data, options.config, options.seeds, overrides)
     pd.set_option("display.width", 200)
-    print(measure(bench, options.choices.split(";")).round(3).to_string())
+    print(measure(bench, chosen).round(3).to_string())

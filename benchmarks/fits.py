@@ -15,10 +15,13 @@ from typing import TypeVar
 
 import torch
 
+from diffusemix_pipeline.datasets.dropped import Dropped
+from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import Stage, class_names
 from diffusemix_pipeline.devices import choose_device, usable_cores
 from diffusemix_pipeline.editing.generate import generate
 from diffusemix_pipeline.editing.store import EditStore
+from diffusemix_pipeline.evaluation.evidence import CODE_VERSION as EVIDENCE_VERSION
 from diffusemix_pipeline.evaluation.evidence import FILE, Evidence, evaluate
 from diffusemix_pipeline.files import BEGUN, replaced_folder
 from diffusemix_pipeline.identity import digest
@@ -46,10 +49,24 @@ class Task:
 
     @property
     def answers(self) -> Path:
-        """The folder of the answers: by the fit and all that is asked."""
+        """The folder of the answers: by the fit, the images and all that is asked."""
         fit = fit_fingerprint(self.wanted, self.stages, self.settings)
         asked = self.settings.evaluation.model_dump(exclude={"bootstrap_samples", "batch_size"})
-        return self.folder / "answers" / digest(fit, self.split, asked)
+        images = self.stages["raw"].version
+        name = digest(EVIDENCE_VERSION, fit, images, self.split, asked)
+        return self.folder / "answers" / name
+
+
+def without_copies(source: str, settings: Settings, folder: Path) -> Stage:
+    """Ingest a source without the pictures of train and val that lie in a later split, too."""
+    aside = folder / "aside"
+    whole = ingest(source, settings, folder / "whole", aside=aside)
+    copies = {copy["image"] for copy in whole.notes["copies_across_splits"]}
+    rows = whole.manifest()
+    rows = rows[rows["source_id"].isin(copies)]
+    places = rows["split"] + "/" + rows["label"]
+    dropped = Dropped(frozenset(zip(rows["source_sha256"], places, strict=True)))
+    return ingest(source, settings, folder / "raw", aside=aside, dropped=dropped)
 
 
 def make_stages(raw: Stage, settings: Settings, folder: Path, *, kept: Path) -> dict[str, Stage]:

@@ -5,13 +5,16 @@
 
 The first trains and asks what is not answered yet, hours on two cores, and goes on where it was
 cut off. An experiment is a YAML file of settings in `benchmarks/results`. Answers are kept beside
-it, by what the settings ask for and not by where it was computed, so that seeds can come from
-several machines. The second makes all tables anew from the answers, without a classifier: a report
-an experiment in `outputs/results`, and what the arms come to on two of them together.
+it, each with the question that it answers, which follows from data, settings and code, not from
+where it was computed, so that seeds can come from several machines. The second makes all tables
+anew from the answers, without a classifier: a report an experiment in `outputs/results`, and what
+the arms come to on two of them together.
 """
 
 import argparse
 import json
+import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +24,8 @@ import pandas as pd
 import torch
 from scipy import stats
 
-from benchmarks.fits import Task, ask_all, fit_all, make_stages
-from diffusemix_pipeline.datasets.dropped import Dropped
-from diffusemix_pipeline.datasets.ingest import ingest
-from diffusemix_pipeline.datasets.manifest import Stage, class_names
+from benchmarks.fits import Task, ask_all, fit_all, make_stages, without_copies
+from diffusemix_pipeline.datasets.manifest import class_names
 from diffusemix_pipeline.devices import choose_device, is_fast_at_bfloat16
 from diffusemix_pipeline.evaluation.comparison import (
     WITH_EDITS,
@@ -32,6 +33,7 @@ from diffusemix_pipeline.evaluation.comparison import (
     by_arm,
     shared_families,
 )
+from diffusemix_pipeline.evaluation.evidence import CODE_VERSION as EVIDENCE_VERSION
 from diffusemix_pipeline.evaluation.evidence import Evidence
 from diffusemix_pipeline.evaluation.readings import version_of_test
 from diffusemix_pipeline.evaluation.report import ReportInputs, title_of, write_report
@@ -42,6 +44,7 @@ from diffusemix_pipeline.mixing.fractals import fractals_version
 from diffusemix_pipeline.recipes import training_identity
 from diffusemix_pipeline.settings import Arm, Settings, load_settings
 from diffusemix_pipeline.training.arms import BASELINE, SUBJECTS, all_fits
+from diffusemix_pipeline.training.arms import CODE_VERSION as FIT_VERSION
 from diffusemix_pipeline.training.augmentations import VERSIONS
 
 HOME = Path(__file__).with_suffix("")
@@ -49,6 +52,8 @@ TOGETHER = ("flowers12", "cifar10")
 """The experiments whose mean says which arm is best."""
 IMAGES_TAKEN = {"cifar10": {"train": 590, "test": 200}}
 """Images a class; of 590, some 500 stay for training where val is split off."""
+_NOTED = ("copies_across_splits", "set_aside")
+_READING = ["question", "arm", "seed", "images", "steps", "val_accuracy", "processor", "bfloat16"]
 
 
 def produce(
@@ -57,15 +62,17 @@ def produce(
     """Answer what an experiment asks for, seed by seed, and keep it in `HOME`; `arms` None: all."""
     source = _taken(data, folder / "taken", IMAGES_TAKEN[name]) if name in IMAGES_TAKEN else data
     settings = _settings(name, [f"source.path={source.resolve()}"])
-    raw = _without_copies(str(source), settings, folder)
-    write_json(HOME / name / "data.json", {"counts": raw.counts, "test": version_of_test(raw)})
+    raw = without_copies(str(source), settings, folder)
+    facts = {"counts": raw.counts, "test": version_of_test(raw), "raw": raw.version}
+    write_json(HOME / name / "data.json", facts | {key: raw.notes[key] for key in _NOTED})
     readings = _readings(name)
+    answered = set(_last_answers(readings)["question"])
     missing = [
         wanted
         for wanted in all_fits(settings)
         if wanted.seed in seeds
         and (arms is None or wanted.arm in arms)
-        and _question(wanted.arm, wanted.seed, raw, settings) not in set(readings["question"])
+        and _question(wanted.arm, wanted.seed, raw.version, settings) not in answered
     ]
     if not missing:
         return
@@ -85,7 +92,7 @@ def produce(
             reading = {
                 "arm": fit.arm,
                 "seed": seed,
-                "question": _question(fit.arm, seed, raw, settings),
+                "question": _question(fit.arm, seed, raw.version, settings),
                 "images": fit.images,
                 "steps": fit.steps,
                 "val_accuracy": fit.best["val_accuracy"],
@@ -95,19 +102,7 @@ def produce(
             row = pd.DataFrame([reading])
             # Joined to a table without rows, whole numbers would become fractions.
             readings = row if readings.empty else pd.concat([readings, row])
-        write_bytes(HOME / name / "readings.csv", readings.to_csv(index=False).encode())
-
-
-def _without_copies(source: str, settings: Settings, folder: Path) -> Stage:
-    """Ingest a source without the pictures of train and val that lie in a later split, too."""
-    out, aside = folder / "raw", folder / "aside"
-    whole = ingest(source, settings, out, aside=aside)
-    copies = {copy["image"] for copy in whole.notes["copies_across_splits"]}
-    rows = whole.manifest()
-    rows = rows[rows["source_id"].isin(copies)]
-    places = rows["split"] + "/" + rows["label"]
-    dropped = Dropped(frozenset(zip(rows["source_sha256"], places, strict=True)))
-    return ingest(source, settings, out, aside=aside, dropped=dropped)
+            write_bytes(HOME / name / "readings.csv", readings.to_csv(index=False).encode())
 
 
 def _settings(name: str, overrides: Sequence[str] = ()) -> Settings:
@@ -115,20 +110,26 @@ def _settings(name: str, overrides: Sequence[str] = ()) -> Settings:
 
 
 def _readings(name: str) -> pd.DataFrame:
-    """Return a row each time that test images were read, the last of an arm and seed counts."""
+    """Return a row each time that test images were read."""
     path = HOME / name / "readings.csv"
-    return pd.read_csv(path) if path.exists() else pd.DataFrame({"question": []})
+    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=_READING)
+
+
+def _last_answers(readings: pd.DataFrame) -> pd.DataFrame:
+    """Return of each arm and seed the last reading, whose answers are kept."""
+    return readings.drop_duplicates(["arm", "seed"], keep="last")
 
 
 def _answers(name: str, arm: Arm, seed: int) -> Path:
     return HOME / name / f"{arm}-{seed}"
 
 
-def _question(arm: Arm, seed: int, raw: Stage, settings: Settings) -> str:
+def _question(arm: Arm, seed: int, raw_version: str, settings: Settings) -> str:
     """Identify an answer by what is asked for.
 
     Not by the edits' bytes, which differ in their last bits from machine to machine.
     """
+    code = [FIT_VERSION, EVIDENCE_VERSION]
     recipe = training_identity(settings.training)
     asked = settings.evaluation.model_dump(exclude={"bootstrap_samples", "batch_size"})
     made: list[Any] = [VERSIONS[arm]] if arm in VERSIONS else []
@@ -136,37 +137,35 @@ def _question(arm: Arm, seed: int, raw: Stage, settings: Settings) -> str:
         made.append(fractals_version(settings.mixing, settings.seed))
     if arm in WITH_EDITS:
         made += [settings.editing.model_dump(), settings.mixing.model_dump()]
-    return digest(arm, seed, settings.seed, settings.size, raw.version, recipe, asked, made)
+    return digest(code, arm, seed, settings.seed, settings.size, raw_version, recipe, asked, made)
 
 
 def _taken(data: Path, folder: Path, most: Mapping[str, int]) -> Path:
-    """Link some images a class of each split, drawn by their content, into `folder`."""
+    """Link some images a class of each split, drawn by their content, into `folder`, alone."""
+    shutil.rmtree(folder, ignore_errors=True)
     for split, count in most.items():
         for of_class in sorted((data / split).iterdir()):
             drawn = sorted(of_class.iterdir(), key=file_sha256)[:count]
             for image in drawn:
                 target = folder / split / of_class.name / image.name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if not target.exists():
-                    link_or_copy(image, target)
+                link_or_copy(image, target)
     return folder
 
 
 def tables(out: Path) -> Iterator[str]:
     """Write an experiment's report into `out` and yield its Markdown; last, that of the mean."""
-    comparisons = {}
+    comparisons, reads = {}, _reads_by_test()
     for name in sorted(path.stem for path in HOME.glob("*.yaml")):
-        readings = _readings(name)
-        if readings.empty:
+        settings, facts, last = _settings(name), _facts(name), _last_answers(_readings(name))
+        last = last[[_is_asked(row, facts, settings) for row in last.itertuples()]]
+        if last.empty:
             continue
-        settings, last = _settings(name), readings.drop_duplicates(["arm", "seed"], keep="last")
         seeds = set.intersection(*last.groupby("arm")["seed"].agg(set))  # that every arm has
         last = last[last["seed"].isin(seeds)]
         evidence = {
             (arm, seed): Evidence.load(_answers(name, arm, seed))
             for arm, seed in last[["arm", "seed"]].itertuples(index=False, name=None)
         }
-        facts = json.loads((HOME / name / "data.json").read_text("utf-8"))
         inputs = ReportInputs(
             evidence=evidence,
             classes=class_names(facts["counts"]),
@@ -175,8 +174,10 @@ def tables(out: Path) -> Iterator[str]:
             curves={key: pd.read_csv(_answers(name, *key) / "curve.csv") for key in evidence},
             steps=dict(zip(last["arm"], last["steps"].tolist(), strict=True)),
             few_images={},
-            test_reads=len(readings),
+            test_reads=reads[facts["test"]],
             versions={"test": facts["test"]},
+            copies=facts["copies_across_splits"],
+            set_aside=facts["set_aside"],
         )
         report = write_report(inputs, out / name, aside=out)
         yield f"## {name}\n\n{(report.folder / 'report.md').read_text('utf-8')}"
@@ -188,6 +189,27 @@ def tables(out: Path) -> Iterator[str]:
             comparisons[name] = list(arms), Comparison(arms, left_out, *drawn)
     if len(comparisons) == len(TOGETHER):
         yield f"## On the mean of {' and '.join(TOGETHER)}\n\n{_together(comparisons)}"
+
+
+def _is_asked(reading: Any, facts: Mapping[str, Any], settings: Settings) -> bool:
+    """Say whether a reading, a row of the table, answers what the settings ask for today."""
+    asked = _question(reading.arm, reading.seed, facts["raw"], settings)
+    return bool(reading.question == asked)
+
+
+def _reads_by_test() -> Counter[str]:
+    """Count the readings of each version of test images, which experiments share."""
+    reads: Counter[str] = Counter()
+    for facts in HOME.glob("*/data.json"):
+        name = facts.parent.name
+        reads[_facts(name)["test"]] += len(_readings(name))
+    return reads
+
+
+def _facts(name: str) -> dict[str, Any]:
+    """Return what an experiment's data are."""
+    path = HOME / name / "data.json"
+    return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
 
 
 def _together(comparisons: Mapping[str, tuple[list[Arm], Comparison]]) -> str:

@@ -3,12 +3,12 @@
     python -m benchmarks.scale [--images 1000,10000,100000] [--size 32] [--set KEY=VALUE]
     python -m benchmarks.scale --workers [--images 10000] [--size 32]
 
-Synthetic JPEGs, all different, and an editor that costs nothing: what is left is what the pipeline
-itself does. Each run is a process of its own, through Dagster: all anew, once more with nothing
-changed, and with one image added. Its peak of resident memory is told by the kernel; that of it and
-its workers together, what they share counted once, is looked at every half second. Beside it, what
-DVC takes to add the data for the first time, and to look at them. Everything lies in a temporary
-folder.
+Synthetic JPEGs, all different, an editor that costs nothing and no label gate, whose teachers are
+trained: what is left is what the pipeline itself does. Each run is a process of its own, through
+Dagster: all anew, once more with nothing changed, and with one image added. Its peak of resident
+memory is told by the kernel; that of it and its workers together, what they share counted once, is
+looked at every half second. Beside it, what DVC takes to add the data for the first time, and to
+look at them. Everything lies in a temporary folder.
 
 The second compares two workers of one stage with two copies of the work that know nothing of each
 other, a core each, in turns: how much faster per worker could they be?
@@ -242,7 +242,7 @@ def _seconds(root: Path, command: Sequence[str], state: Path) -> float:
 def main() -> None:
     """Read the command line, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", default="1000,10000,100000")
+    parser.add_argument("--images", help="how many; 1000,10000,100000, and of workers 10000")
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--workers", action="store_true", help="compare workers with copies")
@@ -256,9 +256,9 @@ def main() -> None:
         print(json.dumps(run_assets(Project(options.within), options.overrides)))
         return
     if options.workers:
-        print(json.dumps(compare_workers(int(options.images.split(",")[0]), options.size)))
+        print(json.dumps(compare_workers(int(options.images or 10_000), options.size)))
         return
-    for count in options.images.split(","):
+    for count in (options.images or "1000,10000,100000").split(","):
         print(json.dumps(measure(int(count), options.size, options.overrides)), flush=True)
 
 

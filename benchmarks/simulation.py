@@ -2,10 +2,10 @@
 
     python -m benchmarks.simulation [--runs 15] [--shards 200]
 
-Each run of `raw_dataset` and `generated_images` finds two new images a shard, and each of their
-edits sleeps for 10 ms. Prints a line a run: its seconds, as many a shard, how many of these lie in
-its step (the sleep among them), the events that the run wrote, and the size of Dagster's databases
-after it. Everything lies in a temporary folder.
+Each run of `raw_dataset` and `generated_images` finds about two new images a shard, some of them
+not for training, and each edit sleeps for 10 ms. Prints a line a run: its seconds, as many a shard,
+how many of these lie in its step (the sleep among them), the events that the run wrote, and the
+size of Dagster's databases after it. Everything lies in a temporary folder.
 """
 
 import argparse

@@ -5,7 +5,7 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from diffusemix_pipeline.errors import UserError
 
 BEGUN = ".begun"
 """Ends the name of what goes on where it was cut off, and goes when it is finished."""
+_OLD = ".old"
 
 
 def write_bytes(path: Path, content: bytes, *, aside: Path | None = None) -> None:
@@ -101,8 +102,16 @@ class Ledger:
                         yield json.loads(line)
 
 
-def clear_aside(folder: Path) -> None:
-    """Remove what killed writers left half-written; what can be gone on from stays."""
+def clear_aside(folder: Path, homes: Iterable[Path] = ()) -> None:
+    """Remove what killed writers left half-written; what can be gone on from stays.
+
+    Where one was killed between the two renames of `replaced_folder`, the older version of a folder
+    of `homes` is put back: nothing else may have all of what it holds.
+    """
+    for home in homes:
+        for old in folder.glob(f"{home.name}.*{_OLD}"):
+            if not home.exists():
+                old.rename(home)
     for path in folder.glob("*"):
         if path.suffix == BEGUN:
             continue
@@ -147,7 +156,7 @@ def replaced_folder(folder: Path, *, mark: str, aside: Path) -> Iterator[Path]:
     try:
         yield partial
         folder.parent.mkdir(parents=True, exist_ok=True)
-        old = aside / f"{partial.name}.old"
+        old = aside / f"{partial.name}{_OLD}"
         if folder.exists():
             folder.rename(old)
         try:

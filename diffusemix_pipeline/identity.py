@@ -31,7 +31,7 @@ def digest_of_text(pieces: Iterable[str]) -> str:
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hex, reading it in pieces."""
     hasher = hashlib.sha256()
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         while chunk := file.read(_CHUNK_BYTES):
             hasher.update(chunk)
     return hasher.hexdigest()

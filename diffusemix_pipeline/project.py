@@ -1,6 +1,7 @@
 """Where things lie: every path of a project follows from its root. And who is at work there."""
 
 import fcntl
+import socket
 import time
 import warnings
 from collections.abc import Iterator
@@ -40,6 +41,10 @@ class Project:
     @property
     def augmented(self) -> Path:
         return self.data / "augmented"
+
+    @property
+    def stages(self) -> list[Path]:
+        return [self.raw, self.generated, self.hybrid, self.augmented]
 
     @property
     def settings(self) -> Path:
@@ -149,9 +154,10 @@ def own_device(project: Project, device: str) -> Iterator[str]:
     if gpus < 2:
         yield chosen
         return
+    locks_here = project.state / "devices" / socket.gethostname()  # others share the folder
     with ExitStack() as opened:
         locks = [
-            opened.enter_context(_opened(project.state / "devices" / f"cuda-{number}.lock"))
+            opened.enter_context(_opened(locks_here / f"cuda-{number}.lock"))
             for number in range(gpus)
         ]
         while (

@@ -13,6 +13,7 @@ from diffusemix_pipeline.devices import usable_cores
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_IMPORTED_LATE = ("pandera.backends.pandas.register",)  # half a second, when a table is read first
 _AHEAD = 3  # items a process: one that it works on, and some that wait for it
 
 
@@ -26,7 +27,10 @@ def in_processes(work: Callable[[Item], Result], items: Iterable[Item]) -> Itera
         yield from map(work, items)
         return
     # A plain fork may wait for ever for a lock that one of our threads has.
-    pool = ProcessPoolExecutor(cores, get_context("forkserver"), _end_with_parent)
+    context = get_context("forkserver")
+    # What the server has imported, no process has to. Only the first call has any effect.
+    context.set_forkserver_preload([getattr(work, "func", work).__module__, *_IMPORTED_LATE])
+    pool = ProcessPoolExecutor(cores, context, _end_with_parent)
     pending: deque[Future[Result]] = deque()
     try:
         for item in items:

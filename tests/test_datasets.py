@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, UnidentifiedImageError
 
+from diffusemix_pipeline.datasets import items
 from diffusemix_pipeline.datasets.columns import first_alike, places_in
 from diffusemix_pipeline.datasets.images import (
     UnreadableImageError,
@@ -31,6 +32,7 @@ from diffusemix_pipeline.datasets.manifest import (
     typed,
 )
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.identity import file_sha256
 
 PIXELS = 10_000_000
 
@@ -221,6 +223,28 @@ def test_bad_files_are_set_aside_by_name_and_end_nothing(tmp_path):
     assert reasons["cat/again.png"] == "the same picture as cat/1.png"
     assert stage.counts["images"] == 12
     assert str(tmp_path) not in str(reasons)
+
+
+def test_files_that_could_not_be_read_when_listed_are_not_taken_for_each_other(
+    tmp_path, monkeypatch
+):
+    source = write_classes(tmp_path / "data", ["cat", "dog"], 6)
+    lost = ("1.png", "2.png")
+
+    def sometimes(path):
+        if path.name in lost:
+            raise OSError("the server is gone for a moment")
+        return file_sha256(path)
+
+    monkeypatch.setattr(items, "file_sha256", sometimes)
+    for _ in range(2):
+        stage = ingested(source, tmp_path)
+        reasons = {item["source_id"]: item["reason"] for item in stage.notes["set_aside"]}
+        assert reasons.keys() == {f"{label}/{name}" for label in ("cat", "dog") for name in lost}
+        assert set(reasons.values()) == {"it could not be read when it was listed"}
+        lost = (*lost, "3.png")
+    monkeypatch.undo()
+    assert ingested(source, tmp_path).counts["images"] == 12
 
 
 def test_a_training_copy_of_a_test_image_is_told(tmp_path):

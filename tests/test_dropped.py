@@ -230,6 +230,9 @@ def test_tombstones_are_lines_that_a_person_can_read_and_delete(source, tmp_path
     file.write_text("cat/1\n")
     with pytest.raises(UserError, match="line 1"):
         read_dropped(file)
+    for mark in ("\u2028", "\x85", "\x0b"):  # which other programs take for the end of a line
+        file.write_text(f"source {'0' * 64} train/a{mark}b/x-01234567\n", encoding="utf-8")
+        assert read_dropped(file).sources == {("0" * 64, f"train/a{mark}b")}
 
 
 def test_the_command_drops_by_image_id(source, editor, tmp_path, monkeypatch):

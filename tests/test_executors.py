@@ -18,7 +18,16 @@ from diffusemix_pipeline.orchestration.launch import prepare_instance
 from diffusemix_pipeline.project import Project
 
 pytestmark = pytest.mark.slow
-EIGHT_TARS = "storage.shard_images=63"  # 400 images are for training
+SHARDS = {
+    "one shard": ("editing.shards=1",),
+    "eight shards": ("editing.shards=8", "storage.shard_images=63"),  # 400 are for training
+}
+WAYS = {
+    f"{layout}, {name}": (f"storage.format={layout}", *shards)
+    for layout in ("files", "tar")
+    for name, shards in SHARDS.items()
+}
+"""In which images lie, and as how many steps and tars."""
 
 
 @pytest.fixture(scope="module")
@@ -61,21 +70,22 @@ def plain(inputs, tmp_path_factory) -> dict[str, dict[str, str]]:
 
 
 @pytest.mark.parametrize(
-    "how",
+    ("executor", "way"),
     [
-        ("executor=in_process", "storage.format=files", "editing.shards=8"),
-        ("executor=in_process", "storage.format=tar", EIGHT_TARS),
-        ("executor=multiprocess", "storage.format=files", "editing.shards=8"),
-        ("executor=multiprocess", "storage.format=tar", "editing.shards=1"),
-    ],
-    ids=[
-        "in process, eight shards",
-        "in process, eight tars",
-        "multiprocess, eight shards",
-        "multiprocess, one tar",
+        (executor, way)
+        for executor in ("in_process", "multiprocess")
+        for way in WAYS
+        if (executor, way) != ("in_process", "files, one shard")  # that is `plain`
     ],
 )
-def test_the_same_500_images_are_made_however_they_are_made(plain, inputs, how, tmp_path):
-    assert made(tmp_path, inputs, *how) == plain
-    shards = len(list((tmp_path / "data" / "augmented").glob("*.tar")))
-    assert shards == (0 if "files" in how[1] else 8 if EIGHT_TARS in how else 1)
+def test_the_same_500_images_are_made_however_they_are_made(plain, inputs, executor, way, tmp_path):
+    assert made(tmp_path, inputs, f"executor={executor}", *WAYS[way]) == plain
+    assert tars_in(tmp_path) == tars_of(way)
+
+
+def tars_in(root: Path) -> int:
+    return len(list((root / "data" / "augmented").glob("*.tar")))
+
+
+def tars_of(way: str) -> int:
+    return 0 if "files" in way else 8 if "eight" in way else 1

@@ -1,6 +1,7 @@
 """Promise: a mixed stage depends on its inputs, not on threads or on how many rows at once."""
 
 import hashlib
+from dataclasses import replace
 
 import pytest
 from conftest import quick_settings, write_classes, write_images
@@ -8,6 +9,7 @@ from conftest import quick_settings, write_classes, write_images
 from diffusemix_pipeline.datasets import parts
 from diffusemix_pipeline.datasets.images import png_bytes, read_square
 from diffusemix_pipeline.datasets.ingest import ingest
+from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.mixing import stages
 from diffusemix_pipeline.mixing.blending import mix
 from diffusemix_pipeline.mixing.masks import half_mask
@@ -77,3 +79,17 @@ def test_an_unreadable_edit_ends_the_stage_and_leaves_no_folder(inputs, tmp_path
     with pytest.raises(Exception, match="cannot identify image file"):
         augmented(inputs, tmp_path, "augmented")
     assert not (tmp_path / "augmented").exists()
+
+
+def test_edits_of_other_images_than_there_are_now_are_named(inputs, tmp_path):
+    raw, generated = inputs
+    photos = write_classes(tmp_path / "others", ["cat", "dog"], 3, seed=5)
+    others = ingest(
+        str(photos), SETTINGS, tmp_path / "raw2", aside=tmp_path / "aside", train_only=True
+    )
+    with pytest.raises(UserError, match="of other images than data/raw holds now"):
+        augmented((others, generated), tmp_path, "augmented")
+    assert not (tmp_path / "augmented").exists()
+    parts_of_raw = {**raw.layout, "parts": {"train": 8}}
+    with pytest.raises(UserError, match="of other images than data/raw holds now"):
+        augmented((replace(raw, layout=parts_of_raw), generated), tmp_path, "augmented")

@@ -17,7 +17,7 @@ from ray._private.node import Node
 from ray.cluster_utils import Cluster
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ray.util.state import list_actors
-from test_executors import EIGHT_TARS, inputs, made, plain
+from test_executors import WAYS, inputs, made, plain, tars_in, tars_of
 
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.orchestration.launch import prepare_instance, run_here
@@ -131,18 +131,11 @@ def reserved_gpus(client: JobSubmissionClient, dashboard: str) -> dict[str, floa
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(
-    ("how", "tars"),
-    [
-        (("storage.format=files", "editing.shards=1"), 0),
-        (("storage.format=tar", EIGHT_TARS, "editing.shards=8"), 8),
-    ],
-    ids=["one shard", "eight tars, eight shards"],
-)
-def test_the_same_500_images_are_made_on_a_cluster(cluster, plain, inputs, how, tars, tmp_path):
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_500_images_are_made_on_a_cluster(cluster, plain, inputs, way, tmp_path):
     address = cluster.dashboard
-    assert made(tmp_path, inputs, "executor=ray", *how, RAY_ADDRESS=address) == plain
-    assert len(list((tmp_path / "data" / "augmented").glob("*.tar"))) == tars
+    assert made(tmp_path, inputs, "executor=ray", *WAYS[way], RAY_ADDRESS=address) == plain
+    assert tars_in(tmp_path) == tars_of(way)
 
 
 @pytest.mark.timeout(1800)

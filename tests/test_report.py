@@ -358,6 +358,7 @@ def test_every_arm_is_reported_and_a_better_rival_is_in_the_headline(of_all_arms
     assert list(of_all_arms.summary.index) == list(get_args(settings_module.Arm))
     behind = r"but fell behind PixMix \(\+25\.0 points, .*\) in accuracy under corruption, PixMix "
     assert re.search(rf"{behind}\(\+12\.5 points, .*\) in the mean of both;", of_all_arms.headline)
+    assert re.search(r"; DiffuseMix online \S.*, but fell behind PixMix", of_all_arms.headline)
     assert "Every other arm less DiffuseMix online" in words(of_all_arms)
     assert "after Holm's correction for 11 arms" in words(of_all_arms)
     names = {plot.stem for plot in of_all_arms.plots}
@@ -406,17 +407,24 @@ def test_unshared_numbers_are_of_the_families_that_no_arm_was_shown(tmp_path):
 @pytest.mark.parametrize(
     ("strength", "left", "warned"),
     [
+        (0, 0, "FGSM accuracy at 1/255 rose for DiffuseMix, where no stronger attack was tried"),
         (1, 0, "FGSM accuracy at 2/255 rose for DiffuseMix, where no stronger attack was tried"),
         (2, 0, "FGSM accuracy at 8/255 rose for DiffuseMix, while under AutoAttack at 8/255"),
         (2, 5, ""),
         (None, 0, ""),
     ],
-    ids=["at the headline's", "at AutoAttack's", "and AutoAttack's too", "not at all"],
+    ids=[
+        "at a small one",
+        "at the headline's",
+        "at AutoAttack's",
+        "and AutoAttack's too",
+        "not at all",
+    ],
 )
 def test_fgsm_that_rises_alone_is_no_robustness_and_said_so(tmp_path, strength, left, warned):
     given = inputs()
     attacked = given.evidence["vanilla", 0].fgsm.copy()
-    if strength:
+    if strength is not None:
         attacked[strength] |= np.arange(IMAGES) < 0.9 * IMAGES
     risen = replace(evidence(0.8, 0.6, 0.4), fgsm=attacked, autoattack=np.arange(10) < left)
     report = written(tmp_path, inputs(evidence={**given.evidence, ("diffusemix", 0): risen}))
@@ -542,6 +550,15 @@ def test_two_reports_are_compared_by_numbers_settings_and_test_images(tmp_path):
     assert "The test images are not the same" in text
     assert r'\["a\|b"\]' in text
     assert "code" not in text.split("Versions that differ")[1]
+    hostile = read_document(after.json)
+    hostile["headline"] = "<img src=x onerror=alert(1)> \x1b[31m"
+    hostile["arms"][1]["arm"] = "<b>|</b>"
+    hostile["settings"]["seed"] = 1
+    shown = changes(read_document(before.folder), hostile)
+    assert "<img" not in shown.replace("\\<", "")
+    assert "<b>" not in shown.replace("\\<", "")
+    assert "\x1b" not in shown
+    assert "**seed is not the same**" in shown
     same = changes(read_document(before.folder), read_document(before.folder))
     assert "Settings: no difference." in same
     assert "Versions: no difference." in same

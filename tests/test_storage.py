@@ -333,6 +333,67 @@ def test_a_dropped_image_changes_its_own_shard_alone(source, tmp_path):
     assert (anew.folder / f"{part}.tar").read_bytes() == (left.folder / f"{part}.tar").read_bytes()
 
 
+def test_a_pinned_dataset_in_another_layout_has_each_image_in_its_own_part(source, tmp_path):
+    photos = shutil.copytree(source, tmp_path / "photos")
+    short = photos / "cat" / "im.png"
+    (photos / "cat" / "3.png").rename(short)
+    sha256 = hashlib.sha256(short.read_bytes()).hexdigest()
+    # `-` comes before the `.` of a suffix: by id this is the second of the two, by name the first.
+    (photos / "cat" / "5.png").rename(photos / "cat" / f"im-{sha256[:8]}.png")
+    files, aside = asked("storage.shard_images=8"), tmp_path / "aside"
+    raw = ingest(str(photos), files, tmp_path / "raw", aside=aside)
+    shards = asked(*LAYOUTS["shards"])
+    packed = leave_out(raw, Dropped(), shards.storage, aside=aside)
+    anew = ingest(str(photos), shards, tmp_path / "anew", aside=aside)
+    for name, part in anew.parts.items():
+        assert packed.parts[name].version == part.version
+    assert (packed.folder / "checked.parquet").exists()
+
+
+def test_a_stage_whose_writer_died_between_two_renames_is_put_back(source, tmp_path, monkeypatch):
+    raw, aside = tmp_path / "raw", tmp_path / "aside"
+    before = ingest(str(source), asked(), raw, aside=aside)
+    renamed, rename = [], Path.rename
+
+    def killed_at_the_second(path, target):
+        if raw in (path, Path(target)):
+            renamed.append(target)
+            if len(renamed) == 2:
+                raise KilledError
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", killed_at_the_second)
+    with pytest.raises(KilledError):
+        ingest(str(source), asked("seed=7"), raw, aside=aside)
+    monkeypatch.undo()
+    assert not raw.exists()
+    clear_aside(aside, [raw, tmp_path / "other"])
+    assert read_stage(raw).version == before.version
+    assert contents(read_stage(raw)) == contents(before)
+
+
+def test_what_was_half_written_goes_when_its_stage_is_written_again(source, tmp_path):
+    half = tmp_path / "aside" / "raw.begun" / "train-000000.1a2b3c4d"
+    half.mkdir(parents=True)
+    (half / "shard.tar").write_bytes(b"half")
+    seen = []
+
+    def look(work, threads):
+        seen.append(half.exists())
+        return ()
+
+    with write_stage(
+        tmp_path / "raw",
+        name="raw",
+        fingerprint="f",
+        layout=Layout(False, {"train": 1}),
+        classes=["cat"],
+        aside=tmp_path / "aside",
+    ) as stage:
+        stage.write([Part("train-000000", "p", None, 1)], look, total=1, describe="Looking")
+    assert seen == [False]
+
+
 def test_a_file_that_is_not_there_is_named(made):
     for stage in (made["files"]["raw"], made["shards"]["raw"]):
         with pytest.raises(FileNotFoundError, match="nothing"):

@@ -80,4 +80,5 @@ def drop(path: Path, image_ids: Iterable[str], stages: Iterable[Path]) -> list[s
 def _lines(path: Path) -> list[str]:
     if not path.exists():
         return []
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    # Not by splitlines: a class's name may hold what that takes for the end of a line.
+    return [line.strip() for line in path.read_text(encoding="utf-8").split("\n")]

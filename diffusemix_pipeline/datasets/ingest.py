@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 
-from diffusemix_pipeline.datasets.checked import Checked, Facts, told
+from diffusemix_pipeline.datasets.checked import CHECKED, Checked, Facts, told
 from diffusemix_pipeline.datasets.columns import first_alike
 from diffusemix_pipeline.datasets.copies import copies_across_splits, outline
 from diffusemix_pipeline.datasets.dropped import NOTHING, Dropped
@@ -31,7 +31,7 @@ from diffusemix_pipeline.datasets.sources import NAMES, list_images, source_dige
 from diffusemix_pipeline.datasets.splits import assign_splits, thin_train
 from diffusemix_pipeline.datasets.storage import Layout, StoredFiles
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.files import BEGUN, Ledger
+from diffusemix_pipeline.files import BEGUN, Ledger, link_or_copy
 from diffusemix_pipeline.identity import digest
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings, Storage
@@ -184,13 +184,14 @@ def _checked(
 def _looked_at(max_pixels: int, listing: Listing) -> list[Facts | str]:
     """Return what is in each image, or why it cannot be used."""
     found: list[Facts | str] = []
-    for picture in listing.pictures():
+    for sha256, picture in zip(listing.rows["sha256"], listing.pictures(), strict=True):
         try:
             image = picture.read(max_pixels)
         except UnreadableImageError as reason:
             found.append(str(reason))
         else:
-            found.append(Facts(pixels_digest(image), outline(image), *image.size))
+            facts = Facts(pixels_digest(image), outline(image), *image.size)
+            found.append(facts if sha256 else "it could not be read when it was listed")
     return found
 
 
@@ -236,7 +237,7 @@ def leave_out(stage: Stage, dropped: Dropped, storage: Storage, *, aside: Path) 
         return stage
     check_left(set(rows["label"]), rows.loc[~gone, ["split", "label"]].itertuples(index=False))
     fingerprint = digest("raw", stage.fingerprint, sorted(rows.loc[gone, "source_sha256"]))
-    labels, kept = class_names(stage.counts), rows[~gone]
+    labels, kept = class_names(stage.counts), rows[~gone].sort_values("image_id")
     layout = Layout.of(kept["split"].value_counts().to_dict(), storage)
     with write_stage(
         stage.folder,
@@ -254,6 +255,8 @@ def leave_out(stage: Stage, dropped: Dropped, storage: Storage, *, aside: Path) 
             "dropped": [*stage.notes.get("dropped", []), *notes],
             "copies_across_splits": [c for c in copies if {c["image"], c["held_out"]} <= left],
         }
+        if (stage.folder / CHECKED).exists():  # an older stage may have none
+            link_or_copy(stage.folder / CHECKED, written.folder / CHECKED)
         names = [layout.part_of(split, name) for split, name in kept[["split", "image_id"]].values]
         max_pixels, of = (
             stage.notes["source"]["max_pixels"],
@@ -266,7 +269,7 @@ def leave_out(stage: Stage, dropped: Dropped, storage: Storage, *, aside: Path) 
                 few,
                 len(few),
             )
-            for name, few in kept.sort_values("image_id").groupby(names)
+            for name, few in kept.groupby(names)
         )
         make = partial(_taken_over, stage.folder)
         written.write(parts, make, total=len(kept), describe="Linking images")

@@ -16,6 +16,7 @@ import pandas as pd
 from PIL import Image
 
 from diffusemix_pipeline.datasets.images import plain_rgb_suffix, png_bytes, read_rgb
+from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import file_sha256
 
 _AT_ONCE = 4096  # items that are held as such
@@ -78,7 +79,7 @@ def file_item(root: Path, path: Path, label: str, split: str | None) -> Item:
         sha256 = file_sha256(path)
     except OSError:  # reading it will fail as well, and say why
         sha256 = ""
-    name = path.relative_to(root).as_posix()
+    name = "/".join(path.parts[len(root.parts) :])
     source_id = written(name)
     encoded = "" if source_id == name else quote_from_bytes(os.fsencode(name))
     return Item(source_id, label, split, sha256, File(str(root), encoded or name, bool(encoded)))
@@ -115,10 +116,24 @@ def written(name: str) -> str:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """List the files below a class folder; what is hidden, as editors' thumbnails are, is not."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    """List the files below a class folder; what is hidden, as editors' thumbnails are, is not.
+
+    Raises UserError for a folder that cannot be read. Links to folders are not followed.
+    """
+    names = sorted(_visible(os.fspath(folder)), key=lambda name: name.split(os.sep))
+    return [Path(name) for name in names]
+
+
+def _visible(folder: str) -> Iterator[str]:
+    try:
+        entries = os.scandir(folder)
+    except PermissionError:
+        raise UserError(f"{folder} cannot be read: allow it, or move it elsewhere.") from None
+    with entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from _visible(entry.path)
+            elif entry.is_file():
+                yield entry.path

@@ -152,6 +152,8 @@ def write_stage(
     """
     old = read_stage(folder) if (folder / STAGE).exists() else None
     begun = aside / f"{folder.name}{BEGUN}"
+    for half_written in begun.glob("*.*"):  # parts of writers that were killed, or had no disk left
+        shutil.rmtree(half_written)
     with replaced_folder(folder, mark=STAGE, aside=aside) as partial:
         writer = StageWriter(partial, old, layout, classes, begun)
         yield writer

@@ -99,9 +99,7 @@ def generate(
     finished = finished_stage(out, plan.fingerprint, plan.layout)
     if finished:
         return Generated(finished, 0)
-    there = plan.parts_in(out)
-    adopt_edits(out, store, plan.of_parts(there).source_ids)
-    lacking = plan.without_parts(there)
+    lacking = without_parts_there(plan, out, store)
     gate = None
     if plan.gate:
         assert gate_of  # without it, what nobody judged would count as judged
@@ -111,6 +109,16 @@ def generate(
     made = make_edits(lacking, store=store, device=device, gate=gate, progress=progress)
     verdicts = gate.verdicts if gate else None
     return Generated(collect_edits(plan, out, store, verdicts, aside, progress), made)
+
+
+def without_parts_there(plan: Plan, out: Path, store: EditStore) -> Plan:
+    """Return the plan of the parts that the stage folder `out` lacks.
+
+    Whatever else it holds is taken into the store: what comes may be made of it.
+    """
+    lacking = plan.without_parts(plan.parts_in(out))
+    adopt_edits(out, store, plan.source_ids.drop(lacking.source_ids.index))
+    return lacking
 
 
 def adopt_edits(folder: Path, store: EditStore, staying: Sequence[str] | pd.Series = ()) -> int:
@@ -213,6 +221,8 @@ def collect_edits(
             progress=progress,
         )
         rejected = pd.DataFrame(collected.rejected, columns=_REJECTED_COLUMNS)
+        if not collected.accepted and not collected.rejected:
+            raise UserError("Every edit is dropped: take a line out of dropped.txt.")
         if not collected.accepted:
             raise UserError(
                 f"The label gate rejected all {len(rejected)} edits: look at them with `diffusemix "

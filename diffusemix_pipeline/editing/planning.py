@@ -151,12 +151,8 @@ class Plan:
         noted = stage.notes.get(PARTS, {})
         return [name for name, of in self.part_fingerprints.items() if noted.get(name) == of]
 
-    def of_parts(self, names: Sequence[str]) -> "Plan":
-        """Return the plan of some parts alone."""
-        return replace(self, _sources=self._sources[self._part_names.isin(names)])
-
     def without_parts(self, names: Sequence[str]) -> "Plan":
-        """Return the plan of all other parts."""
+        """Return the plan of all other parts than these."""
         return replace(self, _sources=self._sources[~self._part_names.isin(names)])
 
     @property

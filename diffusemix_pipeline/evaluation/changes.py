@@ -20,6 +20,11 @@ from diffusemix_pipeline.evaluation.report import (
     title_of,
 )
 
+_SHAPES_NUMBERS = (
+    "seed", "size", "evaluation.corruptions", "evaluation.severities", "evaluation.attack_epsilon",
+    "evaluation.attack_images", "evaluation.autoattack_images",
+)  # fmt: skip
+"""The settings that say on what, and by what, classifiers are judged."""
 _MORE_MEASURES = ("corrupted_unshared", "pgd", "autoattack")
 
 
@@ -41,8 +46,8 @@ def read_document(place: Path) -> dict[str, Any]:
 def changes(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     """Return, as Markdown, what the second report says otherwise than the first."""
     parts = [
-        f"First: {first['headline']}",
-        f"Second: {second['headline']}",
+        f"First: {plain_markdown(first['headline'])}",
+        f"Second: {plain_markdown(second['headline'])}",
         *_warnings(first, second),
         _measures(first, second),
     ]
@@ -55,9 +60,10 @@ def changes(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
 def _warnings(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[str]:
     if first["versions"].get("test") != second["versions"].get("test"):
         yield "**The test images are not the same**: a difference may be theirs."
-    for what in ("corruptions", "severities", "attack_epsilon"):
-        if first["settings"]["evaluation"][what] != second["settings"]["evaluation"][what]:
-            yield f"**evaluation.{what} is not the same**: what depends on it does not compare."
+    theirs, ours = (dict(_flat(document["settings"])) for document in (first, second))
+    for what in _SHAPES_NUMBERS:
+        if theirs.get(what) != ours.get(what):
+            yield f"**{what} is not the same**: what depends on it does not compare."
     if first["shared_families"]["left_out"] != second["shared_families"]["left_out"]:
         yield "**Other families of corruption are left out** of `corrupted_unshared`."
     if first["fgsm_epsilon"] != second["fgsm_epsilon"]:
@@ -71,14 +77,14 @@ def _measures(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
         for measure in (*MEASURES, *_MORE_MEASURES):
             before, after = ours.get(arm, {}).get(measure), theirs[arm][measure]
             if before and after:
-                rows.append([title_of(arm), measure, *_change(before, after)])
+                rows.append([plain_markdown(title_of(arm)), measure, *_change(before, after)])
     if not rows:
         return "No arm is in both reports."
-    missing = sorted(ours.keys() ^ theirs.keys())
+    missing = [plain_markdown(title_of(arm)) for arm in sorted(ours.keys() ^ theirs.keys())]
     table = pd.DataFrame(
         rows, columns=["arm", "measure", "first, %", "second, %", "change, points"]
     )
-    only = f"\n\nIn one report only: {', '.join(map(title_of, missing))}." if missing else ""
+    only = f"\n\nIn one report only: {', '.join(missing)}." if missing else ""
     return f"{table.to_markdown(index=False, disable_numparse=True)}{only}"
 
 

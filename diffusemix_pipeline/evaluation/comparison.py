@@ -194,10 +194,10 @@ class Comparison:
         return found | self._relative_errors(arm)
 
     def differences(
-        self, arm: Arm, base: Arm, measures: Sequence[str] = (*ACCURACIES, *LOSSES, "ece")
-    ) -> dict[str, Estimate]:
+        self, arm: Arm, base: Arm, measures: Sequence[Any] = (*ACCURACIES, *LOSSES, "ece")
+    ) -> dict[Any, Estimate]:
         """Estimate an arm's differences to another, image by image, of the named measures."""
-        found: dict[str, Estimate] = {}
+        found: dict[Any, Estimate] = {}
         for group, kind in _KINDS.items():
             ours, theirs = (getattr(self._scores[one], group) for one in (arm, base))
             named = [name for name in measures if name in ours]
@@ -248,16 +248,15 @@ class Comparison:
 
 def arm_documents(comparison: Comparison, arms: Mapping[Arm, Mapping[int, Evidence]]) -> list[Any]:
     """Return what `report.json` says of each arm's measures, and against vanilla."""
-    differences = {
-        arm: comparison.differences(arm, BASELINE)
-        for arm in arms
-        if BASELINE in arms and arm != BASELINE
-    }
+    compared = [arm for arm in arms if BASELINE in arms and arm != BASELINE]
+    differences = {arm: comparison.differences(arm, BASELINE) for arm in compared}
     adjusted = _adjusted(differences)
+    first = next(iter(next(iter(arms.values())).values()))
+    attacked = {arm: comparison.differences(arm, BASELINE, first.epsilons) for arm in compared}
+    adjusted_attacked = _adjusted(attacked)
     documents = []
-    for arm, of_seed in arms.items():
+    for arm in arms:
         found = comparison.estimates(arm)
-        first = next(iter(of_seed.values()))
         documents.append(
             {
                 "arm": arm,
@@ -273,7 +272,16 @@ def arm_documents(comparison: Comparison, arms: Mapping[Arm, Mapping[int, Eviden
                 if arm in differences
                 else None,
                 "fgsm_by_epsilon": [
-                    {"epsilon": strength, **numbers(found[strength])} for strength in first.epsilons
+                    {
+                        "epsilon": strength,
+                        **numbers(found[strength]),
+                        "difference": _judged(
+                            attacked[arm][strength], adjusted_attacked[arm][strength]
+                        )
+                        if arm in attacked
+                        else None,
+                    }
+                    for strength in first.epsilons
                 ],
                 "corruptions": [
                     {"family": f, "severity": s, **numbers(found[f, s])}
@@ -299,7 +307,7 @@ def rival_documents(comparison: Comparison, arms: Sequence[Arm]) -> list[Any]:
     return documents
 
 
-def _adjusted(differences: Mapping[Arm, Mapping[str, Estimate]]) -> dict[Arm, dict[str, float]]:
+def _adjusted(differences: Mapping[Arm, Mapping[Any, Estimate]]) -> dict[Arm, dict[Any, float]]:
     """Adjust the p-values of each measure for the number of arms."""
     measures = {name for of_arm in differences.values() for name in of_arm}
     by_measure = {

@@ -47,7 +47,7 @@ DOCUMENT = "report.json"
 PAGE = "index.html"
 MARKDOWN = "report.md"
 SCHEMA_VERSION = 4
-CODE_VERSION = "5"
+CODE_VERSION = "6"
 MEASURES = ("clean", "corrupted", "fgsm", "ece")
 
 _CLASSES_SHOWN = 30
@@ -287,7 +287,16 @@ def _headline(document: Mapping[str, Any]) -> str:
             for arm in document["arms"]
         )
         return f"There is no comparison, as vanilla or all but it is missing; on {images}: {arms}."
-    subject = next((arm for arm in compared if arm["arm"] in SUBJECTS), compared[-1])
+    subjects = [arm for arm in compared if arm["arm"] in SUBJECTS] or compared[-1:]
+    found = "; ".join(_against_vanilla(document, subject) for subject in subjects)
+    return (
+        f"Against vanilla, on {images} and {trained}, {found}; "
+        "in brackets, the difference and its 95 % interval."
+    )
+
+
+def _against_vanilla(document: Mapping[str, Any], subject: Mapping[str, Any]) -> str:
+    """Say what an arm did to each accuracy, and which rivals it fell behind."""
     names = {
         "clean": "clean accuracy",
         **_corruption(document),
@@ -298,12 +307,8 @@ def _headline(document: Mapping[str, Any]) -> str:
         f"{_verb(difference[measure])} {name} ({_change(difference[measure])})"
         for measure, name in names.items()
     )
-    title = _TITLES[subject["arm"]]
-    return (
-        f"Against vanilla, on {images} and {trained}, {title} {first}, {second} and {third}"
-        f"{_beaten_by(document, subject['arm'])}; "
-        "in brackets, the difference and its 95 % interval."
-    )
+    title, behind = _TITLES[subject["arm"]], _beaten_by(document, subject["arm"])
+    return f"{title} {first}, {second} and {third}{behind}"
 
 
 def _corruption(document: Mapping[str, Any]) -> dict[str, str]:
@@ -314,7 +319,10 @@ def _corruption(document: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _beaten_by(document: Mapping[str, Any], subject: str) -> str:
-    """Say which rivals are better than the subject, and by which accuracy."""
+    """Say which rivals are better than the subject by which accuracy, and the best of them by what.
+
+    The others' differences are in the table of rivals.
+    """
     names = {"clean": "clean accuracy", **_corruption(document), "overall": "the mean of both"}
     rivals = [rival for rival in document["rivals"] if rival["subject"] == subject]
     behind = []
@@ -322,7 +330,8 @@ def _beaten_by(document: Mapping[str, Any], subject: str) -> str:
         better = [r for r in rivals if r[measure]["significant"] and r[measure]["value"] > 0]
         better.sort(key=lambda rival: -rival[measure]["value"])
         if better:
-            named = [f"{_TITLES[r['arm']]} ({_change(r[measure])})" for r in better]
+            best, *others = (_TITLES[rival["arm"]] for rival in better)
+            named = [f"{best} ({_change(better[0][measure])})", *others]
             behind.append(f"{' and '.join(named)} in {name}")
     return f", but fell behind {', '.join(behind)}" if behind else ""
 
@@ -387,7 +396,7 @@ def _holm_note(arms: Sequence[Mapping[str, Any]]) -> str:
 
 def _masking_note(document: Mapping[str, Any]) -> str:
     """Warn where FGSM accuracy rose and the strongest attack taken leaves next to nothing."""
-    attacks, shown = document["attacks"], document["fgsm_epsilon"]
+    attacks = document["attacks"]
     strongest = "autoattack" if attacks["autoattack_images"] else "pgd"
     name = {"autoattack": "AutoAttack", "pgd": "PGD-20"}[strongest]
     fallen = [
@@ -395,21 +404,24 @@ def _masking_note(document: Mapping[str, Any]) -> str:
         for arm in document["arms"]
         if arm["difference"] and arm[strongest] and arm[strongest]["value"] < _NEAR_ZERO
     ]
-
-    def risen(measure: str) -> list[str]:
-        risen = [arm for arm in fallen if _verdict(arm["difference"][measure]) == 1]
-        return [_TITLES[arm["arm"]] for arm in risen]
-
+    risen = [
+        (point["epsilon"], _TITLES[arm["arm"]])
+        for arm in fallen
+        for point in arm["fgsm_by_epsilon"]
+        if _verdict(point["difference"]) == 1
+    ]
     left = f"under {name} at {_epsilon(attacks['epsilon'])} next to nothing is left"
-    if at_the_same := risen("fgsm_attack"):
+    if at_the_same := [arm for epsilon, arm in risen if epsilon == attacks["epsilon"]]:
         return (
             f"WARNING: FGSM accuracy at {_epsilon(attacks['epsilon'])} rose for "
             f"{', '.join(at_the_same)}, while {left}: this is not adversarial robustness. A real "
             "attacker takes more than one step."
         )
-    if at_another := risen("fgsm"):
+    if risen:
+        strengths = [_epsilon(epsilon) for epsilon in sorted({epsilon for epsilon, _ in risen})]
+        arms = ", ".join(dict.fromkeys(arm for _, arm in risen))
         return (
-            f"WARNING: FGSM accuracy at {_epsilon(shown)} rose for {', '.join(at_another)}, "
+            f"WARNING: FGSM accuracy at {' and '.join(strengths)} rose for {arms}, "
             f"where no stronger attack was tried; {left}. This shows no adversarial robustness."
         )
     return ""
@@ -529,8 +541,9 @@ def _markdown(document: Mapping[str, Any]) -> str:
 
 
 def plain_markdown(text: str) -> str:
-    """Keep names and prompts from being read as Markdown or HTML, and in one line."""
-    return " ".join(text.translate(_MARKDOWN).split())
+    """Keep names and prompts from being read as Markdown, HTML or a terminal's codes; one line."""
+    shown = "".join(mark for mark in text if mark.isprintable() or mark.isspace())
+    return " ".join(shown.translate(_MARKDOWN).split())
 
 
 _MARKDOWN = str.maketrans({mark: f"\\{mark}" for mark in "\\`*_[]<>|#~&!"})

@@ -187,14 +187,16 @@ def ratio_estimate(
 ) -> Estimate:
     """Estimate the mean over columns of how large `errors` are relative to `base`, both (N, F).
 
-    1 is as large. `spread` is that of the mean over training seeds.
+    1 is as large. `spread` is that of the mean over training seeds, in units of the ratio.
     """
     sums = resampled_sums(np.hstack([errors, base]), samples, seed)
     ours, theirs = np.split(sums, 2, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = (ours / theirs).mean(axis=1)
     value = float((errors.sum(axis=0) / base.sum(axis=0)).mean())
-    moved = ratios + seed_draws(spread, samples, seed)
+    of_images = (errors - base) @ (len(base) / base.sum(axis=0)) / base.shape[1]
+    moved = value + (ratios - value) * _own_share(of_images, spread)
+    moved += seed_draws(spread, samples, seed)
     return estimate_from(value, moved[np.isfinite(moved)])
 
 

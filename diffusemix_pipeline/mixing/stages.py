@@ -25,6 +25,7 @@ from diffusemix_pipeline.datasets.manifest import (
     read_stage,
 )
 from diffusemix_pipeline.datasets.parts import Image, Part, write_stage
+from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import digest, draw
 from diffusemix_pipeline.mixing.blending import hybrid, mix
 from diffusemix_pipeline.mixing.fractals import fractals_version, load_fractals
@@ -150,6 +151,8 @@ class Mixer:
         originals, edits = raw.files, generated.files
         file_names = raw.rows_of(part, ["image_id", "file_name"]).set_index("image_id")["file_name"]
         rows = generated.rows_of(part)
+        if not rows["source_id"].isin(file_names.index).all():
+            raise _other_images()
         rows["original"] = file_names.loc[rows["source_id"]].to_numpy()
         size, mixing = self.settings.size, self.settings.mixing
         names = sorted(mixing.masks)
@@ -164,6 +167,9 @@ class Mixer:
             sha256 = hashlib.sha256(content).hexdigest()
             return {**row, "mask": mask, **drawn, "sha256": sha256}, content
 
+        if threads == 1:
+            yield from map(mixed, rows.to_dict("records"))
+            return
         with ThreadPoolExecutor(threads) as pool:  # PIL and numpy let others run
             for start in range(0, len(rows), _AT_ONCE):
                 yield from pool.map(mixed, rows[start : start + _AT_ONCE].to_dict("records"))
@@ -195,7 +201,15 @@ def write_mixed(
 
 def _parts(raw: Stage, generated: Stage, of_all: Sequence[Any]) -> Iterator[Part]:
     """Give the parts of what is made of `generated`: each of one part of it and of `raw`."""
-    assert raw.layout["parts"] == generated.layout["parts"]
+    if raw.layout["parts"] != generated.layout["parts"]:
+        raise _other_images()
     for name, edits in generated.parts.items():
         fingerprint = digest(*of_all, name, edits.version, raw.parts[name].version)
         yield Part(name, fingerprint, name, edits.images)
+
+
+def _other_images() -> UserError:
+    return UserError(
+        "The edits in data/generated are of other images than data/raw holds now: make them anew "
+        "first (`generated_images`)."
+    )

@@ -56,9 +56,12 @@ def stages_picture(stages: Mapping[str, Stage], images: int = 4) -> bytes:
     from diffusemix_pipeline.datasets.images import decode_square
     from diffusemix_pipeline.pictures import contact_sheet
 
-    augmented = stages["augmented"].manifest()
+    columns = ["source_id", "label", "prompt", "file_name", "width"]
+    augmented = stages["augmented"].manifest(columns)
     few = augmented.iloc[:: max(1, len(augmented) // images)].head(images)
-    originals = dict(stages["raw"].manifest(["image_id", "file_name"]).itertuples(index=False))
+    raw = stages["raw"].manifest(["image_id", "file_name"])
+    wanted = raw[raw["image_id"].isin(few["source_id"])]
+    originals = dict(wanted.itertuples(index=False, name=None))
     rows = []
     for row in few.itertuples():
         names = {"raw": originals[row.source_id]}

@@ -54,7 +54,7 @@ def project_resource(project: Project) -> dg.ResourceDefinition:
         project.state.mkdir(parents=True, exist_ok=True)
         with project.run_lock.open("a+") as lock:
             if taken_alone(lock):
-                clear_aside(project.aside)  # of what killed runs left there
+                clear_aside(project.aside, project.stages)  # of what killed runs left there
                 assert context.instance is not None  # every run has one
                 end_lost_runs(context.instance, on_server=False)
                 lock.truncate(0)

@@ -161,7 +161,7 @@ def fit_arm(
             **wanted._asdict(),
             "fingerprint": fingerprint,
             "images": len(images.train),
-            "steps": settings.training.steps,
+            "steps": int(pd.read_csv(folder / _CURVE)["step"].iloc[-1]),
         }
         write_json(folder / _FIT, facts)
     kept.path.unlink(missing_ok=True)

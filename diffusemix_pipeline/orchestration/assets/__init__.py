@@ -1,1 +1,1 @@
-"""The six assets, a module each. What is shared between them is in `orchestration.metadata`."""
+"""The assets, a module each. What is shared between them is in `orchestration.metadata`."""

@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
@@ -35,7 +36,11 @@ _RETRY_AFTER_SECONDS = 5
 )
 def plan_edits(context: dg.OpExecutionContext) -> Iterator[dg.DynamicOutput[int] | dg.Output[dict]]:
     from diffusemix_pipeline.datasets.manifest import finished_stage
-    from diffusemix_pipeline.editing.generate import adopt_edits, adopt_verdicts, fit_where_needed
+    from diffusemix_pipeline.editing.generate import (
+        adopt_verdicts,
+        fit_where_needed,
+        without_parts_there,
+    )
     from diffusemix_pipeline.editing.store import EditStore
 
     project, settings = context.resources.project, context.resources.settings
@@ -44,14 +49,13 @@ def plan_edits(context: dg.OpExecutionContext) -> Iterator[dg.DynamicOutput[int]
         context.log.info(f"{project.generated} is there already")
         yield dg.Output({}, "predicted")
         return
-    there = plan.parts_in(project.generated)
-    adopt_edits(project.generated, EditStore(project.edits), plan.of_parts(there).source_ids)
+    lacking = without_parts_there(plan, project.generated, EditStore(project.edits))
     gate = _gate(context, plan, choose_device(settings.device))
     accuracy = None
     if gate:
         adopt_verdicts(project.generated, plan, gate.verdicts)
-        accuracy = fit_where_needed(gate, plan)
-    predicted = _predicted(context, plan, gate)
+        accuracy = fit_where_needed(gate, lacking)
+    predicted = _predicted(context, lacking, gate, there=len(plan) - len(lacking))
     observed = {} if accuracy is None else {"gate_teachers_accuracy": accuracy}
     if observed or predicted:
         metadata = {**observed, **predicted}
@@ -69,7 +73,7 @@ def plan_edits(context: dg.OpExecutionContext) -> Iterator[dg.DynamicOutput[int]
     "fail once; run again, it goes on.",
 )
 def edit_shard(context: dg.OpExecutionContext, shard: int) -> dict[str, Any]:
-    from diffusemix_pipeline.editing.generate import make_edits
+    from diffusemix_pipeline.editing.generate import make_edits, without_parts_there
     from diffusemix_pipeline.editing.store import EditStore
 
     project, settings = context.resources.project, context.resources.settings
@@ -77,9 +81,10 @@ def edit_shard(context: dg.OpExecutionContext, shard: int) -> dict[str, Any]:
     try:
         with own_device(project, settings.device) as device:
             began = time.time()  # shards may be processes, so by one clock for all
+            store = EditStore(project.edits, settings.storage.edits)
             made = make_edits(
-                plan.without_parts(plan.parts_in(project.generated)),
-                store=EditStore(project.edits, settings.storage.edits),
+                without_parts_there(plan, project.generated, store),
+                store=store,
                 device=device,
                 gate=_gate(context, plan, device),
                 shard=shard,
@@ -161,15 +166,18 @@ def _gate(context: dg.OpExecutionContext, plan: "Plan", device: str) -> "LabelGa
 
 
 def _predicted(
-    context: dg.OpExecutionContext, plan: "Plan", gate: "LabelGate | None"
+    context: dg.OpExecutionContext, plan: "Plan", gate: "LabelGate | None", there: int
 ) -> dict[str, Any]:
-    """Run the pilot, and return what it predicts; nothing where too few edits are missing."""
+    """Run a pilot of what is lacking, and return what it predicts, with the images that are there.
+
+    Nothing where too few edits are missing.
+    """
     from diffusemix_pipeline.editing.cost import forecast, run_pilot
     from diffusemix_pipeline.editing.store import EditStore
 
     store = EditStore(context.resources.project.edits, plan.settings.storage.edits)
     cost = run_pilot(
-        plan.without_parts(plan.parts_in(context.resources.project.generated)),
+        plan,
         store,
         device=choose_device(plan.settings.device),
         gate=gate,
@@ -178,6 +186,7 @@ def _predicted(
     if cost is None:
         return {}
     left = forecast(plan, store, gate, cost)
+    left = replace(left, images=left.images + there)
     return {
         "pilot_edits": cost.pilot,
         "predicted_edits": left.edits,
