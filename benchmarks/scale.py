@@ -198,8 +198,8 @@ def time_stages(folder: Path, source: Path, size: int) -> dict[str, float]:
     from diffusemix_pipeline.progress import silent
 
     settings = load_settings(folder, overrides=[f"size={size}"], environment={})
-    aside, fractals = folder / "aside", folder / "fractals"
-    load_fractals(settings.mixing, settings.seed, size, fractals, silent)
+    aside, fractals = folder / "aside", folder.parent / "fractals"
+    load_fractals(settings.mixing, settings.seed, size, fractals, silent)  # the first makes them
     sampler = Sampler(NoEditor(), "cpu", settings, 32)
     seconds = {}
     began = time.monotonic()

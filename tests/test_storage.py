@@ -372,26 +372,25 @@ def test_a_stage_whose_writer_died_between_two_renames_is_put_back(source, tmp_p
     assert contents(read_stage(raw)) == contents(before)
 
 
-def test_what_was_half_written_goes_when_its_stage_is_written_again(source, tmp_path):
+def test_what_was_half_written_goes_when_its_stage_is_written_again(tmp_path):
     half = tmp_path / "aside" / "raw.begun" / "train-000000.1a2b3c4d"
     half.mkdir(parents=True)
     (half / "shard.tar").write_bytes(b"half")
-    seen = []
 
-    def look(work, threads):
-        seen.append(half.exists())
-        return ()
+    def killed(work, threads):
+        assert not half.exists()
+        raise KilledError
 
-    with write_stage(
+    writing = write_stage(
         tmp_path / "raw",
         name="raw",
         fingerprint="f",
         layout=Layout(False, {"train": 1}),
         classes=["cat"],
         aside=tmp_path / "aside",
-    ) as stage:
-        stage.write([Part("train-000000", "p", None, 1)], look, total=1, describe="Looking")
-    assert seen == [False]
+    )
+    with pytest.raises(KilledError), writing as stage:
+        stage.write([Part("train-000000", "p", None, 1)], killed, total=1, describe="Dying")
 
 
 def test_a_file_that_is_not_there_is_named(made):

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from diffusemix_pipeline.datasets.checked import CHECKED, Checked, Facts, told
-from diffusemix_pipeline.datasets.columns import first_alike
+from diffusemix_pipeline.datasets.columns import first_alike, tuples, values
 from diffusemix_pipeline.datasets.copies import copies_across_splits, outline
 from diffusemix_pipeline.datasets.dropped import NOTHING, Dropped
 from diffusemix_pipeline.datasets.images import UnreadableImageError, pixels_digest
@@ -90,7 +90,7 @@ def ingest(
     gone = _is_dropped(used["sha256"], used["split"], used["label"], dropped)
     kept, left = used[~gone], Listing(used[gone], kind)
     classes = kept[["split", "label"]].drop_duplicates()
-    check_left(set(used["label"].unique()), classes.itertuples(index=False, name=None))
+    check_left(set(used["label"].unique()), tuples(classes))
     del readable, used
     labels = sorted(kept["label"].unique())
     layout = Layout.of(kept["split"].value_counts().to_dict(), settings.storage)
@@ -128,7 +128,7 @@ def _parts(
 ) -> Iterator[Part]:
     """Give the parts of a raw stage."""
     images = listing.rows.assign(image_id=list(_image_ids(listing.rows)))
-    names = map(layout.part_of, images["split"], images["image_id"])
+    names = map(layout.part_of, values(images["split"]), values(images["image_id"]))
     of = ["source_id", "label", "sha256"]
     for name, rows in images.groupby(list(names)):
         rows = rows.sort_values("image_id")
@@ -171,7 +171,7 @@ def _checked(
     tables = []
     looked = (map if len(new) <= _WORTH_PROCESSES else in_processes)(look, chunks())
     for chunk, found in zip(chunks(), looked, strict=True):
-        named = dict(zip(chunk.rows["sha256"], found, strict=True))
+        named = dict(zip(values(chunk.rows["sha256"]), found, strict=True))
         usable = {sha256: of for sha256, of in named.items() if not isinstance(of, str)}
         tables.append(told(usable, max_pixels, begun))
         pairs = zip(chunk.rows.index, found, strict=True)
@@ -184,7 +184,7 @@ def _checked(
 def _looked_at(max_pixels: int, listing: Listing) -> list[Facts | str]:
     """Return what is in each image, or why it cannot be used."""
     found: list[Facts | str] = []
-    for sha256, picture in zip(listing.rows["sha256"], listing.pictures(), strict=True):
+    for sha256, picture in zip(values(listing.rows["sha256"]), listing.pictures(), strict=True):
         try:
             image = picture.read(max_pixels)
         except UnreadableImageError as reason:
@@ -235,7 +235,7 @@ def leave_out(stage: Stage, dropped: Dropped, storage: Storage, *, aside: Path) 
     gone = _is_dropped(rows["source_sha256"], rows["split"], rows["label"], dropped)
     if not gone.any() and stage.layout == layout_of(stage, storage).document():
         return stage
-    check_left(set(rows["label"]), rows.loc[~gone, ["split", "label"]].itertuples(index=False))
+    check_left(set(rows["label"]), tuples(rows.loc[~gone, ["split", "label"]]))
     fingerprint = digest("raw", stage.fingerprint, sorted(rows.loc[gone, "source_sha256"]))
     labels, kept = class_names(stage.counts), rows[~gone].sort_values("image_id")
     layout = Layout.of(kept["split"].value_counts().to_dict(), storage)
@@ -297,7 +297,7 @@ def check_left(labels: set[str], left: Iterable[tuple[str, str]]) -> None:
 def _copied(max_pixels: int, listing: Listing, threads: int) -> Iterator[Image]:
     """Give each image's manifest row and bytes."""
     columns = ["label", "split", "source_id", "sha256", "width", "height"]
-    rows = listing.rows[columns].itertuples(index=False, name=None)
+    rows = tuples(listing.rows[columns])
     ids = _image_ids(listing.rows)
     for image_id, row, picture in zip(ids, rows, listing.pictures(), strict=True):
         label, split, source_id, source_sha256, width, height = row
@@ -319,7 +319,7 @@ def _copied(max_pixels: int, listing: Listing, threads: int) -> Iterator[Image]:
 def _image_ids(images: pd.DataFrame) -> Iterator[str]:
     """Name files so that a person finds the source and no two collide."""
     columns = ["split", "label", "source_id", "sha256"]
-    for split, label, source_id, sha256 in images[columns].itertuples(index=False, name=None):
+    for split, label, source_id, sha256 in tuples(images[columns]):
         stem = PurePosixPath(source_id).stem
         stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip(".-")[:60]
         yield f"{split}/{label}/{stem or 'image'}-{sha256[:8]}"

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from diffusemix_pipeline.datasets.columns import tuples
 from diffusemix_pipeline.datasets.images import plain_rgb_suffix, png_bytes, read_rgb
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import file_sha256
@@ -69,8 +70,7 @@ class Listing:
 
     def pictures(self) -> Iterator[Picture]:
         """Give the picture of each row."""
-        fields = self.rows[list(self.kind._fields)]
-        return map(self.kind._make, fields.itertuples(index=False, name=None))
+        return map(self.kind._make, tuples(self.rows[list(self.kind._fields)]))
 
 
 def file_item(root: Path, path: Path, label: str, split: str | None) -> Item:
@@ -120,8 +120,8 @@ def visible_files(folder: Path) -> list[Path]:
 
     Raises UserError for a folder that cannot be read. Links to folders are not followed.
     """
-    names = sorted(_visible(os.fspath(folder)), key=lambda name: name.split(os.sep))
-    return [Path(name) for name in names]
+    # By parts as paths are, which takes less than half the time by a key.
+    return sorted(map(Path, _visible(os.fspath(folder))), key=lambda path: path.parts)
 
 
 def _visible(folder: str) -> Iterator[str]:

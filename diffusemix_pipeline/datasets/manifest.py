@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -273,6 +273,7 @@ def class_names(counts: Mapping[str, Any]) -> list[str]:
     return sorted({label for labels in counts["by_split"].values() for label in labels})
 
 
+@cache
 def _schema() -> Any:
     import pandera.pandas as pa
 

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from diffusemix_pipeline.datasets.columns import tuples
 from diffusemix_pipeline.datasets.images import png_bytes
 from diffusemix_pipeline.datasets.items import Item, Listing, file_item, visible_files, written
 from diffusemix_pipeline.datasets.published import PUBLISHED, published_items
@@ -69,7 +70,7 @@ def source_digest(images: pd.DataFrame) -> str:
     """Identify the content of a source: names, labels, splits and bytes, not times."""
     columns = ["source_id", "label", "split", "sha256"]
     by_name = images[columns].sort_values("source_id").fillna({"split": ""})
-    return digest_of_text(digest(*row) for row in by_name.itertuples(index=False, name=None))
+    return digest_of_text(digest(*row) for row in tuples(by_name))
 
 
 def _digits() -> Iterator[Item]:

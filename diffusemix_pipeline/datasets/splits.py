@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 
+from diffusemix_pipeline.datasets.columns import values
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import seed_from
 from diffusemix_pipeline.settings import Source
@@ -55,7 +56,7 @@ def thin_train(images: pd.DataFrame, most: int | None, seed: int) -> pd.DataFram
 
 def _places(images: pd.DataFrame, purpose: str, seed: int) -> pd.Series:
     """Return each image's place in [0, 1) in the draw for `purpose`."""
-    places = (seed_from(seed, purpose, sha256) / 2**63 for sha256 in images["sha256"])
+    places = (seed_from(seed, purpose, sha256) / 2**63 for sha256 in values(images["sha256"]))
     return pd.Series(np.fromiter(places, np.float64, len(images)), images.index)
 
 

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import pandas as pd
 
+from diffusemix_pipeline.datasets.columns import tuples
 from diffusemix_pipeline.files import write_json
 from diffusemix_pipeline.settings import Storage
 
@@ -135,7 +136,7 @@ def differences(folder: Path, expected: pd.DataFrame, tables: set[str]) -> Diffe
     holders = stored.holders(expected["file_name"])
     there = holders.isin(files)
     by_holder = expected[there].assign(holder=holders[there]).sort_values("holder")
-    rows = by_holder[["holder", "file_name", "sha256"]].itertuples(index=False, name=None)
+    rows = tuples(by_holder[["holder", "file_name", "sha256"]])
     for holder, of_holder in groupby(rows, key=itemgetter(0)):
         with (folder / holder).open("rb") as file:
             for _, name, sha256 in of_holder:

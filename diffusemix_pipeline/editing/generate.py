@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from diffusemix_pipeline.datasets.columns import tuples
 from diffusemix_pipeline.datasets.dropped import NOTHING, Dropped
 from diffusemix_pipeline.datasets.images import read_square
 from diffusemix_pipeline.datasets.manifest import (
@@ -133,7 +134,7 @@ def adopt_edits(folder: Path, store: EditStore, staying: Sequence[str] | pd.Seri
     columns = ["edit_key", "file_name", "sha256"]
     rows = read_manifest(folder, [*columns, "source_id"])
     gone = rows.loc[~rows["source_id"].isin(staying), columns]
-    for key, name, sha256 in gone.itertuples(index=False, name=None):
+    for key, name, sha256 in tuples(gone):
         if key in store:
             continue
         with suppress(FileNotFoundError):
@@ -155,7 +156,7 @@ def adopt_verdicts(folder: Path, plan: Plan, verdicts: Ledger) -> None:
     columns = ["edit_key", "label", "verdict"]
     rejected = pd.read_parquet(folder / REJECTED, columns=columns)
     for rows in (read_manifest(folder, columns), rejected):
-        for key, label, verdict in rows.itertuples(index=False, name=None):
+        for key, label, verdict in tuples(rows):
             if case(key, label) not in known:
                 verdicts.add({"key": key, "label": label, "verdict": verdict})
 

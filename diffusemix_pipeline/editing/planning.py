@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from diffusemix_pipeline.datasets.columns import mapped, tuples
 from diffusemix_pipeline.datasets.dropped import NOTHING, Dropped
 from diffusemix_pipeline.datasets.images import decode_square
 from diffusemix_pipeline.datasets.manifest import Stage, class_names, layout_of, whole_stage
@@ -108,7 +109,7 @@ class Plan:
     def edits_of(self, sources: pd.DataFrame) -> Iterator[PlannedEdit]:
         """Give the first attempts of some of the sources."""
         settings = self.settings
-        for image_id, label, *rest in sources.itertuples(index=False, name=None):
+        for image_id, label, *rest in tuples(sources):
             source = Source(image_id, sys.intern(label), self._files, *rest)
             for copy in range(settings.editing.copies):
                 for prompt in _prompts(source.sha256, copy, settings):
@@ -119,7 +120,7 @@ class Plan:
 
         It follows from the bytes of an edit's source, so that no other shard makes the same one.
         """
-        falls_to = self._sources["sha256"].map(lambda sha256: int(sha256[:16], 16) % of)
+        falls_to = mapped(self._sources["sha256"], lambda sha256: int(sha256[:16], 16) % of)
         return Shard(self, self._sources[falls_to == number])
 
     @cached_property
@@ -131,7 +132,7 @@ class Plan:
     def part_fingerprints(self) -> dict[str, str]:
         """Identify what each part of the stage follows from."""
         return {
-            str(name): digest(self.shape, name, *(list(sources[of]) for of in sources))
+            str(name): digest(self.shape, name, *(sources[of].tolist() for of in sources))
             for name, sources in self._sources.groupby(self._part_names)
         }
 
@@ -162,7 +163,7 @@ class Plan:
 
     @cached_property
     def _part_names(self) -> pd.Series:
-        return self._sources["image_id"].map(lambda source: self.layout.part_of("train", source))
+        return mapped(self.source_ids, lambda source: self.layout.part_of("train", source))
 
     def verdicts(self, folder: Path) -> Ledger:
         """Return where the gate keeps its verdicts, below the folder of all gates."""
@@ -223,7 +224,7 @@ def _share(sources: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
     """
     if share == 1:
         return sources
-    hashes = sources["sha256"].map(lambda sha256: seed_from(seed, "share", sha256))
+    hashes = mapped(sources["sha256"], lambda sha256: seed_from(seed, "share", sha256))
     place = hashes.groupby(sources["label"]).rank(method="first")  # from 1
     of_class = sources.groupby("label")["label"].transform("size")
     return sources[place <= np.ceil((share * of_class).round(6))]  # 0.07 * 100 is above 7

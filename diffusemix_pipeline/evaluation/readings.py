@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from diffusemix_pipeline.datasets.columns import tuples
 from diffusemix_pipeline.datasets.manifest import Stage
 from diffusemix_pipeline.files import write_json
 from diffusemix_pipeline.identity import digest
@@ -11,7 +12,7 @@ from diffusemix_pipeline.identity import digest
 def version_of_test(raw: Stage) -> str:
     """Identify the test images by their content and labels."""
     rows = raw.manifest(["split", "label", "sha256"]).query("split == 'test'")
-    return digest(sorted(rows[["label", "sha256"]].itertuples(index=False, name=None)))
+    return digest(sorted(tuples(rows[["label", "sha256"]])))
 
 
 def count_reads(path: Path, version: str) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from diffusemix_pipeline.datasets.columns import tuples
 from diffusemix_pipeline.datasets.images import decode_square
 from diffusemix_pipeline.datasets.manifest import Stage
 from diffusemix_pipeline.datasets.storage import StoredFiles
@@ -84,7 +85,7 @@ class StoredImages:
         return pixels
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        for stage, name in self._rows.itertuples(index=False, name=None):
+        for stage, name in tuples(self._rows):
             yield decode_square(self._files[stage].read(name), self._size)
 
     def subset(self, index: slice | np.ndarray) -> "StoredImages":
