@@ -40,6 +40,7 @@ from diffusemix_pipeline.editing.generate import (
     judged_edits,
     make_edits,
     numeric_profiles,
+    without_parts_there,
 )
 from diffusemix_pipeline.editing.instruct_pix2pix import (
     SCHEDULERS,
@@ -428,6 +429,20 @@ def test_edits_that_came_with_the_data_are_not_paid_for_again(weights, tmp_path)
     made_by = numeric_profiles(more.stage, EditStore(tmp_path / "edits"))
     assert sorted(made_by.values()) == [3, 7]
     assert any("came with the data" in profile for profile in made_by)
+
+
+def test_a_drop_while_a_run_in_a_clone_is_at_work_pays_for_nothing(weights, tmp_path):
+    asked = "source.train_per_class=null", f"editing.editor={weights}", "storage.shard_images=2"
+    edit = generated(tmp_path, weights, *asked[2:], images=10).stage.manifest().iloc[0]
+    shutil.rmtree(tmp_path / "edits")
+    out, store, settings = tmp_path / "out", EditStore(tmp_path / "edits"), quick_settings(*asked)
+    raw = read_stage(tmp_path / "raw")
+    without_parts_there(plan_edits(raw, settings), out, store)
+    assert not list(store)  # as nothing is to be made
+    plan = plan_edits(raw, settings, Dropped(edits=frozenset({edit["edit_key"]})))
+    lacking = without_parts_there(plan, out, store)
+    assert len(lacking) == len(plan) == 20
+    assert make_edits(lacking, store=store, device="cpu") == 0
 
 
 @pytest.mark.parametrize("layout", ["files", "tar"])

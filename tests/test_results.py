@@ -1,0 +1,59 @@
+"""Promise: the published tables are of answers to what their settings ask, all of it counted."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from benchmarks import results
+from diffusemix_pipeline.evaluation.evidence import Evidence
+from diffusemix_pipeline.evaluation.statistics import Estimate
+
+EXPERIMENTS = sorted(path.stem for path in results.HOME.glob("*.yaml"))
+
+
+def asked(name: str, **changed) -> pd.DataFrame:
+    """Return the last readings that answer what an experiment's settings, or others, ask."""
+    settings = results._settings(name, [f"{key}={value}" for key, value in changed.items()])
+    last = results._last_answers(results._readings(name))
+    facts = results._facts(name)
+    return last[[results._is_asked(row, facts, settings) for row in last.itertuples()]]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_published_answers_are_of_the_settings_beside_them(name):
+    last = asked(name)
+    assert {"vanilla", "augmix", "pixmix"} <= set(last["arm"])
+    assert set(last["steps"]) == {results._settings(name).training.steps}
+    tested = sum(results._facts(name)["counts"]["by_split"]["test"].values())
+    for arm, seed in last[["arm", "seed"]].itertuples(index=False, name=None):
+        evidence = Evidence.load(results._answers(name, arm, seed))
+        assert len(evidence.ids) == tested
+        assert evidence.corrupted.shape[:2] == (15, 5)
+
+
+def test_answers_to_other_settings_are_not_shown():
+    whole = set(asked("flowers12")["arm"])
+    other = set(asked("flowers12", **{"mixing.lam": 0.2})["arm"])
+    assert whole - other == {
+        *("generated_only", "hybrid_only", "diffusemix", "diffusemix_online", "diffusemix+cutmix"),
+    }
+    assert asked("flowers12", **{"training.steps": 10}).empty
+
+
+def test_readings_of_the_same_test_images_are_counted_together():
+    reads = results._reads_by_test()
+    of = {name: results._facts(name)["test"] for name in EXPERIMENTS}
+    assert of["flowers12"] == of["flowers12_10"] != of["cifar10"]
+    both = len(results._readings("flowers12")) + len(results._readings("flowers12_10"))
+    assert reads[of["flowers12"]] == both
+
+
+def test_the_mean_of_two_experiments_is_as_sure_as_both_are():
+    one, other = Estimate(0.02, -0.02, 0.06, 0.3), Estimate(0.06, 0.03, 0.09, 0.001)
+    mean = results._mean([one, other])
+    reach = stats.norm.ppf(0.975)
+    error = np.hypot(0.04 / reach, 0.03 / reach) / 2
+    assert mean.value == pytest.approx(0.04)
+    assert (mean.low, mean.high) == pytest.approx((0.04 - reach * error, 0.04 + reach * error))
+    assert mean.p == pytest.approx(2 * stats.norm.sf(0.04 / error))
