@@ -154,19 +154,28 @@ def materialize(
     return done.run_id
 
 
-def compare_workers(count: int, size: int) -> dict[str, list[float]]:
-    """Return by stage, for each of three pairs, two workers' speed over that of two copies."""
+def compare_workers(count: int, size: int) -> dict[str, dict[str, list[float]]]:
+    """Return by stage, for each of three pairs, two workers' speed over that of two copies.
+
+    Beside it the seconds of the workers, and of the slower copy.
+    """
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
         write_source(here / "source", count, size)
-        found: dict[str, list[float]] = {}
-        for pair in range(_PAIRS):
-            copies = [_start_alone(here, f"{pair}-{core}", size, {core}) for core in (0, 1)]
+        found: dict[str, dict[str, list[float]]] = {}
+        for turn in range(_PAIRS):
+            copies = [_start_alone(here, f"{turn}-{core}", size, {core}) for core in (0, 1)]
             alone = [_told(copy) for copy in copies]
-            both = _told(_start_alone(here, f"{pair}-both", size, {0, 1}))
+            both = _told(_start_alone(here, f"{turn}-both", size, {0, 1}))
             for stage, seconds in both.items():
                 of_copies = max(copy[stage] for copy in alone)
-                found.setdefault(stage, []).append(of_copies / (2 * seconds))
+                measured = {
+                    "ratio": of_copies / (2 * seconds),
+                    "workers_s": seconds,
+                    "copies_s": of_copies,
+                }
+                for name, number in measured.items():
+                    found.setdefault(stage, {}).setdefault(name, []).append(round(number, 3))
         return found
 
 
