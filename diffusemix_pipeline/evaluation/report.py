@@ -332,8 +332,13 @@ def _beaten_by(document: Mapping[str, Any], subject: str) -> str:
         if better:
             best, *others = (_TITLES[rival["arm"]] for rival in better)
             named = [f"{best} ({_change(better[0][measure])})", *others]
-            behind.append(f"{' and '.join(named)} in {name}")
+            behind.append(f"{_listed(named)} in {name}")
     return f", but fell behind {', '.join(behind)}" if behind else ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _verb(difference: Mapping[str, Any]) -> str:
@@ -419,9 +424,9 @@ def _masking_note(document: Mapping[str, Any]) -> str:
         )
     if risen:
         strengths = [_epsilon(epsilon) for epsilon in sorted({epsilon for epsilon, _ in risen})]
-        arms = ", ".join(dict.fromkeys(arm for _, arm in risen))
+        arms = list(dict.fromkeys(arm for _, arm in risen))
         return (
-            f"WARNING: FGSM accuracy at {' and '.join(strengths)} rose for {arms}, "
+            f"WARNING: FGSM accuracy at {_listed(strengths)} rose for {_listed(arms)}, "
             f"where no stronger attack was tried; {left}. This shows no adversarial robustness."
         )
     return ""
