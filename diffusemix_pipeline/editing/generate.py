@@ -8,11 +8,11 @@ import hashlib
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,6 @@ from diffusemix_pipeline.datasets.manifest import (
     read_stage,
 )
 from diffusemix_pipeline.datasets.parts import Image, Part, write_stage
-from diffusemix_pipeline.datasets.storage import StoredFiles
 from diffusemix_pipeline.editing.editor import edits_at_once, load_editor
 from diffusemix_pipeline.editing.gate import ACCEPTED, Judge
 from diffusemix_pipeline.editing.planning import (
@@ -117,28 +116,32 @@ def without_parts_there(plan: Plan, out: Path, store: EditStore) -> Plan:
 
     Whatever else it holds is taken into the store: what comes may be made of it.
     """
-    lacking = plan.without_parts(plan.parts_in(out))
-    adopt_edits(out, store, plan.source_ids.drop(lacking.source_ids.index))
-    return lacking
+    there = plan.parts_in(out)
+    adopt_edits(out, store, staying=there)
+    return plan.without_parts(there)
 
 
-def adopt_edits(folder: Path, store: EditStore, staying: Sequence[str] | pd.Series = ()) -> int:
+def adopt_edits(folder: Path, store: EditStore, staying: Collection[str] = ()) -> int:
     """Take the edits of a stage folder into a store that lacks them; return how many.
 
-    They came with the data, to a clone or to CI, and are not to be paid for again there. Those of
-    the sources that are `staying`, by image id, are not touched by what comes.
+    They came with the data, to a clone or to CI, and are not to be paid for again there. The parts
+    that are `staying` are not touched by what comes.
     """
     if not (folder / STAGE).exists():
         return 0
-    adopted, files = 0, StoredFiles(folder)
-    columns = ["edit_key", "file_name", "sha256"]
-    rows = read_manifest(folder, [*columns, "source_id"])
-    gone = rows.loc[~rows["source_id"].isin(staying), columns]
-    for key, name, sha256 in tuples(gone):
+    stage = read_stage(folder)
+    columns, gone = ["edit_key", "file_name", "sha256"], stage.parts.keys() - set(staying)
+    tables = (
+        (stage.rows_of(part, columns) for part in sorted(gone))
+        if stage.parts  # an older stage tells of none
+        else [stage.manifest(columns)]
+    )
+    adopted = 0
+    for key, name, sha256 in chain.from_iterable(map(tuples, tables)):
         if key in store:
             continue
         with suppress(FileNotFoundError):
-            content = files.read(name)
+            content = stage.files.read(name)
             if hashlib.sha256(content).hexdigest() == sha256:
                 store.put_file(key, content, store.add_profile(_ELSEWHERE))
                 adopted += 1

@@ -156,14 +156,11 @@ class Plan:
         """Return the plan of all other parts than these."""
         return replace(self, _sources=self._sources[~self._part_names.isin(names)])
 
-    @property
-    def source_ids(self) -> pd.Series:
-        """The image ids of the sources."""
-        return self._sources["image_id"]
-
     @cached_property
     def _part_names(self) -> pd.Series:
-        return mapped(self.source_ids, lambda source: self.layout.part_of("train", source))
+        return mapped(
+            self._sources["image_id"], lambda source: self.layout.part_of("train", source)
+        )
 
     def verdicts(self, folder: Path) -> Ledger:
         """Return where the gate keeps its verdicts, below the folder of all gates."""
