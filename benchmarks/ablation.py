@@ -200,7 +200,7 @@ if __name__ == "__main__":
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     options = parser.parse_args()
     chosen = options.choices.split(";")
-    if unknown := {*chosen, BASE} - CHOICES.keys():
+    if unknown := set(chosen) - CHOICES.keys():
         parser.error(f"no such choice: {sorted(unknown)[0]}")
     if BASE not in chosen:
         parser.error(f"--choices needs {BASE}, which the others are compared with")

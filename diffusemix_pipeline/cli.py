@@ -301,8 +301,7 @@ def drop(image_ids: Sequence[str]) -> None:
     from diffusemix_pipeline.datasets.dropped import drop as add
 
     project = Project(Path.cwd())
-    stages = (project.raw, project.generated, project.hybrid, project.augmented)
-    for line in (added := add(project.dropped, image_ids, stages)):
+    for line in (added := add(project.dropped, image_ids, project.stages)):
         kind, _, image_id = line.split(" ", 2)
         click.echo(f"Dropped the {kind} {image_id}")
     where = f"{project.dropped.name}: commit it; without its line, an image comes back"

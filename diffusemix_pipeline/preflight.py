@@ -90,7 +90,7 @@ def _check_data(project: Project) -> None:
     """DVC takes all of `data/`, and makes what it takes read-only."""
     if not project.data.exists():
         return
-    own = {project.raw, project.generated, project.hybrid, project.augmented, project.settings}
+    own = {*project.stages, project.settings}
     strangers = sorted(p.name for p in set(project.data.iterdir()) - own if p.name[0] != ".")
     if strangers:
         raise UserError(
