@@ -574,6 +574,16 @@ def test_what_is_no_report_is_named(tmp_path, content):
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_a_report_that_lacks_a_number_is_named_with_the_number(tmp_path):
+    report = written(tmp_path, inputs())
+    document = json.loads(report.json.read_text())
+    del document["arms"][1]["clean"]
+    report.json.write_text(json.dumps(document))
+    with pytest.raises(UserError, match=r"whole report: at \$\.arms\[1\], 'clean' is"):
+        read_document(report.json)
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_accuracy_over_the_number_of_images_ends_with_all_of_them(tmp_path):
     gain = {"vanilla": 0.0, "diffusemix": 0.2}
     few = {

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
 
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.evaluation.report import (
@@ -25,6 +27,7 @@ _SHAPES_NUMBERS = (
     "evaluation.attack_images", "evaluation.autoattack_images",
 )  # fmt: skip
 """The settings that say on what, and by what, classifiers are judged."""
+_SCHEMA = Path(__file__).with_name("report.schema.json")
 _MORE_MEASURES = ("corrupted_unshared", "pgd", "autoattack")
 
 
@@ -40,6 +43,10 @@ def read_document(place: Path) -> dict[str, Any]:
             f"{path} is no report of schema version {SCHEMA_VERSION}: make it again with this "
             "version of the package."
         )
+    schema = json.loads(_SCHEMA.read_text(encoding="utf-8"))
+    if problem := best_match(Draft202012Validator(schema).iter_errors(document)):
+        place = problem.json_path
+        raise UserError(f"{path} is no whole report: at {place}, {problem.message:.300}")
     return document
 
 
