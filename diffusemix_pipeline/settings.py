@@ -393,7 +393,7 @@ class Evaluation(Section):
         description="A folder of published corrupted test images as ImageNet-C or CIFAR-10-C has "
         "them, on which all arms are judged as well; empty: none.",
     )
-    bootstrap_samples: int = Field(2000, ge=500, description="Resamples for each 95 % interval.")
+    bootstrap_samples: int = Field(2000, ge=1000, description="Resamples for each 95 % interval.")
     batch_size: int = Field(256, gt=0, description="Images a forward pass.")
 
     @model_validator(mode="after")

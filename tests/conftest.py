@@ -58,7 +58,7 @@ QUICK = [
     "evaluation.autoattack_images=2",
     "evaluation.corruptions=[gaussian_noise, contrast]",
     "evaluation.severities=[3]",
-    "evaluation.bootstrap_samples=500",
+    "evaluation.bootstrap_samples=1000",
     "checks.val_accuracy=0",
     "device=cpu",
 ]

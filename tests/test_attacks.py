@@ -11,6 +11,7 @@ from diffusemix_pipeline.evaluation.attacks import (
     fgsm,
     gradient,
     pgd,
+    standard_autoattack,
     survives_autoattack,
 )
 
@@ -143,6 +144,26 @@ def test_autoattack_takes_few_classes(classes):
     assert not survives_autoattack(model, images, labels, 0.9, seed=0).any()
     assert autoattack_attacks(classes)[0] == "apgd-ce"
     assert ("apgd-t" in autoattack_attacks(classes)) == (classes >= 4)
+
+
+def test_autoattack_is_the_packages_standard_version():
+    from pyautoattack import AutoAttack
+
+    model, device = nn.Sequential(nn.Flatten(), nn.Linear(12, 10)), torch.device("cpu")
+    ours = standard_autoattack(model, 10, 0.1, 3, device)
+    theirs = AutoAttack(model, eps=0.1, seed=3, device=device, version="standard")
+    assert ours.attacks_to_run == theirs.attacks_to_run
+    for attack in ("apgd", "apgd_targeted", "fab", "square"):
+        simple = [
+            {name: value for name, value in vars(getattr(one, attack)).items() if is_simple(value)}
+            for one in (ours, theirs)
+        ]
+        assert simple[0] == simple[1]
+        assert simple[0]["eps"] == 0.1
+
+
+def is_simple(value) -> bool:
+    return isinstance(value, int | float | str | None)
 
 
 def test_autoattack_repeats_from_its_seed_and_leaves_the_generators_alone():

@@ -11,6 +11,7 @@ from diffusemix_pipeline.evaluation.evidence import evaluate
 from diffusemix_pipeline.evaluation.published_corruptions import (
     check_corrupted_sets,
     corrupted_sets_version,
+    counted,
     read_corrupted_sets,
 )
 from diffusemix_pipeline.settings import Evaluation
@@ -117,6 +118,11 @@ def test_the_version_follows_from_the_files(tmp_path):
     assert corrupted_sets_version(str(tmp_path)) != before
     assert corrupted_sets_version("") == ""
     assert read_corrupted_sets("", CLASSES) == []
+
+
+def test_an_average_is_over_the_fifteen_families_where_there_are_any():
+    assert counted(["fog/1", "gaussian_blur/1", "snow/5", "saturate/2"]) == [0, 2]
+    assert counted(["dark/1", "dark/2"]) == [0, 1]
 
 
 def test_classifiers_are_asked_about_every_set(tmp_path):

@@ -7,10 +7,14 @@ however it normalises them, and gives logits (N, K); it is in evaluation mode. `
 
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+if TYPE_CHECKING:
+    from pyautoattack import AutoAttack
 
 PGD_STEPS = 20
 _PGD_STEP = 0.25  # of epsilon
@@ -50,6 +54,27 @@ def pgd(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, start:
     return moved
 
 
+def standard_autoattack(
+    model: nn.Module, classes: int, epsilon: float, seed: int, device: torch.device
+) -> "AutoAttack":
+    """Return the standard AutoAttack, as far as so many classes have targets for it."""
+    from pyautoattack import AutoAttack
+
+    attack = AutoAttack(
+        model,
+        eps=epsilon,
+        seed=seed % 2**32,
+        device=device,
+        version="custom",
+        attacks=list(autoattack_attacks(classes)),
+    )
+    targets = min(_AUTOATTACK_TARGETS, classes - 1)
+    # The standard version's settings, which the package makes only for its own list of attacks.
+    attack.apgd.n_restarts = attack.fab.n_restarts = attack.apgd_targeted.n_restarts = 1
+    attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = targets
+    return attack
+
+
 def survives_autoattack(
     model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, seed: int
 ) -> Tensor:
@@ -62,23 +87,10 @@ def survives_autoattack(
     Source: Croce and Hein, Reliable evaluation of adversarial robustness with an ensemble of
     diverse parameter-free attacks (2020); by pyautoattack, the authors' code as a package.
     """
-    from pyautoattack import AutoAttack
-
     logging.getLogger("auto-attack").setLevel(logging.ERROR)
     with torch.no_grad():
         classes = model(images[:1]).shape[1]
-    attack = AutoAttack(
-        model,
-        eps=epsilon,
-        seed=seed % 2**32,
-        device=images.device,
-        version="custom",
-        attacks=list(autoattack_attacks(classes)),
-    )
-    targets = min(_AUTOATTACK_TARGETS, classes - 1)
-    # The standard version's settings, which the package makes only for its own list of attacks.
-    attack.apgd.n_restarts = attack.fab.n_restarts = attack.apgd_targeted.n_restarts = 1
-    attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = targets
+    attack = standard_autoattack(model, classes, epsilon, seed, images.device)
     cuda = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):  # the package seeds torch's own generators
         moved, _ = attack.run_standard_evaluation(

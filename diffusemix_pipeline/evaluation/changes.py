@@ -37,7 +37,9 @@ def read_document(place: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{place} holds no report: {error}") from None
+        raise UserError(
+            f"{place} holds no report: {error}. `diffusemix run` makes one in outputs/report."
+        ) from None
     if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
         raise UserError(
             f"{path} is no report of schema version {SCHEMA_VERSION}: make it again with this "
@@ -45,8 +47,10 @@ def read_document(place: Path) -> dict[str, Any]:
         )
     schema = json.loads(_SCHEMA.read_text(encoding="utf-8"))
     if problem := best_match(Draft202012Validator(schema).iter_errors(document)):
-        place = problem.json_path
-        raise UserError(f"{path} is no whole report: at {place}, {problem.message:.300}")
+        raise UserError(
+            f"{path} is no whole report: at {problem.json_path}, {problem.message:.300}. "
+            "`diffusemix run` makes it again."
+        )
     return document
 
 

@@ -18,6 +18,7 @@ from diffusemix_pipeline.evaluation.calibration import (
     reliability_curve,
 )
 from diffusemix_pipeline.evaluation.evidence import Evidence
+from diffusemix_pipeline.evaluation.published_corruptions import counted
 from diffusemix_pipeline.evaluation.statistics import (
     Estimate,
     Kind,
@@ -158,8 +159,14 @@ class Comparison:
             named["corrupted_unshared"] = unseen
         named |= {"overall": (clean + unseen) / 2, "fgsm": attacked[self.epsilon]}
         named["fgsm_attack"] = attacked[first.attack_epsilon]
+        sets: dict[Any, np.ndarray] = {}
         if first.published.size:
-            named["published"] = np.stack([one.published.mean(axis=0) for one in evidence])
+            sets = {
+                ("published", name): np.stack([one.published[row] for one in evidence])
+                for row, name in enumerate(first.published_sets)
+            }
+            places = counted(first.published_sets)
+            named["published"] = np.stack([one.published[places].mean(axis=0) for one in evidence])
         named |= {
             name: np.stack([getattr(one, name) for one in evidence])
             for name in ("pgd", "autoattack")
@@ -171,7 +178,7 @@ class Comparison:
             for column, severity in enumerate(first.severities)
         }
         return _Scores(
-            accuracies={**named, **attacked, **by_corruption},
+            accuracies={**named, **attacked, **by_corruption, **sets},
             losses={
                 "brier": np.stack(
                     [brier_scores(one.probabilities, one.labels) for one in evidence]
@@ -287,6 +294,10 @@ def arm_documents(comparison: Comparison, arms: Mapping[Arm, Mapping[int, Eviden
                     {"family": f, "severity": s, **numbers(found[f, s])}
                     for f in first.corruptions
                     for s in first.severities
+                ],
+                "published_by_set": [
+                    {"set": name, **numbers(found["published", name])}
+                    for name in first.published_sets
                 ],
             }
         )

@@ -8,7 +8,7 @@ images (`corruptions`).
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, get_args
 
 import numpy as np
 from PIL import Image
@@ -16,6 +16,7 @@ from PIL import Image
 from diffusemix_pipeline.datasets.images import read_square, to_square
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import digest, file_sha256
+from diffusemix_pipeline.settings import Corruption
 
 _SEVERITIES = range(1, 6)
 _LABELS = "labels.npy"
@@ -108,6 +109,16 @@ def corrupted_sets_version(place: str) -> str:
     return digest(told, [[str(path.relative_to(folder)), path.stat().st_size] for path in files])
 
 
+def counted(names: Sequence[str]) -> list[int]:
+    """Return the places of the sets that an average is over, by names as fog/3.
+
+    Those of the fifteen families where there are any, or all: published archives hold four more
+    families, on which methods may be tuned, and published averages leave them out.
+    """
+    of_fifteen = [p for p, name in enumerate(names) if name.split("/")[0] in get_args(Corruption)]
+    return of_fifteen or list(range(len(names)))
+
+
 def _folders(folder: Path, classes: Sequence[str]) -> list[CorruptedSet]:
     label_of = {name.split()[0]: label for label, name in enumerate(classes)}
     label_of |= {name: label for label, name in enumerate(classes)}
@@ -151,7 +162,8 @@ def _arrays(folder: Path, classes: Sequence[str]) -> list[CorruptedSet]:
         if path.name == _LABELS:
             continue
         pixels = _array(path)
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or len(pixels) != len(every):
+        fits = pixels.ndim == 4 and len(pixels) == len(every) and pixels.shape[3] == 3
+        if pixels.dtype != np.uint8 or not fits:
             raise UserError(
                 f"evaluation.corrupted_sets: {path} is {pixels.dtype} {pixels.shape}; it must be "
                 f"uint8 ({len(every)}, height, width, 3)."

@@ -21,12 +21,14 @@ import pandas as pd
 from PIL import Image
 
 from diffusemix_pipeline import pictures
+from diffusemix_pipeline.editing.editor import BUNDLED
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.evaluation.attacks import autoattack_attacks
 from diffusemix_pipeline.evaluation.audit import Audit
 from diffusemix_pipeline.evaluation.comparison import (
     BASELINE,
     SUBJECTS,
+    WITH_EDITS,
     Comparison,
     arm_documents,
     by_arm,
@@ -39,6 +41,7 @@ from diffusemix_pipeline.evaluation.comparison import (
     shared_families,
 )
 from diffusemix_pipeline.evaluation.evidence import Evidence
+from diffusemix_pipeline.evaluation.published_corruptions import counted
 from diffusemix_pipeline.files import replaced_folder, write_bytes, write_json
 from diffusemix_pipeline.identity import seed_from
 from diffusemix_pipeline.settings import Arm, Settings
@@ -46,8 +49,8 @@ from diffusemix_pipeline.settings import Arm, Settings
 DOCUMENT = "report.json"
 PAGE = "index.html"
 MARKDOWN = "report.md"
-SCHEMA_VERSION = 4
-CODE_VERSION = "6"
+SCHEMA_VERSION = 5
+CODE_VERSION = "7"
 MEASURES = ("clean", "corrupted", "fgsm", "ece")
 
 _CLASSES_SHOWN = 30
@@ -363,6 +366,7 @@ def _notes(document: Mapping[str, Any]) -> list[str]:
         _attacks_note(document["attacks"]),
         _shared_note(document),
         _few_note(document),
+        _editor_note(document),
         "The corruptions' families are ImageNet-C's, but their constants are this project's own: "
         "these numbers cannot be compared with a published mCE.",
         "The calibration error of a finite sample errs upwards, as it cannot be below zero, and "
@@ -430,6 +434,18 @@ def _masking_note(document: Mapping[str, Any]) -> str:
             f"where no stronger attack was tried; {left}. This shows no adversarial robustness."
         )
     return ""
+
+
+def _editor_note(document: Mapping[str, Any]) -> str:
+    with_edits = any(arm["arm"] in WITH_EDITS for arm in document["arms"])
+    if not with_edits or document["settings"]["editing"]["editor"] != BUNDLED:
+        return ""
+    return (
+        "The bundled editor has learnt from pictures, without their labels: scikit-learn's digits, "
+        "training images of CIFAR-10 and of twelve species of flowers. Where images are of these, "
+        "arms with edits draw on more pictures than the others have seen, some test images of the "
+        "digits among them: with images of your own, an advantage may be smaller."
+    )
 
 
 def _attacks_note(attacks: Mapping[str, Any]) -> str:
@@ -798,6 +814,7 @@ def _page(
         "data_uri": _data_uri,
         "unbroken": lambda text: text.replace(" %", "\u00a0%"),
         "title_of": title_of,
+        "counted": counted,
         "css_width": lambda png: _width(png) // 2,
     }
     template = resources.files(__package__).joinpath("report.html.jinja").read_text("utf-8")

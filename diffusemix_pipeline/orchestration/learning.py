@@ -25,6 +25,7 @@ from diffusemix_pipeline.evaluation.evidence import FILE as EVIDENCE_FILE
 from diffusemix_pipeline.evaluation.evidence import Evidence, evaluate
 from diffusemix_pipeline.evaluation.published_corruptions import (
     corrupted_sets_version,
+    counted,
     read_corrupted_sets,
 )
 from diffusemix_pipeline.evaluation.readings import record_read, version_of_test
@@ -38,7 +39,7 @@ from diffusemix_pipeline.evaluation.report import (
     write_report,
 )
 from diffusemix_pipeline.files import BEGUN, replaced_folder, write_json
-from diffusemix_pipeline.identity import digest, seed_from
+from diffusemix_pipeline.identity import digest
 from diffusemix_pipeline.orchestration.data_versions import DATA_TAG, keep_inputs
 from diffusemix_pipeline.orchestration.metadata import stages_picture
 from diffusemix_pipeline.pictures import learning_curves
@@ -265,7 +266,7 @@ def _evidence_key(fit: Fit, test: str, settings: Settings, sets: str) -> str:
     of the published sets."""
     elsewhere = {"bootstrap_samples", "batch_size", "corrupted_sets"}
     asked = settings.evaluation.model_dump(exclude=elsewhere)
-    return digest(EVIDENCE_VERSION, fit.fingerprint, test, asked, sets, settings.seed)
+    return digest("test", EVIDENCE_VERSION, fit.fingerprint, test, asked, sets, settings.seed)
 
 
 def test_evidence(project: Project, fit: Fit, raw: Stage, settings: Settings) -> Evidence:
@@ -339,7 +340,7 @@ def _ask(
         {name: classifier.model for name, classifier in classifiers.items()},
         images,
         settings.evaluation,
-        seed_from(settings.seed, "corruptions"),
+        settings.seed,
         device,
         partial=begun,
         sets=read_corrupted_sets(settings.evaluation.corrupted_sets, classes),
@@ -395,8 +396,14 @@ def _test_metrics(
         "test_ece": expected_calibration_error(*answers),
         **{f"test_fgsm_{epsilon:g}_255": float(share) for epsilon, share in by_epsilon},
         **{f"test_{family}": float(share) for family, share in by_family},
-        **({"test_published": float(evidence.published.mean())} if evidence.published.size else {}),
+        **_published_metrics(evidence),
     }
+
+
+def _published_metrics(evidence: Evidence) -> dict[str, float]:
+    if not evidence.published.size:
+        return {}
+    return {"test_published": float(evidence.published[counted(evidence.published_sets)].mean())}
 
 
 def _corruption_metrics(

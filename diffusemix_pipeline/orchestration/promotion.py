@@ -18,7 +18,7 @@ from diffusemix_pipeline.evaluation.evidence import Evidence, evaluate
 from diffusemix_pipeline.evaluation.promotion import Decision, InClasses, ValScore, decide, score
 from diffusemix_pipeline.evaluation.readings import count_reads, version_of_test
 from diffusemix_pipeline.files import BEGUN, replaced_folder
-from diffusemix_pipeline.identity import digest, seed_from
+from diffusemix_pipeline.identity import digest
 from diffusemix_pipeline.orchestration.learning import (
     FIT_TAG,
     evidence_of,
@@ -114,7 +114,8 @@ def _val_key(fingerprint: str, raw: Stage, settings: Settings) -> str:
     rows = raw.manifest(["split", "label", "sha256"]).query("split == 'val'")
     val = digest(class_names(raw.counts), sorted(rows[["label", "sha256"]].values.tolist()))
     asked = settings.evaluation.model_dump(exclude={"bootstrap_samples", "batch_size"})
-    return digest("val", EVIDENCE_VERSION, fingerprint, val, settings.size, asked, settings.seed)
+    of_all = [settings.size, asked, settings.seed]
+    return digest("answers on val", EVIDENCE_VERSION, fingerprint, val, *of_all)
 
 
 def _champion_on_val(
@@ -141,7 +142,7 @@ def _champion_on_val(
         {CHAMPION: model},
         val,
         settings.evaluation,
-        seed_from(settings.seed, "corruptions"),
+        settings.seed,
         device,
         partial={CHAMPION: begun},
         progress=lambda what, done, total: progress(f"{what}, champion", done, total),
