@@ -28,6 +28,7 @@ from benchmarks.fits import Task, ask_all, fit_all, make_stages, without_copies
 from diffusemix_pipeline.datasets.manifest import class_names
 from diffusemix_pipeline.devices import choose_device, is_fast_at_bfloat16
 from diffusemix_pipeline.evaluation.comparison import (
+    LOSSES,
     WITH_EDITS,
     Comparison,
     by_arm,
@@ -180,7 +181,8 @@ def tables(out: Path) -> Iterator[str]:
             set_aside=facts["set_aside"],
         )
         report = write_report(inputs, out / name, aside=out)
-        yield f"## {name}\n\n{(report.folder / 'report.md').read_text('utf-8')}"
+        more = _more_measures(json.loads(report.json.read_text("utf-8")))
+        yield f"## {name}\n\n{(report.folder / 'report.md').read_text('utf-8')}\n{more}"
         arms = by_arm(evidence)
         if name in TOGETHER and set(arms) == set(settings.training.arms):
             families = next(iter(evidence.values())).corruptions
@@ -189,6 +191,19 @@ def tables(out: Path) -> Iterator[str]:
             comparisons[name] = list(arms), Comparison(arms, left_out, *drawn)
     if len(comparisons) == len(TOGETHER):
         yield f"## On the mean of {' and '.join(TOGETHER)}\n\n{_together(comparisons)}"
+
+
+def _more_measures(document: Mapping[str, Any]) -> str:
+    """Return as Markdown the measures of each arm that the report's first page leaves out."""
+    shares = ("overall", "relative_mce", "relative_mce_unshared", "pgd", "autoattack")
+    rows = [
+        [title_of(arm["arm"])]
+        + [f"{100 * arm[name]['value']:.1f}" if arm[name] else "" for name in shares]
+        + [f"{arm[name]['value']:.3f}" for name in LOSSES]
+        for arm in document["arms"]
+    ]
+    table = pd.DataFrame(rows, columns=["arm", *shares, *LOSSES])
+    return table.to_markdown(index=False, disable_numparse=True) + "\n"
 
 
 def _is_asked(reading: Any, facts: Mapping[str, Any], settings: Settings) -> bool:
@@ -230,7 +245,7 @@ def _together(comparisons: Mapping[str, tuple[list[Arm], Comparison]]) -> str:
         adjusted = holm({arm: estimate.p for arm, estimate in found.items()})
         columns[f"less {title_of(subject)}"] = {
             title_of(arm): f"{100 * e.value:+.1f} ({100 * e.low:+.1f} to {100 * e.high:+.1f}), "
-            f"p {adjusted[arm]:.3f}"
+            f"p {max(adjusted[arm], 0.001):.3f}{' or less' * (adjusted[arm] <= 0.001)}"
             for arm, e in found.items()
         }
     table = pd.DataFrame(columns).fillna("")
