@@ -106,7 +106,10 @@ def measure(bench: Bench, names: Sequence[str]) -> pd.DataFrame:
     answers = {name: [next(found) for _ in of_choice] for name, of_choice in tasks.items()}
     settings = bench.settings()
     families = settings.evaluation.corruptions
-    shared = shared_families(["diffusemix"], settings.editing.prompts, families)["left_out"]
+    arms = sorted({CHOICES[name].arm for name in names})
+    asked = [bench.settings(CHOICES[name].overrides).editing.prompts for name in names]
+    prompts = sorted({prompt for of_choice in asked for prompt in of_choice})
+    shared = shared_families(arms, prompts, families)["left_out"]
     unshared = [place for place, family in enumerate(families) if family not in shared]
     kinds = {
         "clean": [[e.correct.astype(float) for e in each] for each in answers.values()],

@@ -21,6 +21,7 @@ from diffusemix_pipeline.datasets.checked import Checked
 # both; of the JPEG files of noisy ones of 96 px two thirds.
 _NEAR = 0.997
 _NEAR_BUT_FOR_THE_COMMON = 0.995
+_REACH = (2 - 2 * _NEAR) ** 0.5 + 1e-3  # how far apart two such of length 1 are, with rounding
 _SIDE = 8
 _COMPARED = 2**20  # pairs at a time, of this many images at most:
 _AT_ONCE = 4096
@@ -59,20 +60,35 @@ def _copies(
     same = ours["pixels"].map(of_pixels).to_numpy(object)
     near, names = np.full(len(ours), None, object), held_out["source_id"].to_numpy(object)
     my_outlines, theirs = outlines[is_ours], _normed(outlines[is_held_out])
+    # Near-copies lie near each other on any line. On the one along which the held-out lie furthest
+    # apart, most of the others are too far away to be looked at.
+    line = np.linalg.eigh(theirs.T @ theirs)[1][:, -1]
+    order = np.argsort(theirs @ line, kind="stable")
+    theirs, names = theirs[order], names[order]
+    theirs_at, mine_at = theirs @ line, np.empty(len(ours), np.float32)
     step = min(_AT_ONCE, max(1, _COMPARED // len(held_out)))
-    starts = range(0, len(ours), step)
-    total = theirs.sum(axis=0) + sum(_normed(my_outlines[s : s + step]).sum(axis=0) for s in starts)
+    total = theirs.sum(axis=0)
+    for start in range(0, len(ours), _AT_ONCE):
+        mine = _normed(my_outlines[start : start + _AT_ONCE])
+        total += mine.sum(axis=0)
+        mine_at[start : start + _AT_ONCE] = mine @ line
     others_count = max(1, len(ours) + len(held_out) - 2)
-    for start in starts:
-        mine = _normed(my_outlines[start : start + step])
-        alike = mine @ theirs.T
+    along = np.argsort(mine_at, kind="stable")
+    for start in range(0, len(ours), step):
+        some = along[start : start + step]
+        first, last = mine_at[some[[0, -1]]]
+        low, high = np.searchsorted(theirs_at, [first - _REACH, last + _REACH])
+        if low == high:
+            continue
+        mine, around = _normed(my_outlines[some]), theirs[low:high]
+        alike = mine @ around.T
         rows = np.flatnonzero(alike.max(axis=1) > _NEAR)  # few: the rest is for these alone
         nearest = alike[rows].argmax(axis=1)
-        pairs = theirs[nearest]
+        pairs = around[nearest]
         common = (total - mine[rows] - pairs) / others_count
         own = (_unit(mine[rows] - common) * _unit(pairs - common)).sum(axis=1)
         is_near = own > _NEAR_BUT_FOR_THE_COMMON
-        near[start + rows[is_near]] = names[nearest[is_near]]
+        near[some[rows[is_near]]] = names[low + nearest[is_near]]
     copies = np.where(pd.isna(same), near, same)
     found = np.flatnonzero(pd.notna(copies))
     for image, copy in zip(ours["source_id"].iloc[found], copies[found], strict=True):
