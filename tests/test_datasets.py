@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image, UnidentifiedImageError
 
 from diffusemix_pipeline.datasets import items
+from diffusemix_pipeline.datasets.checked import Checked, Facts, told
 from diffusemix_pipeline.datasets.columns import first_alike, places_in
+from diffusemix_pipeline.datasets.copies import copies_across_splits
 from diffusemix_pipeline.datasets.images import (
     UnreadableImageError,
     read_rgb,
@@ -32,6 +34,7 @@ from diffusemix_pipeline.datasets.manifest import (
     typed,
 )
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.files import Ledger
 from diffusemix_pipeline.identity import file_sha256
 
 PIXELS = 10_000_000
@@ -308,6 +311,41 @@ def test_pictures_of_one_make_are_no_copies_but_their_copies_are(tmp_path):
     assert [(copy["image"], copy["held_out"]) for copy in told] == [
         ("train/ill/again.jpg", "test/ill/7.png")
     ]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_among_many_pictures_every_near_copy_is_told_and_nothing_else(seed, tmp_path):
+    rng = np.random.default_rng(seed)
+    held_out = rng.normal(120, 40, (3000, 64))
+    held_out[:1500] += np.linspace(-60, 60, 64)  # pictures differ along one line above all
+    ours = rng.normal(120, 40, (5000, 64))
+    copied = rng.permutation(3000)[:400]
+    ours[rng.permutation(5000)[:400]] = held_out[copied] * 0.9 + rng.normal(0, 0.5, (400, 64))
+    outlines = np.concatenate([ours, held_out]).astype(np.float16)
+    rows = outlines.astype(np.float64)
+    rows -= rows.mean(axis=1, keepdims=True)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    correlation = rows[:5000] @ rows[5000:].T
+    near = {(f"a{ours}", f"b{theirs}") for ours, theirs in np.argwhere(correlation > 0.997)}
+    assert len(near) == 400
+
+    digests = [f"{number:064x}" for number in range(8000)]
+    facts = {
+        sha256: Facts(sha256, outline.tobytes(), 8, 8)
+        for sha256, outline in zip(digests, outlines, strict=True)
+    }
+    images = pd.DataFrame(
+        {
+            "source_id": [f"a{number}" for number in range(5000)]
+            + [f"b{number}" for number in range(3000)],
+            "split": ["train"] * 5000 + ["test"] * 3000,
+            "sha256": digests,
+            "pixels": digests,
+        }
+    )
+    checked = Checked(told(facts, 0, Ledger(tmp_path / "begun")))
+    found = copies_across_splits(images, checked)
+    assert {(copy["image"], copy["held_out"]) for copy in found} == near
 
 
 def test_names_that_are_no_text_are_escaped(tmp_path):
