@@ -433,6 +433,50 @@ def test_fgsm_that_rises_alone_is_no_robustness_and_said_so(tmp_path, strength, 
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_an_arm_that_rises_at_another_strength_than_the_rest_is_warned_of_too(tmp_path):
+    given, arms = inputs(), {}
+    for arm, strength in (("mixup", 2), ("diffusemix", 1)):
+        attacked = given.evidence["vanilla", 0].fgsm.copy()
+        attacked[strength] |= np.arange(IMAGES) < 0.9 * IMAGES
+        none_left = np.zeros(10, bool)
+        arms[arm, 0] = replace(evidence(0.8, 0.6, 0.4), fgsm=attacked, autoattack=none_left)
+    every = {("vanilla", 0): given.evidence["vanilla", 0], **arms}
+    report = written(
+        tmp_path,
+        inputs(
+            evidence=every,
+            curves=dict.fromkeys(every, CURVE),
+            steps={arm: 900 for arm, _ in every},
+        ),
+    )
+    assert "FGSM accuracy at 8/255 rose for Mixup, while under AutoAttack" in words(report)
+    assert "FGSM accuracy at 2/255 rose for DiffuseMix, where no stronger" in words(report)
+    assert words(report).count("WARNING") == 1
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    ("editor", "arm", "told"),
+    [("bundled", "diffusemix", True), ("folder", "diffusemix", False), ("bundled", "mixup", False)],
+)
+def test_what_the_bundled_editor_has_seen_is_said_where_its_edits_are_used(
+    tmp_path, editor, arm, told
+):
+    editing = SETTINGS.editing.model_copy(update={"editor": editor})
+    arms = {("vanilla", 0): evidence(0.8, 0.4, 0.4), (arm, 0): evidence(0.8, 0.6, 0.4)}
+    report = written(
+        tmp_path,
+        inputs(
+            evidence=arms,
+            settings=SETTINGS.model_copy(update={"editing": editing}),
+            curves=dict.fromkeys(arms, CURVE),
+            steps={"vanilla": 900, arm: 900},
+        ),
+    )
+    assert ("The bundled editor has learnt from pictures" in words(report)) == told
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_prompts_of_which_nothing_is_known_are_named(tmp_path):
     given = inputs(settings=with_prompts("cartoon"))
     families = {

@@ -38,7 +38,7 @@ def copies_across_splits(images: pd.DataFrame, checked: Checked) -> list[dict[st
 
     `images` has a row an image, with `source_id`, `split`, `sha256` and `pixels`; `checked` knows
     their outlines. Each that is found has `split`, `image` and `held_out`: the image that is the
-    most like it.
+    most like it, or any of several that are equally so.
     """
     outlines = checked.outlines(images["sha256"])
     return [

@@ -420,20 +420,22 @@ def _masking_note(document: Mapping[str, Any]) -> str:
         if _verdict(point["difference"]) == 1
     ]
     left = f"under {name} at {_epsilon(attacks['epsilon'])} next to nothing is left"
-    if at_the_same := [arm for epsilon, arm in risen if epsilon == attacks["epsilon"]]:
-        return (
-            f"WARNING: FGSM accuracy at {_epsilon(attacks['epsilon'])} rose for "
-            f"{', '.join(at_the_same)}, while {left}: this is not adversarial robustness. A real "
-            "attacker takes more than one step."
+    words = []
+    at_the_same = [arm for epsilon, arm in risen if epsilon == attacks["epsilon"]]
+    if at_the_same:
+        words.append(
+            f"FGSM accuracy at {_epsilon(attacks['epsilon'])} rose for {_listed(at_the_same)}, "
+            f"while {left}: this is not adversarial robustness. A real attacker takes more than "
+            "one step."
         )
-    if risen:
-        strengths = [_epsilon(epsilon) for epsilon in sorted({epsilon for epsilon, _ in risen})]
-        arms = list(dict.fromkeys(arm for _, arm in risen))
-        return (
-            f"WARNING: FGSM accuracy at {_listed(strengths)} rose for {_listed(arms)}, "
+    if elsewhere := [(epsilon, arm) for epsilon, arm in risen if arm not in at_the_same]:
+        strengths = [_epsilon(epsilon) for epsilon in sorted({epsilon for epsilon, _ in elsewhere})]
+        arms = list(dict.fromkeys(arm for _, arm in elsewhere))
+        words.append(
+            f"FGSM accuracy at {_listed(strengths)} rose for {_listed(arms)}, "
             f"where no stronger attack was tried; {left}. This shows no adversarial robustness."
         )
-    return ""
+    return f"WARNING: {' '.join(words)}" if words else ""
 
 
 def _editor_note(document: Mapping[str, Any]) -> str:

@@ -107,7 +107,7 @@ def fit(
                         )
                     if number == 1:
                         # Freed before the forward pass, the gradients' memory would go to its
-                        # tensors and be paged in anew for the next ones: 6 % of a step.
+                        # tensors and be paged in anew for the next ones.
                         optimizer.zero_grad(set_to_none=True)
                     (loss / len(parts)).backward()
                 if rank == 0:
