@@ -106,10 +106,7 @@ def measure(bench: Bench, names: Sequence[str]) -> pd.DataFrame:
     answers = {name: [next(found) for _ in of_choice] for name, of_choice in tasks.items()}
     settings = bench.settings()
     families = settings.evaluation.corruptions
-    arms = sorted({CHOICES[name].arm for name in names})
-    asked = [bench.settings(CHOICES[name].overrides).editing.prompts for name in names]
-    prompts = sorted({prompt for of_choice in asked for prompt in of_choice})
-    shared = shared_families(arms, prompts, families)["left_out"]
+    shared = _shared(bench, names, families)
     unshared = [place for place, family in enumerate(families) if family not in shared]
     kinds = {
         "clean": [[e.correct.astype(float) for e in each] for each in answers.values()],
@@ -139,6 +136,17 @@ def measure(bench: Bench, names: Sequence[str]) -> pd.DataFrame:
         table.loc[BASE, [f"{kind}_low", f"{kind}_high"]] = 0.0  # it does not differ from itself
     table.to_csv(bench.folder / "ablation.csv")
     return table
+
+
+def _shared(bench: Bench, names: Sequence[str], families: Sequence[str]) -> list[str]:
+    """Return the families of corruption that a classifier is shown under some of the choices."""
+    choices = [CHOICES[name] for name in names]
+    arms = sorted({choice.arm for choice in choices})
+    edited = [choice for choice in choices if choice.arm in WITH_EDITS]
+    asked = [bench.settings(choice.overrides).editing.prompts for choice in edited]
+    prompts = sorted({prompt for of_choice in asked for prompt in of_choice})
+    left_out: list[str] = shared_families(arms, prompts, families)["left_out"]
+    return left_out
 
 
 def _tasks(bench: Bench, choice: Choice, place: int) -> list[Task]:

@@ -22,7 +22,7 @@ from diffusemix_pipeline.devices import choose_device, usable_cores
 from diffusemix_pipeline.editing.generate import generate
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.evaluation.evidence import CODE_VERSION as EVIDENCE_VERSION
-from diffusemix_pipeline.evaluation.evidence import FILE, Evidence, evaluate
+from diffusemix_pipeline.evaluation.evidence import FILE, Evidence, asked_of, evaluate
 from diffusemix_pipeline.files import BEGUN, replaced_folder
 from diffusemix_pipeline.identity import digest
 from diffusemix_pipeline.mixing.stages import make_augmented, make_hybrids
@@ -51,7 +51,7 @@ class Task:
     def answers(self) -> Path:
         """The folder of the answers: by the fit, the images and all that is asked."""
         fit = fit_fingerprint(self.wanted, self.stages, self.settings)
-        asked = self.settings.evaluation.model_dump(exclude={"bootstrap_samples", "batch_size"})
+        asked = asked_of(self.settings.evaluation)
         images = self.stages["raw"].version
         name = digest(EVIDENCE_VERSION, fit, images, self.split, asked)
         return self.folder / "answers" / name

@@ -28,14 +28,13 @@ from benchmarks.fits import Task, ask_all, fit_all, make_stages, without_copies
 from diffusemix_pipeline.datasets.manifest import class_names
 from diffusemix_pipeline.devices import choose_device, is_fast_at_bfloat16
 from diffusemix_pipeline.evaluation.comparison import (
-    LOSSES,
     WITH_EDITS,
     Comparison,
     by_arm,
     shared_families,
 )
 from diffusemix_pipeline.evaluation.evidence import CODE_VERSION as EVIDENCE_VERSION
-from diffusemix_pipeline.evaluation.evidence import Evidence
+from diffusemix_pipeline.evaluation.evidence import Evidence, asked_of
 from diffusemix_pipeline.evaluation.readings import version_of_test
 from diffusemix_pipeline.evaluation.report import ReportInputs, title_of, write_report
 from diffusemix_pipeline.evaluation.statistics import CONFIDENCE, Estimate, holm
@@ -132,7 +131,7 @@ def _question(arm: Arm, seed: int, raw_version: str, settings: Settings) -> str:
     """
     code = [FIT_VERSION, EVIDENCE_VERSION]
     recipe = training_identity(settings.training)
-    asked = settings.evaluation.model_dump(exclude={"bootstrap_samples", "batch_size"})
+    asked = asked_of(settings.evaluation)
     made: list[Any] = [VERSIONS[arm]] if arm in VERSIONS else []
     if arm == "pixmix":
         made.append(fractals_version(settings.mixing, settings.seed))
@@ -195,14 +194,22 @@ def tables(out: Path) -> Iterator[str]:
 
 def _more_measures(document: Mapping[str, Any]) -> str:
     """Return as Markdown the measures of each arm that the report's first page leaves out."""
-    shares = ("overall", "relative_mce", "relative_mce_unshared", "pgd", "autoattack")
+    at = f"{document['attacks']['epsilon']:g}/255"
+    shares = {
+        "overall": "Mean of clean and unshared",
+        "relative_mce": "Relative mCE",
+        "relative_mce_unshared": "The same, unshared",
+        "pgd": f"PGD-20, {at}",
+        "autoattack": f"AutoAttack, {at}",
+    }
+    losses = {"brier": "Brier", "nll": "NLL"}
     rows = [
         [title_of(arm["arm"])]
         + [f"{100 * arm[name]['value']:.1f}" if arm[name] else "" for name in shares]
-        + [f"{arm[name]['value']:.3f}" for name in LOSSES]
+        + [f"{arm[name]['value']:.3f}" for name in losses]
         for arm in document["arms"]
     ]
-    table = pd.DataFrame(rows, columns=["arm", *shares, *LOSSES])
+    table = pd.DataFrame(rows, columns=["Arm", *shares.values(), *losses.values()])
     return table.to_markdown(index=False, disable_numparse=True) + "\n"
 
 

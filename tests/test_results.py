@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from benchmarks import results
+from benchmarks import ablation, results
 from diffusemix_pipeline.evaluation.evidence import Evidence
 from diffusemix_pipeline.evaluation.statistics import Estimate
 
@@ -57,3 +57,45 @@ def test_the_mean_of_two_experiments_is_as_sure_as_both_are():
     assert mean.value == pytest.approx(0.04)
     assert (mean.low, mean.high) == pytest.approx((0.04 - reach * error, 0.04 + reach * error))
     assert mean.p == pytest.approx(2 * stats.norm.sf(0.04 / error))
+
+
+def test_published_tables_hold_each_arms_other_measures():
+    def estimate(value: float) -> dict[str, float]:
+        return {"value": value, "low": 0.0, "high": 1.0}
+
+    vanilla = {"arm": "vanilla", "relative_mce": None, "relative_mce_unshared": None}
+    augmix = {"arm": "augmix", "relative_mce": estimate(0.8125), "relative_mce_unshared": None}
+    measured = {
+        "overall": estimate(0.5),
+        "pgd": estimate(0.25),
+        "autoattack": None,
+        "brier": estimate(0.194),
+        "nll": estimate(1.25),
+    }
+    document = {
+        "attacks": {"epsilon": 8.0},
+        "arms": [vanilla | measured, augmix | measured | {"autoattack": estimate(0.0)}],
+    }
+    assert results._more_measures(document).splitlines() == [
+        "| Arm     | Mean of clean and unshared   | Relative mCE   | The same, unshared   "
+        "| PGD-20, 8/255   | AutoAttack, 8/255   | Brier   | NLL   |",
+        "|:--------|:-----------------------------|:---------------|:---------------------"
+        "|:----------------|:--------------------|:--------|:------|",
+        "| Vanilla | 50.0                         |                |                      "
+        "| 25.0            |                     | 0.194   | 1.250 |",
+        "| AugMix  | 50.0                         | 81.2           |                      "
+        "| 25.0            | 0.0                 | 0.194   | 1.250 |",
+    ]
+
+
+def test_an_ablation_leaves_out_what_any_of_its_choices_shows(tmp_path):
+    families = ["gaussian_noise", "contrast", "fog", "pixelate", "defocus_blur"]
+    bench = ablation.Bench(tmp_path, "images", results.HOME / "flowers12.yaml")
+
+    def left_out(*names: str) -> list[str]:
+        return ablation._shared(bench, names, families)
+
+    assert left_out("vanilla") == []
+    assert left_out("vanilla", "diffusemix") == ["contrast", "fog", "pixelate", "defocus_blur"]
+    assert "pixelate" not in left_out("vanilla", "prompts: weather and light")
+    assert "fog" not in left_out("vanilla", "prompts: art")

@@ -104,6 +104,11 @@ _FIELDS = tuple(field.name for field in fields(Evidence))
 _AXES = ("ids", "epsilons", "corruptions", "severities", "published_sets")
 
 
+def asked_of(evaluation: Evaluation) -> dict[str, Any]:
+    """Return what decides the answers, but for published sets, which their content tells apart."""
+    return evaluation.model_dump(exclude={"bootstrap_samples", "batch_size", "corrupted_sets"})
+
+
 def evaluate(
     models: Mapping[Name, nn.Module],
     test: LabelledImages,

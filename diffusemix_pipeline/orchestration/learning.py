@@ -6,7 +6,7 @@ neither trained nor logged again, and a report is logged to the run of the model
 
 import json
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,12 @@ from diffusemix_pipeline.datasets.manifest import Stage, class_names, read_stage
 from diffusemix_pipeline.devices import choose_device
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.evaluation.audit import Audit, audit
-from diffusemix_pipeline.evaluation.calibration import (
-    brier_scores,
-    expected_calibration_error,
-    log_losses,
-)
 from diffusemix_pipeline.evaluation.evidence import CODE_VERSION as EVIDENCE_VERSION
 from diffusemix_pipeline.evaluation.evidence import FILE as EVIDENCE_FILE
-from diffusemix_pipeline.evaluation.evidence import Evidence, evaluate
+from diffusemix_pipeline.evaluation.evidence import Evidence, asked_of, evaluate
+from diffusemix_pipeline.evaluation.metrics import model_metrics
 from diffusemix_pipeline.evaluation.published_corruptions import (
     corrupted_sets_version,
-    counted,
     read_corrupted_sets,
 )
 from diffusemix_pipeline.evaluation.readings import record_read, version_of_test
@@ -195,7 +190,7 @@ def judge(project: Project, settings: Settings, progress: Progress) -> Judged:
     report = write_report(inputs, project.report, aside=project.aside)
     for fit in (*fits, *few):
         base = evidence.get((BASELINE, fit.seed)) if fit.per_class is None else None
-        metrics = _test_metrics(found[fit.fingerprint], base, report.left_out)
+        metrics = model_metrics(found[fit.fingerprint], base, report.left_out)
         dataset = Dataset("test", "data/raw/test", test)
         tracker.log_evaluation(runs[fit.fingerprint], metrics, dataset, report.folder)
     write_json(_logged(project), logged)  # last: a run cut off before this logs again
@@ -264,8 +259,7 @@ def expected_fit(
 def _evidence_key(fit: Fit, test: str, settings: Settings, sets: str) -> str:
     """Identify a fit's answers: by the versions of the test images, all that is done to them, and
     of the published sets."""
-    elsewhere = {"bootstrap_samples", "batch_size", "corrupted_sets"}
-    asked = settings.evaluation.model_dump(exclude=elsewhere)
+    asked = asked_of(settings.evaluation)
     return digest("test", EVIDENCE_VERSION, fit.fingerprint, test, asked, sets, settings.seed)
 
 
@@ -375,62 +369,3 @@ def _audited(
     answers = evidence[fit.arm, fit.seed].probabilities
     augmented = stages["augmented"]
     return audit(classifier, answers, test, train, raw, augmented, device=device, progress=progress)
-
-
-def _test_metrics(
-    evidence: Evidence, base: Evidence | None, left_out: Collection[str]
-) -> dict[str, float]:
-    """Return one model's scores: shares of 1, losses, and errors relative to those of `base`.
-
-    `left_out` are the families of corruption that an arm was shown; what was not taken is missing.
-    """
-    by_epsilon = zip(evidence.epsilons, evidence.fgsm.mean(axis=1), strict=True)
-    by_family = zip(evidence.corruptions, evidence.corrupted.mean(axis=(1, 2)), strict=True)
-    answers = evidence.probabilities, evidence.labels
-    return {
-        "test_clean": float(evidence.correct.mean()),
-        **_corruption_metrics(evidence, base, left_out),
-        "test_brier": float(brier_scores(*answers).mean()),
-        "test_nll": float(log_losses(*answers).mean()),
-        **_attack_metrics(evidence),
-        "test_ece": expected_calibration_error(*answers),
-        **{f"test_fgsm_{epsilon:g}_255": float(share) for epsilon, share in by_epsilon},
-        **{f"test_{family}": float(share) for family, share in by_family},
-        **_published_metrics(evidence),
-    }
-
-
-def _published_metrics(evidence: Evidence) -> dict[str, float]:
-    if not evidence.published.size:
-        return {}
-    return {"test_published": float(evidence.published[counted(evidence.published_sets)].mean())}
-
-
-def _corruption_metrics(
-    evidence: Evidence, base: Evidence | None, left_out: Collection[str]
-) -> dict[str, float]:
-    """Return accuracy under corruption and relative mCE, of all families and of the unshared."""
-    places = list(range(len(evidence.corruptions)))
-    groups = {
-        "": places,
-        "_unshared": [p for p in places if evidence.corruptions[p] not in left_out],
-    }
-    found = {}
-    for name, of_group in groups.items():
-        if not of_group or (name and of_group == places):
-            continue
-        right = evidence.corrupted[of_group].mean(axis=(1, 2))
-        found[f"test_corrupted{name}"] = float(right.mean())
-        if base and (missed := 1 - base.corrupted[of_group].mean(axis=(1, 2))).all():
-            found[f"test_relative_mce{name}"] = float(((1 - right) / missed).mean())
-    return found
-
-
-def _attack_metrics(evidence: Evidence) -> dict[str, float]:
-    """Return the accuracy under the costly attacks, where any image was attacked."""
-    attacks = {"pgd_20": evidence.pgd, "autoattack": evidence.autoattack}
-    return {
-        f"test_{name}_{evidence.attack_epsilon:g}_255": float(right.mean())
-        for name, right in attacks.items()
-        if right.size
-    }
