@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from diffusemix_pipeline.errors import UserError
 
 BEGUN = ".begun"
@@ -52,8 +54,9 @@ def write_once(path: Path, content: bytes, *, aside: Path) -> None:
         except FileNotFoundError:  # somebody removed what was written aside
             raise
         except OSError:  # a file system without links
-            with suppress(FileExistsError), path.open("xb"):
-                partial.replace(path)
+            with FileLock(aside / "write_once.lock"):
+                if not path.exists():
+                    partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -28,9 +28,20 @@ def check_run(project: Project, settings: Settings) -> None:
     _check_data(project)
     check_model(settings.training.model, settings.size, settings.training.pretrained)
     check_corrupted_sets(settings.evaluation.corrupted_sets)
-    check_augmentation(settings)
+    _check_edits_and_mixing(settings)
     if settings.executor != "ray":  # there, this may be another machine than that which trains
+        check_device(settings)
         check_processes(settings)
+
+
+def check_device(settings: Settings) -> None:
+    """Raise UserError where this machine has no such device."""
+    import torch
+
+    try:
+        torch.empty(0, device=choose_device(settings.device))
+    except (RuntimeError, AssertionError):
+        raise UserError(f"device: {settings.device} is not here. Use auto or cpu.") from None
 
 
 def check_processes(settings: Settings) -> None:
@@ -100,17 +111,16 @@ def _check_data(project: Project) -> None:
 
 
 def check_augmentation(settings: Settings) -> None:
-    """Raise UserError for what is not there, and for settings that the editor cannot honour."""
-    import torch
+    """Raise UserError for what is not here, and for settings that the editor cannot honour."""
+    check_device(settings)
+    _check_edits_and_mixing(settings)
 
+
+def _check_edits_and_mixing(settings: Settings) -> None:
     mixing = settings.mixing
     fractals_version(mixing, settings.seed)
     if mixing.seam > settings.size:
         raise UserError(f"mixing.seam: {mixing.seam} px is wider than size, {settings.size} px.")
-    try:
-        torch.empty(0, device=choose_device(settings.device))
-    except (RuntimeError, AssertionError):
-        raise UserError(f"device: {settings.device} is not here. Use auto or cpu.") from None
     folder = locate_editor(settings.editing.editor, settings.editing.revision)
     check_honoured(folder, settings.editing)
     locate_lora(settings.editing.lora)

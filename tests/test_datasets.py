@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from diffusemix_pipeline.datasets import items
 from diffusemix_pipeline.datasets.checked import Checked, Facts, told
-from diffusemix_pipeline.datasets.columns import first_alike, places_in
+from diffusemix_pipeline.datasets.columns import first_alike, places_in, rows_digest
 from diffusemix_pipeline.datasets.copies import copies_across_splits
 from diffusemix_pipeline.datasets.images import (
     UnreadableImageError,
@@ -563,3 +563,12 @@ def test_a_manifest_names_nothing_outside_of_its_folder(column, value, tmp_path)
     rows.to_parquet(out / MANIFEST)
     with pytest.raises(pandera.errors.SchemaError, match=column):
         read_manifest(out)
+
+
+def test_rows_are_identified_whatever_their_order():
+    rows = pd.DataFrame({"label": ["cat", "dog", "cat"], "sha256": ["b", "a", "a"]}, dtype="string")
+    assert rows_digest(rows) == rows_digest(rows[::-1]) == rows_digest(rows.astype(object))
+    for changed in (rows[:2], rows.replace("dog", "cat"), pd.concat([rows, rows[:1]])):
+        assert rows_digest(changed) != rows_digest(rows)
+    lines = pd.DataFrame({"label": ['a", "b', "a"], "sha256": ["c", 'b", "c']})
+    assert rows_digest(lines[:1]) != rows_digest(lines[1:])

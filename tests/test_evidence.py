@@ -24,9 +24,10 @@ EVALUATION = Evaluation(
     corruptions=["gaussian_noise", "contrast"],
     severities=[5, 1],
     attack_images=30,
-    autoattack_images=8,
+    autoattack_images=0,
     batch_size=50,
 )
+WITH_AUTOATTACK = EVALUATION.model_copy(update={"autoattack_images": 8})  # seconds a time
 IDS = [f"image-{number}" for number in range(120)]
 
 
@@ -76,7 +77,7 @@ def test_answers_are_those_of_the_model(ask):
 
 
 def test_costly_attacks_are_tried_on_the_same_few_images_by_their_ids(ask):
-    evidence = ask()
+    evidence = ask(WITH_AUTOATTACK)
     assert len(set(evidence.attacked)) == len(evidence.pgd) == 30
     assert len(evidence.autoattack) == 8
     assert evidence.attack_epsilon in evidence.epsilons
@@ -84,7 +85,7 @@ def test_costly_attacks_are_tried_on_the_same_few_images_by_their_ids(ask):
     assert not (evidence.autoattack & ~evidence.pgd[:8]).any()
     one_step = evidence.fgsm[evidence.epsilons.index(evidence.attack_epsilon), evidence.attacked]
     assert evidence.pgd.sum() <= one_step.sum()
-    fewer = ask(EVALUATION.model_copy(update={"attack_images": 12, "autoattack_images": 0}))
+    fewer = ask(EVALUATION.model_copy(update={"attack_images": 12}))
     assert list(fewer.attacked) == list(evidence.attacked[:12])
     assert list(fewer.pgd) == list(evidence.pgd[:12])
     assert not fewer.autoattack.size
@@ -115,12 +116,12 @@ def test_what_autoattack_found_before_a_cut_off_is_not_asked_again(ask, monkeypa
 
     monkeypatch.setattr(evidence_module, "survives_autoattack", cut_off_at_third)
     with pytest.raises(KeyboardInterrupt):
-        ask()
-    resumed = ask()
+        ask(WITH_AUTOATTACK)
+    resumed = ask(WITH_AUTOATTACK)
     assert asked == [3, 3, 2, 2]  # the third is asked for again, the first two are not
     monkeypatch.undo()
     monkeypatch.setattr(evidence_module, "_AUTOATTACKED_AT_ONCE", 3)
-    undisturbed = ask(models={"anew": digits_model()})["anew"]
+    undisturbed = ask(WITH_AUTOATTACK, models={"anew": digits_model()})["anew"]
     assert np.array_equal(resumed.autoattack, undisturbed.autoattack)
 
 
@@ -153,7 +154,11 @@ def test_batches_change_no_answer(ask):
 
 def test_progress_ends_at_its_total(ask):
     told = {"Evaluating test images": [], "AutoAttack": []}
-    ask(progress=lambda description, done, total: told[description].append((done, total)))
+
+    def tell(description: str, done: int, total: int) -> None:
+        told[description].append((done, total))
+
+    ask(WITH_AUTOATTACK, progress=tell)
     passes = 120 * 7 + 30 * 20
     assert told["Evaluating test images"][-1] == (passes, passes)
     assert told["AutoAttack"] == [(0, 8), (8, 8)]
@@ -162,7 +167,7 @@ def test_progress_ends_at_its_total(ask):
 
 
 def test_evidence_comes_back_from_its_file(ask, tmp_path):
-    evidence = ask()
+    evidence = ask(WITH_AUTOATTACK)
     evidence.save(tmp_path)
     loaded = Evidence.load(tmp_path)
     for field in dataclasses.fields(Evidence):

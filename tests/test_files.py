@@ -108,13 +108,32 @@ def test_a_line_that_a_full_disk_tore_costs_that_fact_alone(tmp_path):
     assert sorted(fact["n"] for fact in Ledger(tmp_path)) == [1, 3]
 
 
-def test_the_first_bytes_stay_where_there_are_no_links(tmp_path, monkeypatch):
-    def no_links(*paths):
-        raise PermissionError("not on this file system")
+def no_links(*paths) -> None:
+    raise PermissionError("not on this file system")
+
+
+def test_a_kill_leaves_no_half_where_there_are_no_links(tmp_path, monkeypatch):
+    def killed(*paths):
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_once(tmp_path / "a", b"whole", aside=tmp_path / "aside")
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_first_bytes_stay_where_there_are_no_links(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", no_links)
+    exists, looks = Path.exists, []
+
+    def not_at_first(path):  # as if both had looked at once
+        looks.append(path)
+        return len(looks) > 1 and exists(path)
+
     for content in (b"first", b"second"):
+        monkeypatch.setattr(Path, "exists", not_at_first)
         write_once(tmp_path / "a", content, aside=tmp_path / "aside")
-        monkeypatch.setattr(Path, "exists", lambda path: False)  # as if both had looked at once
+        looks.clear()
     assert (tmp_path / "a").read_bytes() == b"first"
-    assert not list((tmp_path / "aside").iterdir())
+    assert [path.name for path in (tmp_path / "aside").iterdir()] == ["write_once.lock"]

@@ -8,6 +8,7 @@ from conftest import quick_settings, write_classes
 from diffusemix_pipeline import preflight
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.preflight import check_outputs, check_processes, check_run
+from diffusemix_pipeline.project import Project
 
 
 def test_a_project_with_images_elsewhere_may_run(project):
@@ -62,3 +63,13 @@ def test_processes_that_train_together_need_a_device_each(monkeypatch, device, g
     asked = quick_settings("training.processes=2", f"device={device}")
     with pytest.raises(UserError, match=message) if message else nullcontext():
         check_processes(asked)
+
+
+def test_a_device_is_looked_for_where_its_steps_run(project):
+    write_classes(project.root / "photos", ["cat", "dog"], 1)
+    asked = [f"source.path={project.root / 'photos'}", "device=cuda:7"]
+    (project.root / "project").mkdir()
+    inner = Project(project.root / "project")
+    with pytest.raises(UserError, match="device: cuda:7 is not here"):
+        check_run(inner, quick_settings(*asked))
+    check_run(inner, quick_settings(*asked, "executor=ray"))  # on a node with a GPU

@@ -1,16 +1,21 @@
 """Promise: the same definitions on a Ray cluster give the same bytes, whichever node is lost."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import chdir, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import dagster as dg
 import psutil
 import pytest
+import ray
 import yaml
 from conftest import free_port, quick_settings, tiny_editor, wait_for
 from ray._private.node import Node
@@ -20,7 +25,9 @@ from ray.util.state import list_actors
 from test_executors import WAYS, inputs, made, plain, tars_in, tars_of
 
 from diffusemix_pipeline.editing.store import EditStore
+from diffusemix_pipeline.orchestration import ray_cluster
 from diffusemix_pipeline.orchestration.launch import prepare_instance, run_here
+from diffusemix_pipeline.orchestration.ray_cluster import _Steps, most_gpus
 from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings
@@ -102,9 +109,10 @@ def shard_at_work(client: JobSubmissionClient) -> JobDetails | None:
     return None
 
 
-def written(store: EditStore) -> dict[str, int]:
-    """Return when each stored edit was written, in nanoseconds."""
-    return {key: store.path(key).stat().st_mtime_ns for key in store}
+def times_made(project: Project) -> Counter[str]:
+    """Count how often each edit was made: the store notes it every time, and keeps the first."""
+    lines = (line for file in (project.edits / "records").glob("*.jsonl") for line in file.open())
+    return Counter(json.loads(line)["key"] for line in lines)
 
 
 def lose(cluster: Cluster, node: Node) -> None:
@@ -145,11 +153,12 @@ def test_a_lost_node_costs_its_unfinished_batches_alone(cluster, undisturbed, we
     running = start_on_ray(project, wanted(weights, "executor=ray", "editing.shards=2"), cluster)
     try:
         wait_for(lambda: running.poll() is not None or shard_at_work(client))
-        by_pilot = len(written(store))
-        wait_for(lambda: running.poll() is not None or len(written(store)) > by_pilot)
-        job, before = shard_at_work(client), written(store)
+        by_pilot = len(set(store))
+        wait_for(lambda: running.poll() is not None or len(set(store)) > by_pilot)
+        job = shard_at_work(client)
         assert job is not None
         assert job.metadata is not None
+        before = set(store)
         assert len(before) < 60
         [node] = [node for node in cluster.worker_nodes if node.node_id == job.driver_node_id]
         lose(cluster, node)
@@ -157,7 +166,10 @@ def test_a_lost_node_costs_its_unfinished_batches_alone(cluster, undisturbed, we
     finally:
         running.kill()
     assert digests(project) == undisturbed
-    assert written(store).items() >= before.items()
+    made = times_made(project)
+    assert before
+    assert {made[key] for key in before} == {1}, "what was stored was made again"
+    assert made.total() <= len(set(store)) + 2, "more than a batch was made again"
     gpus = reserved_gpus(client, cluster.dashboard)
     assert {step for step, count in gpus.items() if count == 1} >= {
         "generated_images.edit_shard[shard_0]",
@@ -169,3 +181,69 @@ def test_a_lost_node_costs_its_unfinished_batches_alone(cluster, undisturbed, we
         [run] = instance.get_runs()
         started_anew = instance.all_logs(run.run_id, of_type=dg.DagsterEventType.STEP_RESTARTED)
     assert [entry.step_key for entry in started_anew] == [job.metadata["dagster/op"]]
+
+
+class Dashboard(BaseHTTPRequestHandler):
+    """Answers as Ray's does, and of each job what the test says: a status code and a document."""
+
+    said: tuple[int, dict[str, str]]
+
+    def do_GET(self) -> None:
+        version = {"version": "4", "ray_version": ray.__version__, "ray_commit": ""}
+        code, document = (200, version) if self.path == "/api/version" else self.said
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(document).encode())
+
+    def log_message(self, *_: object) -> None:
+        """Keep quiet."""
+
+
+@pytest.fixture
+def steps(tmp_path) -> Iterator[_Steps]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Dashboard) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield _Steps(f"http://127.0.0.1:{server.server_port}", tmp_path)
+        server.shutdown()
+
+
+def job_that(status: str) -> dict[str, str]:
+    return {"type": "SUBMISSION", "status": status, "entrypoint": "dagster", "message": "as told"}
+
+
+@pytest.mark.parametrize(
+    ("code", "document", "reason"),
+    [
+        (200, job_that("RUNNING"), None),
+        (200, job_that("PENDING"), None),
+        (200, job_that("SUCCEEDED"), None),
+        (200, job_that("FAILED"), "is FAILED: as told"),
+        (200, job_that("STOPPED"), "is STOPPED: as told"),
+        (404, {}, "Ray knows no job step-1"),
+    ],
+)
+def test_a_job_that_ended_before_its_step_is_told(steps, code, document, reason):
+    Dashboard.said = code, document
+    found = steps.health_of("step-1")
+    assert found.is_healthy == (reason is None)
+    assert (reason or "") in (found.unhealthy_reason or "")
+
+
+def test_a_dashboard_that_gives_no_answer_for_a_while_loses_no_step(steps, monkeypatch):
+    clock = iter([0, 10, 599, 700, 1299, 1300])
+    monkeypatch.setattr(ray_cluster, "monotonic", lambda: next(clock))
+    Dashboard.said = 500, {}
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="status code 500"):
+            steps.health_of("step-1")
+    Dashboard.said = 200, job_that("RUNNING")
+    assert steps.health_of("step-1").is_healthy
+    Dashboard.said = 500, {}
+    with pytest.raises(RuntimeError, match="status code 500"):
+        steps.health_of("step-1")
+    assert "no answer for 600 s" in (steps.health_of("step-1").unhealthy_reason or "")
+
+
+def test_the_node_with_the_most_gpus_is_found(cluster):
+    assert most_gpus(cluster.dashboard) == 1

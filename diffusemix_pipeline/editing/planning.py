@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from diffusemix_pipeline.datasets.columns import mapped, tuples
+from diffusemix_pipeline.datasets.columns import mapped, rows_digest, tuples
 from diffusemix_pipeline.datasets.dropped import NOTHING, Dropped
 from diffusemix_pipeline.datasets.images import decode_square
 from diffusemix_pipeline.datasets.manifest import Stage, class_names, layout_of, whole_stage
@@ -261,12 +261,10 @@ def _gate_version(raw: Stage, train: pd.DataFrame, settings: Settings) -> str | 
     gate = settings.editing.gate
     if not gate.enabled:
         return None
-    dropped = [
-        (row["label"], row["sha256"])
-        for row in raw.notes.get("dropped", [])
-        if row["split"] == "train"
-    ]
-    seen = sorted([*zip(train["label"], train["sha256"], strict=True), *dropped])
+    dropped = [row for row in raw.notes.get("dropped", []) if row["split"] == "train"]
+    there = train[["label", "sha256"]]
+    gone = pd.DataFrame(dropped, columns=list(there)).astype(there.dtypes)
+    seen = rows_digest(pd.concat([there, gone]))
     classes = class_names(raw.counts)
     rules = gate.model_dump(exclude={"max_attempts"})
     return digest("gate", teacher_recipe(settings), classes, seen, rules)

@@ -62,7 +62,9 @@ def audit(
     classifier.model.to(device).eval()
     near, alike = _nearest(classifier, test.images[wrong], train, progress)
     names = [list(ordered_rows(raw, split, ["image_id"])["image_id"]) for split in _SPLITS]
-    made = augmented.manifest(["image_id", "source_id", "file_name"]).set_index("image_id")
+    made = augmented.manifest(["image_id", "source_id", "file_name"])
+    made = made[made["source_id"].isin({names[0][place] for place in near.flat})]
+    made = made.set_index("image_id")
     made_of = made.groupby("source_id").groups
     cases = [
         {

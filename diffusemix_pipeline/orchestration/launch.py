@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from contextlib import chdir
 from dataclasses import dataclass, field
 from importlib import resources
+from pathlib import Path
+from typing import Any
 
 import dagster as dg
 from dagster._utils.error import SerializableErrorInfo
@@ -12,11 +14,12 @@ from dagster._utils.error import SerializableErrorInfo
 from diffusemix_pipeline.files import write_bytes
 from diffusemix_pipeline.orchestration.build import build_definitions
 from diffusemix_pipeline.orchestration.failures import innermost, told_to_user
+from diffusemix_pipeline.orchestration.jobs import MAIN_JOB
 from diffusemix_pipeline.orchestration.lost_runs import PROCESS_TAG
 from diffusemix_pipeline.processes import this_process
 from diffusemix_pipeline.progress import Progress
 from diffusemix_pipeline.project import Project
-from diffusemix_pipeline.settings import Settings
+from diffusemix_pipeline.settings import ENVIRONMENT_PREFIX, Settings, load_settings
 
 
 @dataclass
@@ -45,22 +48,30 @@ def prepare_instance(project: Project) -> None:
 
 
 def run_here(project: Project, settings: Settings, progress: Progress) -> Outcome:
-    """Materialize every asset in this process, and tell how it went.
+    """Materialize every asset by the executor of the settings, wait, and tell how it went.
 
-    Relative paths, those of dagster.yaml among them, are the project's.
+    Relative paths, those of dagster.yaml among them, are the project's. `progress` is told where
+    all steps run in this process; those that are processes or jobs of their own write it to the
+    run's log, which then comes to the terminal.
     """
     prepare_instance(project)
-    definitions = build_definitions(project, settings, lambda log: progress)
+    apart = settings.executor != "in_process"
+    how: dict[str, Any] = {
+        "run_config": {
+            "resources": {"settings": {"config": settings.model_dump()}},
+            "loggers": {"console": {"config": {"log_level": "INFO" if apart else "CRITICAL"}}},
+        },
+        "tags": {PROCESS_TAG: this_process()},
+        "raise_on_error": False,
+    }
+    result: dg.ExecuteInProcessResult | dg.JobExecutionResult
     with chdir(project.root), dg.DagsterInstance.get() as instance:
-        result = definitions.resolve_job_def("diffusemix").execute_in_process(
-            instance=instance,
-            run_config={
-                "resources": {"settings": {"config": settings.model_dump()}},
-                "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
-            },
-            tags={PROCESS_TAG: this_process()},
-            raise_on_error=False,
-        )
+        if apart:
+            os.environ[f"{ENVIRONMENT_PREFIX}EXECUTOR"] = settings.executor  # for `main_job`
+            result = dg.execute_job(dg.reconstructable(main_job), instance, **how)
+        else:
+            job = build_definitions(project, settings, lambda log: progress)
+            result = job.resolve_job_def(MAIN_JOB).execute_in_process(instance=instance, **how)
     failed_checks = [
         f"the check {e.check_name} on {e.asset_key.to_user_string()} failed: {e.description}"
         for e in result.get_asset_check_evaluations()
@@ -76,6 +87,15 @@ def run_here(project: Project, settings: Settings, progress: Progress) -> Outcom
         made = event.step_materialization_data.materialization
         outcome.metadata[made.asset_key.to_user_string()] = made.metadata
     return outcome
+
+
+def main_job() -> dg.JobDefinition:
+    """Return the main job of the project at `DAGSTER_HOME`, as the process of each step makes it.
+
+    A run's settings come with it; the executor alone has to be known before.
+    """
+    root = Path(os.environ["DAGSTER_HOME"])
+    return build_definitions(Project(root), load_settings(root)).resolve_job_def(MAIN_JOB)
 
 
 def _explain(error: SerializableErrorInfo | None, what: str, outcome: Outcome) -> None:

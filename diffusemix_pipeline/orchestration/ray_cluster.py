@@ -1,8 +1,8 @@
 """Steps as jobs of a Ray cluster, whose nodes see this machine's folders at the same paths.
 
 Which node a step gets is Ray's choice: each step takes a core, and a step of the pool "gpu" a GPU
-where the cluster has any, or as many as train together. A step whose node is lost is tried again as
-its retry policy says.
+where one is there when it starts or `device` asks for it, or as many as train together. A step
+whose node is lost is tried again as its retry policy says.
 """
 
 import os
@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import dagster as dg
@@ -44,6 +45,8 @@ ADDRESS = "RAY_ADDRESS"
 _THREADS = "OMP_NUM_THREADS"
 _CORES = 1  # of the cluster, for each step that runs at once
 _CHECK_EVERY_SECONDS = 10
+_MOST_SILENCE_SECONDS = 600  # of the dashboard, until steps are taken for lost
+_MOST_NODES = 10_000
 
 
 def ray_executor(project: Project) -> dg.ExecutorDefinition:
@@ -83,26 +86,61 @@ class _Steps(RayStepHandler):
             memory=None,
             resources=None,
         )
-        nodes = list_nodes(address=address, filters=[("state", "=", "ALIVE")])
-        self._gpus = any((node.resources_total or {}).get("GPU") for node in nodes)
+        self._address = address
+        self._answered: dict[str, float] = {}
 
     def launch_step(self, step_handler_context: StepHandlerContext) -> Iterator[DagsterEvent]:
-        """Start a step, on a GPU if it is in the pool of those and there are any."""
+        """Start a step, on GPUs if it is in the pool of those and there are any."""
         key = self._get_step_key(step_handler_context)
         context = step_handler_context.get_step_context(key)
         config = ResolvedRunConfig.build(context.job.get_definition(), context.run_config)
         settings = config.resources["settings"].config
-        together = settings["training"]["processes"] if key == "trained_classifier" else 1
-        self.num_gpus = together if self._gpus and context.step.pool == "gpu" else None
+        device, together = settings["device"], settings["training"]["processes"]
+        most = most_gpus(self._address)
+        if device == "auto" and together > most > 0:
+            raise dg.Failure(
+                f"training.processes: {together} processes want a GPU each of one machine, and "
+                f"none of the cluster has more than {most}.",
+                allow_retries=False,
+            )
+        wanted = device not in ("auto", "cpu") or (device == "auto" and most > 0)
+        count = together if key == "trained_classifier" else 1
+        self.num_gpus = count if wanted and context.step.pool == "gpu" else None
+        if context.step.pool == "gpu" and not wanted:
+            context.log.info(f"{key} gets no GPU: device is {device}, and the most here are {most}")
         yield from super().launch_step(step_handler_context)
 
     def check_step_health(self, step_handler_context: StepHandlerContext) -> CheckStepHealthResult:
         """Say whether a step's job is there and goes on; one that somebody stopped does not."""
-        found = super().check_step_health(step_handler_context)
-        job = self._get_ray_job_submission_id(step_handler_context)
-        if found.is_healthy and self.client.get_job_status(job) == JobStatus.STOPPED:
-            return CheckStepHealthResult.unhealthy(reason=f"Ray job {job} was stopped.")
-        return found
+        return self.health_of(self._get_ray_job_submission_id(step_handler_context))
+
+    def health_of(self, job: str) -> CheckStepHealthResult:
+        """Say whether a job goes on.
+
+        A dashboard that gives no answer says nothing of the job: its error, which Dagster notes in
+        the run's log, is raised until it has been silent for `_MOST_SILENCE_SECONDS`.
+        """
+        now = monotonic()
+        try:
+            found = self.client.get_job_info(job)
+        except (RuntimeError, OSError) as error:
+            if "status code 404" in str(error):
+                return CheckStepHealthResult.unhealthy(reason=f"Ray knows no job {job}.")
+            if now - self._answered.setdefault(job, now) < _MOST_SILENCE_SECONDS:
+                raise
+            reason = f"Ray's dashboard gave no answer for {_MOST_SILENCE_SECONDS} s: {error}"
+            return CheckStepHealthResult.unhealthy(reason=reason)
+        self._answered[job] = now
+        if found.status in (JobStatus.FAILED, JobStatus.STOPPED):
+            reason = f"Ray's job {job} is {found.status}: {found.message}"
+            return CheckStepHealthResult.unhealthy(reason=reason)
+        return CheckStepHealthResult.healthy()
+
+
+def most_gpus(address: str) -> int:
+    """Return how many GPUs that node has which has the most of them now."""
+    nodes = list_nodes(address=address, filters=[("state", "=", "ALIVE")], limit=_MOST_NODES)
+    return int(max(((node.resources_total or {}).get("GPU", 0) for node in nodes), default=0))
 
 
 class _ClientOfProject(JobSubmissionClient):

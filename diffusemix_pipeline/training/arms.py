@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from diffusemix_pipeline.datasets.columns import rows_digest
 from diffusemix_pipeline.datasets.manifest import Stage, class_names
 from diffusemix_pipeline.files import BEGUN, replaced_folder, write_json
 from diffusemix_pipeline.identity import digest, seed_from
@@ -106,7 +107,7 @@ def fit_fingerprint(wanted: Wanted, stages: Mapping[str, Stage], settings: Setti
 def _version_of_seen(raw: Stage) -> str:
     """Identify the train and val images by content, split and label."""
     rows = raw.manifest(["split", "label", "sha256"]).query("split != 'test'")
-    return digest(class_names(raw.counts), sorted(rows.itertuples(index=False, name=None)))
+    return digest(class_names(raw.counts), rows_digest(rows))
 
 
 def finished_fit(checkpoints: Path, fingerprint: str) -> Fit | None:

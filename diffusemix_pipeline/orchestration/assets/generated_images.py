@@ -27,14 +27,16 @@ _RETRY_AFTER_SECONDS = 5
 
 @dg.op(
     ins={"source_images": dg.In(dg.Nothing), "raw_dataset": dg.In(dg.Nothing)},
-    out={"shards": dg.DynamicOut(int), "predicted": dg.Out(dict)},
+    out={"shards": dg.DynamicOut(dict), "predicted": dg.Out(dict)},
     required_resource_keys=RESOURCE_KEYS,
     pool="gpu",
     description="Which edits are wanted; a step for each shard of them, if any has work to do. "
     "Where edits are to be judged, the label gate's teachers are trained here, once for all. "
     "A pilot tells the cost.",
 )
-def plan_edits(context: dg.OpExecutionContext) -> Iterator[dg.DynamicOutput[int] | dg.Output[dict]]:
+def plan_edits(
+    context: dg.OpExecutionContext,
+) -> Iterator[dg.DynamicOutput[dict] | dg.Output[dict]]:
     from diffusemix_pipeline.datasets.manifest import finished_stage
     from diffusemix_pipeline.editing.generate import (
         adopt_verdicts,
@@ -62,7 +64,8 @@ def plan_edits(context: dg.OpExecutionContext) -> Iterator[dg.DynamicOutput[int]
         context.log_event(dg.AssetObservation("generated_images", metadata=metadata))
     yield dg.Output(predicted, "predicted")
     for shard in range(settings.editing.shards):
-        yield dg.DynamicOutput(shard, mapping_key=f"shard_{shard}", output_name="shards")
+        what = {"number": shard, "plan": plan.fingerprint}
+        yield dg.DynamicOutput(what, mapping_key=f"shard_{shard}", output_name="shards")
 
 
 @dg.op(
@@ -72,7 +75,7 @@ def plan_edits(context: dg.OpExecutionContext) -> Iterator[dg.DynamicOutput[int]
     description="Makes those edits of a shard that the store lacks; tried twice, as a device may "
     "fail once; run again, it goes on.",
 )
-def edit_shard(context: dg.OpExecutionContext, shard: int) -> dict[str, Any]:
+def edit_shard(context: dg.OpExecutionContext, shard: dict[str, Any]) -> dict[str, Any]:
     from diffusemix_pipeline.editing.generate import make_edits, without_parts_there
     from diffusemix_pipeline.editing.store import EditStore
 
@@ -82,12 +85,16 @@ def edit_shard(context: dg.OpExecutionContext, shard: int) -> dict[str, Any]:
         with own_device(project, settings.device) as device:
             began = time.time()  # shards may be processes, so by one clock for all
             store = EditStore(project.edits, settings.storage.edits)
+            if plan.fingerprint == shard["plan"]:  # for which `plan_edits` looked at what is there
+                lacking = plan.without_parts(plan.parts_in(project.generated))
+            else:  # something was dropped meanwhile
+                lacking = without_parts_there(plan, project.generated, store)
             made = make_edits(
-                without_parts_there(plan, project.generated, store),
+                lacking,
                 store=store,
                 device=device,
                 gate=_gate(context, plan, device),
-                shard=shard,
+                shard=shard["number"],
                 shards=settings.editing.shards,
                 progress=context.resources.progress(context.log),
             )
