@@ -31,6 +31,23 @@ def test_only_loopback_is_published_and_secrets_come_from_the_environment():
     assert not any("PASSWORD" in command for command in commands)  # `ps` would show it
 
 
+def test_only_the_clusters_own_network_reaches_what_its_steps_need():
+    text = (ROOT / "deploy" / "compose.cluster.yaml").read_text()
+    services = yaml.safe_load(text)["services"]
+    assert services.keys() <= COMPOSE["services"].keys()
+    ports = {port for service in services.values() for port in service.get("ports", [])}
+    assert ports == {f"${{CLUSTER_ADDRESS:?}}:{port}:{port}" for port in (5432, 5000)}
+    for steps in ("code", "daemon"):
+        assert services[steps]["environment"] == {
+            "RAY_ADDRESS": "${RAY_ADDRESS:?}",
+            "DIFFUSEMIX_EXECUTOR": "ray",
+            "DIFFUSEMIX_TRACKING__URI": "http://${CLUSTER_ADDRESS:?}:5000",
+        }
+    allowed = COMPOSE["services"]["mlflow"]["command"].split("--allowed-hosts ")[1]
+    assert "${CLUSTER_ADDRESS:-127.0.0.1}:5000" in allowed.split(",")
+    assert "PASSWORD" not in text
+
+
 def test_rays_nodes_are_reached_from_within_and_keep_no_secret_in_files():
     parts = list(yaml.safe_load_all((ROOT / "deploy" / "kuberay.yaml").read_text()))
     [claim, policy, cluster] = parts
@@ -51,6 +68,8 @@ def test_rays_nodes_are_reached_from_within_and_keep_no_secret_in_files():
         assert container["image"] == COMPOSE["services"]["code"]["image"]
         assert container["envFrom"] == [{"secretRef": {"name": "diffusemix"}}]
         assert all("value" in one for one in container["env"])
+        waits = {one["name"]: one["value"] for one in container["env"]}
+        assert int(waits["RAY_JOB_START_TIMEOUT_SECONDS"]) > 24 * 3600
         [volume] = pod["volumes"]
         assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
         assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/project"}]

@@ -11,6 +11,7 @@ from contextlib import chdir, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import NamedTuple
 
 import dagster as dg
 import psutil
@@ -25,6 +26,7 @@ from ray.util.state import list_actors
 from test_executors import WAYS, inputs, made, plain, tars_in, tars_of
 
 from diffusemix_pipeline.editing.store import EditStore
+from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.orchestration import ray_cluster
 from diffusemix_pipeline.orchestration.launch import prepare_instance, run_here
 from diffusemix_pipeline.orchestration.ray_cluster import _Steps, most_gpus
@@ -243,6 +245,24 @@ def test_a_dashboard_that_gives_no_answer_for_a_while_loses_no_step(steps, monke
     with pytest.raises(RuntimeError, match="status code 500"):
         steps.health_of("step-1")
     assert "no answer for 600 s" in (steps.health_of("step-1").unhealthy_reason or "")
+
+
+def test_several_machines_with_a_database_for_one_are_refused(cluster, monkeypatch, project):
+    monkeypatch.setenv("RAY_ADDRESS", cluster.dashboard)
+    monkeypatch.delenv("DAGSTER_POSTGRES_URL", raising=False)
+    monkeypatch.setattr(ray_cluster, "_nodes", lambda address: [Machine("a"), Machine("b")])
+    with pytest.raises(UserError, match="on 2 machines needs DAGSTER_POSTGRES_URL"):
+        run_here(project, quick_settings("executor=ray"), silent)
+    monkeypatch.delenv("RAY_ADDRESS")
+    with pytest.raises(UserError, match="executor: ray needs RAY_ADDRESS"):
+        run_here(project, quick_settings("executor=ray"), silent)
+    assert not project.data.exists()
+
+
+class Machine(NamedTuple):
+    """A node of whose machine nothing else is known."""
+
+    node_ip: str
 
 
 def test_the_node_with_the_most_gpus_is_found(cluster):

@@ -11,6 +11,7 @@ from typing import Any
 import dagster as dg
 from dagster._utils.error import SerializableErrorInfo
 
+from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import write_bytes
 from diffusemix_pipeline.orchestration.build import build_definitions
 from diffusemix_pipeline.orchestration.failures import innermost, told_to_user
@@ -19,7 +20,7 @@ from diffusemix_pipeline.orchestration.lost_runs import PROCESS_TAG
 from diffusemix_pipeline.processes import this_process
 from diffusemix_pipeline.progress import Progress
 from diffusemix_pipeline.project import Project
-from diffusemix_pipeline.settings import ENVIRONMENT_PREFIX, Settings, load_settings
+from diffusemix_pipeline.settings import Executor, Settings, load_settings
 
 
 @dataclass
@@ -52,7 +53,7 @@ def run_here(project: Project, settings: Settings, progress: Progress) -> Outcom
 
     Relative paths, those of dagster.yaml among them, are the project's. `progress` is told where
     all steps run in this process; those that are processes or jobs of their own write it to the
-    run's log, which then comes to the terminal.
+    run's log, which then comes to the terminal. UserError where there is no such executor.
     """
     prepare_instance(project)
     apart = settings.executor != "in_process"
@@ -67,11 +68,15 @@ def run_here(project: Project, settings: Settings, progress: Progress) -> Outcom
     result: dg.ExecuteInProcessResult | dg.JobExecutionResult
     with chdir(project.root), dg.DagsterInstance.get() as instance:
         if apart:
-            os.environ[f"{ENVIRONMENT_PREFIX}EXECUTOR"] = settings.executor  # for `main_job`
-            result = dg.execute_job(dg.reconstructable(main_job), instance, **how)
+            job = dg.build_reconstructable_job(__name__, main_job.__name__, (settings.executor,))
+            try:
+                result = dg.execute_job(job, instance, **how)
+            except dg.Failure as failure:  # of the executor, before any step
+                raise UserError(str(failure.description)) from failure
         else:
-            job = build_definitions(project, settings, lambda log: progress)
-            result = job.resolve_job_def(MAIN_JOB).execute_in_process(instance=instance, **how)
+            definitions = build_definitions(project, settings, lambda log: progress)
+            main = definitions.resolve_job_def(MAIN_JOB)
+            result = main.execute_in_process(instance=instance, **how)
     failed_checks = [
         f"the check {e.check_name} on {e.asset_key.to_user_string()} failed: {e.description}"
         for e in result.get_asset_check_evaluations()
@@ -89,13 +94,14 @@ def run_here(project: Project, settings: Settings, progress: Progress) -> Outcom
     return outcome
 
 
-def main_job() -> dg.JobDefinition:
+def main_job(executor: Executor) -> dg.JobDefinition:
     """Return the main job of the project at `DAGSTER_HOME`, as the process of each step makes it.
 
     A run's settings come with it; the executor alone has to be known before.
     """
     root = Path(os.environ["DAGSTER_HOME"])
-    return build_definitions(Project(root), load_settings(root)).resolve_job_def(MAIN_JOB)
+    settings = load_settings(root, overrides=[f"executor={executor}"])
+    return build_definitions(Project(root), settings).resolve_job_def(MAIN_JOB)
 
 
 def _explain(error: SerializableErrorInfo | None, what: str, outcome: Outcome) -> None:

@@ -27,6 +27,7 @@ from dagster._core.executor.step_delegating import (
 from dagster._core.system_config.objects import ResolvedRunConfig
 
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.orchestration.storage import POSTGRES_URL
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import ENVIRONMENT_PREFIX
 
@@ -59,6 +60,13 @@ def ray_executor(project: Project) -> dg.ExecutorDefinition:
             raise dg.Failure(
                 f"executor: ray needs {ADDRESS}, the address of the cluster's dashboard, for "
                 f"example {ADDRESS}=http://127.0.0.1:8265.",
+                allow_retries=False,
+            )
+        machines = {node.node_ip for node in _nodes(address)}
+        if len(machines) > 1 and not os.environ.get(POSTGRES_URL):
+            raise dg.Failure(
+                f"executor: ray on {len(machines)} machines needs {POSTGRES_URL}, here and on each "
+                "of them: every step writes Dagster's events, and SQLite is for one machine.",
                 allow_retries=False,
             )
         return StepDelegatingExecutor(
@@ -139,8 +147,13 @@ class _Steps(RayStepHandler):
 
 def most_gpus(address: str) -> int:
     """Return how many GPUs that node has which has the most of them now."""
-    nodes = list_nodes(address=address, filters=[("state", "=", "ALIVE")], limit=_MOST_NODES)
-    return int(max(((node.resources_total or {}).get("GPU", 0) for node in nodes), default=0))
+    totals = [node.resources_total or {} for node in _nodes(address)]
+    return int(max((total.get("GPU", 0) for total in totals), default=0))
+
+
+def _nodes(address: str) -> list[Any]:
+    """Return what Ray says of the nodes that are there now."""
+    return list(list_nodes(address, filters=[("state", "=", "ALIVE")], limit=_MOST_NODES))
 
 
 class _ClientOfProject(JobSubmissionClient):
