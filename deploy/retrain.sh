@@ -21,7 +21,7 @@ if [ -n "${DAGSTER_URL:-}" ]; then
   "$bin/diffusemix" trigger --tag "git_sha=${GITHUB_SHA:-$(git rev-parse HEAD)}" \
     --wait --report report.md "${overrides[@]}" || status=$?
 else
-  "$bin/diffusemix" run "${overrides[@]}" && cp outputs/report/report.md report.md || status=$?
+  "$bin/diffusemix" run --set executor=in_process "${overrides[@]}" && cp outputs/report/report.md report.md || status=$?
 fi
 if [ -n "${GITHUB_STEP_SUMMARY:-}" ] && [ -f report.md ]; then
   cat report.md >> "$GITHUB_STEP_SUMMARY"

@@ -29,9 +29,18 @@ def check_run(project: Project, settings: Settings) -> None:
     check_model(settings.training.model, settings.size, settings.training.pretrained)
     check_corrupted_sets(settings.evaluation.corrupted_sets)
     _check_edits_and_mixing(settings)
-    if settings.executor != "ray":  # there, this may be another machine than that which trains
+    if settings.executor != "ray":
         check_device(settings)
         check_processes(settings)
+    elif settings.device not in (
+        "auto",
+        "cpu",
+        "cuda",
+    ):  # another machine may be the one that edits
+        raise UserError(
+            f"device: Ray gives each step a GPU of its own, so there is no {settings.device}. "
+            "Use auto, cuda or cpu."
+        )
 
 
 def check_device(settings: Settings) -> None:

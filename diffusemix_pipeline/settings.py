@@ -457,8 +457,8 @@ class Settings(Section):
     )
     executor: Executor = Field(
         "in_process",
-        description="How the steps of a run run that the UI or a schedule starts: in one process, "
-        "in one each, or as jobs of the Ray cluster at RAY_ADDRESS; read on loading.",
+        description="How a run's steps run: in one process, in one each, or as jobs of the Ray "
+        "cluster at RAY_ADDRESS; for runs from the UI or a schedule read on loading.",
     )
     owners: list[Owner] = Field(
         [],

@@ -67,9 +67,11 @@ def test_processes_that_train_together_need_a_device_each(monkeypatch, device, g
 
 def test_a_device_is_looked_for_where_its_steps_run(project):
     write_classes(project.root / "photos", ["cat", "dog"], 1)
-    asked = [f"source.path={project.root / 'photos'}", "device=cuda:7"]
+    asked = [f"source.path={project.root / 'photos'}"]
     (project.root / "project").mkdir()
     inner = Project(project.root / "project")
     with pytest.raises(UserError, match="device: cuda:7 is not here"):
-        check_run(inner, quick_settings(*asked))
-    check_run(inner, quick_settings(*asked, "executor=ray"))  # on a node with a GPU
+        check_run(inner, quick_settings(*asked, "device=cuda:7"))
+    check_run(inner, quick_settings(*asked, "device=cuda", "executor=ray"))  # on a node with a GPU
+    with pytest.raises(UserError, match="a GPU of its own, so there is no cuda:7"):
+        check_run(inner, quick_settings(*asked, "device=cuda:7", "executor=ray"))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -18,7 +19,7 @@ import psutil
 import pytest
 import ray
 import yaml
-from conftest import free_port, quick_settings, tiny_editor, wait_for
+from conftest import free_port, quick_settings, runs, tiny_editor, wait_for
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
@@ -189,10 +190,15 @@ class Dashboard(BaseHTTPRequestHandler):
     """Answers as Ray's does, and of each job what the test says: a status code and a document."""
 
     said: tuple[int, dict[str, str]]
+    broken = 0
+    """How often more it says that it is not at home."""
 
     def do_GET(self) -> None:
         version = {"version": "4", "ray_version": ray.__version__, "ray_commit": ""}
         code, document = (200, version) if self.path == "/api/version" else self.said
+        if Dashboard.broken:
+            Dashboard.broken -= 1
+            code, document = 503, {}
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
         self.end_headers()
@@ -250,13 +256,54 @@ def test_a_dashboard_that_gives_no_answer_for_a_while_loses_no_step(steps, monke
 def test_several_machines_with_a_database_for_one_are_refused(cluster, monkeypatch, project):
     monkeypatch.setenv("RAY_ADDRESS", cluster.dashboard)
     monkeypatch.delenv("DAGSTER_POSTGRES_URL", raising=False)
-    monkeypatch.setattr(ray_cluster, "_nodes", lambda address: [Machine("a"), Machine("b")])
-    with pytest.raises(UserError, match="on 2 machines needs DAGSTER_POSTGRES_URL"):
+    monkeypatch.setattr(ray_cluster, "_nodes", lambda address: [Machine("192.0.2.7")])
+    with pytest.raises(UserError, match="another machine .192.0.2.7. needs DAGSTER_POSTGRES_URL"):
+        run_here(project, quick_settings("executor=ray"), silent)
+    assert not project.data.exists()
+
+
+def test_a_cluster_that_is_not_there_is_told_in_one_message(project, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(UserError, match="no cluster answers at RAY_ADDRESS=http://127.0.0.1:"):
         run_here(project, quick_settings("executor=ray"), silent)
     monkeypatch.delenv("RAY_ADDRESS")
     with pytest.raises(UserError, match="executor: ray needs RAY_ADDRESS"):
         run_here(project, quick_settings("executor=ray"), silent)
     assert not project.data.exists()
+    assert [run.status for run in runs(project)] == [dg.DagsterRunStatus.FAILURE] * 2
+
+
+def test_more_processes_than_a_node_has_gpus_are_refused_before_any_work(
+    cluster, project, monkeypatch
+):
+    monkeypatch.setenv("RAY_ADDRESS", cluster.dashboard)
+    together = "training.processes=2"
+    outcome = run_here(project, quick_settings("executor=ray", "device=auto", together), silent)
+    assert outcome.user_error
+    assert "2 processes want a GPU each of one machine, and none" in outcome.problems[0]
+    assert not project.data.exists()
+
+
+def test_a_dashboard_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_cluster, "_ANSWER_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent_server:  # takes what comes, says nothing
+        address = f"http://127.0.0.1:{silent_server.getsockname()[1]}"
+        with pytest.raises(OSError, match="timed out"):
+            _Steps(address, tmp_path)
+
+
+def test_a_step_waits_for_a_dashboard_that_comes_back(steps, monkeypatch):
+    Dashboard.broken = 2
+    slept = []
+    monkeypatch.setattr(ray_cluster, "sleep", slept.append)
+    steps._wait_for_dashboard()
+    assert slept == [10, 10]
+    clock = iter([0, 599, 600])
+    monkeypatch.setattr(ray_cluster, "monotonic", lambda: next(clock))
+    Dashboard.broken = 9
+    with pytest.raises(RuntimeError, match="status code 503"):
+        steps._wait_for_dashboard()
+    Dashboard.broken = 0
 
 
 class Machine(NamedTuple):

@@ -20,7 +20,7 @@ from diffusemix_pipeline.orchestration.lost_runs import PROCESS_TAG
 from diffusemix_pipeline.processes import this_process
 from diffusemix_pipeline.progress import Progress
 from diffusemix_pipeline.project import Project
-from diffusemix_pipeline.settings import Executor, Settings, load_settings
+from diffusemix_pipeline.settings import Executor, Settings
 
 
 @dataclass
@@ -53,7 +53,8 @@ def run_here(project: Project, settings: Settings, progress: Progress) -> Outcom
 
     Relative paths, those of dagster.yaml among them, are the project's. `progress` is told where
     all steps run in this process; those that are processes or jobs of their own write it to the
-    run's log, which then comes to the terminal. UserError where there is no such executor.
+    run's log, which under multiprocess comes to the terminal. UserError where there is no such
+    executor.
     """
     prepare_instance(project)
     apart = settings.executor != "in_process"
@@ -72,6 +73,7 @@ def run_here(project: Project, settings: Settings, progress: Progress) -> Outcom
             try:
                 result = dg.execute_job(job, instance, **how)
             except dg.Failure as failure:  # of the executor, before any step
+                _end_unstarted(instance, str(failure.description))
                 raise UserError(str(failure.description)) from failure
         else:
             definitions = build_definitions(project, settings, lambda log: progress)
@@ -88,6 +90,8 @@ def run_here(project: Project, settings: Settings, progress: Progress) -> Outcom
             _explain(event.step_failure_data.error, event.step_key or "", outcome)
         elif event.event_type == dg.DagsterEventType.RESOURCE_INIT_FAILURE:
             _explain(event.engine_event_data.error, "The start", outcome)
+        elif event.is_run_failure and not outcome.problems:  # in none of its steps
+            _explain(event.job_failure_data.error, "The run", outcome)
     for event in result.get_asset_materialization_events():
         made = event.step_materialization_data.materialization
         outcome.metadata[made.asset_key.to_user_string()] = made.metadata
@@ -99,9 +103,17 @@ def main_job(executor: Executor) -> dg.JobDefinition:
 
     A run's settings come with it; the executor alone has to be known before.
     """
-    root = Path(os.environ["DAGSTER_HOME"])
-    settings = load_settings(root, overrides=[f"executor={executor}"])
-    return build_definitions(Project(root), settings).resolve_job_def(MAIN_JOB)
+    project = Project(Path(os.environ["DAGSTER_HOME"]))
+    return build_definitions(project, Settings(executor=executor)).resolve_job_def(MAIN_JOB)
+
+
+def _end_unstarted(instance: dg.DagsterInstance, why: str) -> None:
+    """Let this process's runs that did not start be failed ones, which nothing waits for."""
+    ours = dg.RunsFilter(
+        tags={PROCESS_TAG: this_process()}, statuses=[dg.DagsterRunStatus.NOT_STARTED]
+    )
+    for run in instance.get_runs(ours):
+        instance.report_run_failed(run, why)
 
 
 def _explain(error: SerializableErrorInfo | None, what: str, outcome: Outcome) -> None:

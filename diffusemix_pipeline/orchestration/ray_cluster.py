@@ -9,11 +9,13 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 import dagster as dg
+import psutil
 from dagster._core.definitions.executor_definition import multiple_process_executor_requirements
 from dagster._core.events import DagsterEvent
 from dagster._core.execution.retries import RetryMode
@@ -35,6 +37,7 @@ try:
     from dagster_ray.core.executor import RayStepHandler
     from ray.job_submission import JobStatus, JobSubmissionClient
     from ray.util.state import list_nodes
+    from ray.util.state.exception import RayStateApiException
 except ModuleNotFoundError as error:
     raise UserError(
         f"executor: ray needs a package that is not here ({error.name}): "
@@ -45,8 +48,10 @@ ADDRESS = "RAY_ADDRESS"
 """Names the environment variable with the address of the cluster's dashboard."""
 _THREADS = "OMP_NUM_THREADS"
 _CORES = 1  # of the cluster, for each step that runs at once
+_NO_ANSWER = (RuntimeError, OSError, RayStateApiException)
 _CHECK_EVERY_SECONDS = 10
 _MOST_SILENCE_SECONDS = 600  # of the dashboard, until steps are taken for lost
+_ANSWER_SECONDS = 60
 _MOST_NODES = 10_000
 
 
@@ -62,15 +67,22 @@ def ray_executor(project: Project) -> dg.ExecutorDefinition:
                 f"example {ADDRESS}=http://127.0.0.1:8265.",
                 allow_retries=False,
             )
-        machines = {node.node_ip for node in _nodes(address)}
-        if len(machines) > 1 and not os.environ.get(POSTGRES_URL):
+        try:
+            others = {node.node_ip for node in _nodes(address)} - _own_addresses()
+            steps = _Steps(address, project.root.resolve())
+        except _NO_ANSWER as error:
             raise dg.Failure(
-                f"executor: ray on {len(machines)} machines needs {POSTGRES_URL}, here and on each "
-                "of them: every step writes Dagster's events, and SQLite is for one machine.",
+                f"executor: ray: no cluster answers at {ADDRESS}={address} ({error}).",
+                allow_retries=False,
+            ) from error
+        if others and not os.environ.get(POSTGRES_URL):
+            raise dg.Failure(
+                f"executor: ray on another machine ({min(others)}) needs {POSTGRES_URL}, here and "
+                "there: every step writes Dagster's events, and SQLite is for one machine.",
                 allow_retries=False,
             )
         return StepDelegatingExecutor(
-            _Steps(address, project.root.resolve()),
+            steps,
             retries=RetryMode.ENABLED,
             check_step_health_interval_seconds=_CHECK_EVERY_SECONDS,
             should_verify_step=True,
@@ -104,19 +116,28 @@ class _Steps(RayStepHandler):
         config = ResolvedRunConfig.build(context.job.get_definition(), context.run_config)
         settings = config.resources["settings"].config
         device, together = settings["device"], settings["training"]["processes"]
-        most = most_gpus(self._address)
+        self._wait_for_dashboard()
+        most = most_gpus(self._address) if device == "auto" else 0
         if device == "auto" and together > most > 0:
             raise dg.Failure(
                 f"training.processes: {together} processes want a GPU each of one machine, and "
                 f"none of the cluster has more than {most}.",
                 allow_retries=False,
             )
-        wanted = device not in ("auto", "cpu") or (device == "auto" and most > 0)
+        wanted = device == "cuda" or most > 0
         count = together if key == "trained_classifier" else 1
         self.num_gpus = count if wanted and context.step.pool == "gpu" else None
         if context.step.pool == "gpu" and not wanted:
-            context.log.info(f"{key} gets no GPU: device is {device}, and the most here are {most}")
+            context.log.info(f"{key} gets no GPU: device is {device}, and the cluster has {most}")
         yield from super().launch_step(step_handler_context)
+
+    def terminate_step(self, step_handler_context: StepHandlerContext) -> Iterator[DagsterEvent]:
+        """Stop a step's job, unless it never was one."""
+        try:
+            yield from super().terminate_step(step_handler_context)
+        except RuntimeError as error:
+            if not _says_unknown(error):
+                raise
 
     def check_step_health(self, step_handler_context: StepHandlerContext) -> CheckStepHealthResult:
         """Say whether a step's job is there and goes on; one that somebody stopped does not."""
@@ -131,11 +152,13 @@ class _Steps(RayStepHandler):
         now = monotonic()
         try:
             found = self.client.get_job_info(job)
-        except (RuntimeError, OSError) as error:
-            if "status code 404" in str(error):
+        except _NO_ANSWER as error:
+            if _says_unknown(error):
                 return CheckStepHealthResult.unhealthy(reason=f"Ray knows no job {job}.")
             if now - self._answered.setdefault(job, now) < _MOST_SILENCE_SECONDS:
                 raise
+            with suppress(*_NO_ANSWER):  # it may still run
+                self.client.stop_job(job)
             reason = f"Ray's dashboard gave no answer for {_MOST_SILENCE_SECONDS} s: {error}"
             return CheckStepHealthResult.unhealthy(reason=reason)
         self._answered[job] = now
@@ -143,6 +166,23 @@ class _Steps(RayStepHandler):
             reason = f"Ray's job {job} is {found.status}: {found.message}"
             return CheckStepHealthResult.unhealthy(reason=reason)
         return CheckStepHealthResult.healthy()
+
+    def _wait_for_dashboard(self) -> None:
+        """Return when the dashboard answers; raise its error after `_MOST_SILENCE_SECONDS`."""
+        began = monotonic()
+        while True:
+            try:
+                self.client.get_version()
+            except _NO_ANSWER:
+                if monotonic() - began >= _MOST_SILENCE_SECONDS:
+                    raise
+                sleep(_CHECK_EVERY_SECONDS)
+            else:
+                return
+
+
+def _says_unknown(error: BaseException) -> bool:
+    return "status code 404" in str(error)
 
 
 def most_gpus(address: str) -> int:
@@ -156,6 +196,10 @@ def _nodes(address: str) -> list[Any]:
     return list(list_nodes(address, filters=[("state", "=", "ALIVE")], limit=_MOST_NODES))
 
 
+def _own_addresses() -> set[str]:
+    return {one.address for of_card in psutil.net_if_addrs().values() for one in of_card}
+
+
 class _ClientOfProject(JobSubmissionClient):
     """Runs `dagster` in the project's folder, as Dagster's paths are relative, by this Python.
 
@@ -166,6 +210,10 @@ class _ClientOfProject(JobSubmissionClient):
     def __init__(self, address: str, home: Path) -> None:
         super().__init__(address)
         self._home = home
+
+    def _do_request(self, method: str, endpoint: str, **how: Any) -> Any:
+        # Ray's own would wait for ever for a dashboard that hangs.
+        return super()._do_request(method, endpoint, **{"timeout": _ANSWER_SECONDS, **how})
 
     def submit_job(self, *, entrypoint: str, **how: Any) -> str:
         """Start a job; returns its id."""
