@@ -339,7 +339,7 @@ def test_a_pinned_dataset_in_another_layout_has_each_image_in_its_own_part(sourc
     (photos / "cat" / "3.png").rename(short)
     sha256 = hashlib.sha256(short.read_bytes()).hexdigest()
     # `-` comes before the `.` of a suffix: by id this is the second of the two, by name the first.
-    (photos / "cat" / "5.png").rename(photos / "cat" / f"im-{sha256[:8]}.png")
+    (photos / "cat" / "5.png").rename(photos / "cat" / f"im-{sha256[:16]}.png")
     files, aside = asked("storage.shard_images=8"), tmp_path / "aside"
     raw = ingest(str(photos), files, tmp_path / "raw", aside=aside)
     shards = asked(*LAYOUTS["shards"])

@@ -37,7 +37,7 @@ from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings, Storage
 from diffusemix_pipeline.workers import in_processes
 
-CODE_VERSION = "8"
+CODE_VERSION = "9"
 _CHECKED_AT_ONCE = 64  # images
 _WORTH_PROCESSES = 500  # images: they start as fast as so few are checked
 
@@ -322,7 +322,7 @@ def _image_ids(images: pd.DataFrame) -> Iterator[str]:
     for split, label, source_id, sha256 in tuples(images[columns]):
         stem = PurePosixPath(source_id).stem
         stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip(".-")[:60]
-        yield f"{split}/{label}/{stem or 'image'}-{sha256[:8]}"
+        yield f"{split}/{label}/{stem or 'image'}-{sha256[:16]}"
 
 
 def _kind(source: str) -> str:
