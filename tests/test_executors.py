@@ -38,12 +38,13 @@ from diffusemix_pipeline.settings import load_settings
 from pathlib import Path
 
 if __name__ == "__main__":
-    executor = load_settings(Path.cwd()).executor
-    job = dg.build_reconstructable_job(main_job.__module__, main_job.__name__, (executor,))
+    settings = load_settings(Path.cwd())
+    job = dg.build_reconstructable_job(main_job.__module__, main_job.__name__, (settings.executor,))
     assets = frozenset(map(dg.AssetKey, sys.argv[1:]))
+    without_checks = job.get_subset(asset_selection=assets, asset_check_selection=frozenset())
+    config = {"resources": {"settings": {"config": settings.model_dump()}}}
     with dg.DagsterInstance.get() as instance:
-        without_checks = job.get_subset(asset_selection=assets, asset_check_selection=frozenset())
-        assert dg.execute_job(without_checks, instance).success
+        assert dg.execute_job(without_checks, instance, run_config=config).success
 """
 
 
