@@ -30,7 +30,7 @@ from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.orchestration import ray_cluster
 from diffusemix_pipeline.orchestration.launch import prepare_instance, run_here
-from diffusemix_pipeline.orchestration.ray_cluster import _Steps, most_gpus
+from diffusemix_pipeline.orchestration.ray_cluster import _Steps, answered, most_gpus
 from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings
@@ -296,13 +296,13 @@ def test_a_step_waits_for_a_dashboard_that_comes_back(steps, monkeypatch):
     Dashboard.broken = 2
     slept = []
     monkeypatch.setattr(ray_cluster, "sleep", slept.append)
-    steps._wait_for_dashboard()
+    assert answered(steps.client.get_version) == "4"
     assert slept == [10, 10]
     clock = iter([0, 599, 600])
     monkeypatch.setattr(ray_cluster, "monotonic", lambda: next(clock))
     Dashboard.broken = 9
     with pytest.raises(RuntimeError, match="status code 503"):
-        steps._wait_for_dashboard()
+        answered(steps.client.get_version)
     Dashboard.broken = 0
 
 

@@ -8,11 +8,11 @@ whose node is lost is tried again as its retry policy says.
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Any
+from typing import Any, TypeVar
 
 import dagster as dg
 import psutil
@@ -48,6 +48,7 @@ ADDRESS = "RAY_ADDRESS"
 """Names the environment variable with the address of the cluster's dashboard."""
 _THREADS = "OMP_NUM_THREADS"
 _CORES = 1  # of the cluster, for each step that runs at once
+Answer = TypeVar("Answer")
 _NO_ANSWER = (RuntimeError, OSError, RayStateApiException)
 _CHECK_EVERY_SECONDS = 10
 _MOST_SILENCE_SECONDS = 600  # of the dashboard, until steps are taken for lost
@@ -116,15 +117,14 @@ class _Steps(RayStepHandler):
         config = ResolvedRunConfig.build(context.job.get_definition(), context.run_config)
         settings = config.resources["settings"].config
         device, together = settings["device"], settings["training"]["processes"]
-        self._wait_for_dashboard()
-        most = most_gpus(self._address) if device == "auto" else 0
+        most = answered(lambda: most_gpus(self._address))
         if device == "auto" and together > most > 0:
             raise dg.Failure(
                 f"training.processes: {together} processes want a GPU each of one machine, and "
                 f"none of the cluster has more than {most}.",
                 allow_retries=False,
             )
-        wanted = device == "cuda" or most > 0
+        wanted = device == "cuda" or (device == "auto" and most > 0)
         count = together if key == "trained_classifier" else 1
         self.num_gpus = count if wanted and context.step.pool == "gpu" else None
         if context.step.pool == "gpu" and not wanted:
@@ -167,18 +167,17 @@ class _Steps(RayStepHandler):
             return CheckStepHealthResult.unhealthy(reason=reason)
         return CheckStepHealthResult.healthy()
 
-    def _wait_for_dashboard(self) -> None:
-        """Return when the dashboard answers; raise its error after `_MOST_SILENCE_SECONDS`."""
-        began = monotonic()
-        while True:
-            try:
-                self.client.get_version()
-            except _NO_ANSWER:
-                if monotonic() - began >= _MOST_SILENCE_SECONDS:
-                    raise
-                sleep(_CHECK_EVERY_SECONDS)
-            else:
-                return
+
+def answered(ask: Callable[[], Answer]) -> Answer:
+    """Ask a dashboard until it answers; raise its error after `_MOST_SILENCE_SECONDS`."""
+    began = monotonic()
+    while True:
+        try:
+            return ask()
+        except _NO_ANSWER:
+            if monotonic() - began >= _MOST_SILENCE_SECONDS:
+                raise
+            sleep(_CHECK_EVERY_SECONDS)
 
 
 def _says_unknown(error: BaseException) -> bool:
