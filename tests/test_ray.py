@@ -67,7 +67,7 @@ def weights(tmp_path_factory) -> Path:
 def wanted(weights: Path, *overrides: str) -> Settings:
     """Return settings under which a shard is at work for a while, on many batches."""
     slow = ["editing.batch_size=2", "editing.steps=60", "editing.copies=3", "storage.format=tar"]
-    return quick_settings(f"editing.editor={weights}", *slow, *overrides)
+    return quick_settings(f"editing.editor={weights}", "device=auto", *slow, *overrides)
 
 
 @pytest.fixture(scope="module")

@@ -192,7 +192,13 @@ def most_gpus(address: str) -> int:
 
 def _nodes(address: str) -> list[Any]:
     """Return what Ray says of the nodes that are there now."""
-    return list(list_nodes(address, filters=[("state", "=", "ALIVE")], limit=_MOST_NODES))
+    found = list_nodes(
+        address,
+        filters=[("state", "=", "ALIVE")],
+        limit=_MOST_NODES,
+        raise_on_missing_output=False,  # Ray's count holds a node that was lost, its list does not
+    )
+    return list(found)
 
 
 def _own_addresses() -> set[str]:
