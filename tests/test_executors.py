@@ -39,7 +39,8 @@ from pathlib import Path
 
 if __name__ == "__main__":
     settings = load_settings(Path.cwd())
-    job = dg.build_reconstructable_job(main_job.__module__, main_job.__name__, (settings.executor,))
+    how_made = str(Path.cwd()), settings.executor
+    job = dg.build_reconstructable_job(main_job.__module__, main_job.__name__, how_made)
     assets = frozenset(map(dg.AssetKey, sys.argv[1:]))
     without_checks = job.get_subset(asset_selection=assets, asset_check_selection=frozenset())
     config = {"resources": {"settings": {"config": settings.model_dump()}}}

@@ -69,7 +69,8 @@ def run_here(project: Project, settings: Settings, progress: Progress) -> Outcom
     result: dg.ExecuteInProcessResult | dg.JobExecutionResult
     with chdir(project.root), dg.DagsterInstance.get() as instance:
         if apart:
-            job = dg.build_reconstructable_job(__name__, main_job.__name__, (settings.executor,))
+            how_made = str(project.root.resolve()), settings.executor
+            job = dg.build_reconstructable_job(__name__, main_job.__name__, how_made)
             try:
                 result = dg.execute_job(job, instance, **how)
             except dg.Failure as failure:  # of the executor, before any step
@@ -98,13 +99,13 @@ def run_here(project: Project, settings: Settings, progress: Progress) -> Outcom
     return outcome
 
 
-def main_job(executor: Executor) -> dg.JobDefinition:
-    """Return the main job of the project at `DAGSTER_HOME`, as the process of each step makes it.
+def main_job(root: str, executor: Executor) -> dg.JobDefinition:
+    """Return the main job of the project in the folder `root`, as each step's process makes it.
 
     A run's settings come with it; the executor alone has to be known before.
     """
-    project = Project(Path(os.environ["DAGSTER_HOME"]))
-    return build_definitions(project, Settings(executor=executor)).resolve_job_def(MAIN_JOB)
+    settings = Settings(executor=executor)
+    return build_definitions(Project(Path(root)), settings).resolve_job_def(MAIN_JOB)
 
 
 def _end_unstarted(instance: dg.DagsterInstance, why: str) -> None:
