@@ -69,8 +69,9 @@ def run_here(project: Project, settings: Settings, progress: Progress) -> Outcom
     result: dg.ExecuteInProcessResult | dg.JobExecutionResult
     with chdir(project.root), dg.DagsterInstance.get() as instance:
         if apart:
-            how_made = str(project.root.resolve()), settings.executor
-            job = dg.build_reconstructable_job(__name__, main_job.__name__, how_made)
+            of = {"root": str(project.root.resolve()), "executor": settings.executor}
+            name = main_job.__name__
+            job = dg.build_reconstructable_job(__name__, name, reconstructable_kwargs=of)
             try:
                 result = dg.execute_job(job, instance, **how)
             except dg.Failure as failure:  # of the executor, before any step
