@@ -32,11 +32,8 @@ def check_run(project: Project, settings: Settings) -> None:
     if settings.executor != "ray":
         check_device(settings)
         check_processes(settings)
-    elif settings.device not in (
-        "auto",
-        "cpu",
-        "cuda",
-    ):  # another machine may be the one that edits
+    # On a cluster, another machine may be the one that edits.
+    elif settings.device not in ("auto", "cpu", "cuda"):
         raise UserError(
             f"device: Ray gives each step a GPU of its own, so there is no {settings.device}. "
             "Use auto, cuda or cpu."
