@@ -27,6 +27,8 @@ from scipy import stats
 from benchmarks.fits import Task, ask_all, fit_all, make_stages, without_copies
 from diffusemix_pipeline.datasets.manifest import class_names
 from diffusemix_pipeline.devices import choose_device, is_fast_at_bfloat16
+from diffusemix_pipeline.editing.editor import editor_fingerprint, locate_editor, locate_lora
+from diffusemix_pipeline.editing.planning import CODE_VERSION as PLAN_VERSION
 from diffusemix_pipeline.evaluation.comparison import (
     WITH_EDITS,
     Comparison,
@@ -36,11 +38,12 @@ from diffusemix_pipeline.evaluation.comparison import (
 from diffusemix_pipeline.evaluation.evidence import CODE_VERSION as EVIDENCE_VERSION
 from diffusemix_pipeline.evaluation.evidence import Evidence, asked_of
 from diffusemix_pipeline.evaluation.readings import version_of_test
-from diffusemix_pipeline.evaluation.report import ReportInputs, title_of, write_report
+from diffusemix_pipeline.evaluation.report import ReportInputs, in_points, title_of, write_report
 from diffusemix_pipeline.evaluation.statistics import CONFIDENCE, Estimate, holm
 from diffusemix_pipeline.files import link_or_copy, write_bytes, write_json
 from diffusemix_pipeline.identity import digest, file_sha256, seed_from
 from diffusemix_pipeline.mixing.fractals import fractals_version
+from diffusemix_pipeline.mixing.stages import CODE_VERSION as MIX_VERSION
 from diffusemix_pipeline.recipes import training_identity
 from diffusemix_pipeline.settings import Arm, Settings, load_settings
 from diffusemix_pipeline.training.arms import BASELINE, SUBJECTS, all_fits
@@ -127,7 +130,8 @@ def _answers(name: str, arm: Arm, seed: int) -> Path:
 def _question(arm: Arm, seed: int, raw_version: str, settings: Settings) -> str:
     """Identify an answer by what is asked for.
 
-    Not by the edits' bytes, which differ in their last bits from machine to machine.
+    Not by the edits' bytes, which differ in their last bits from machine to machine, but by all
+    that they follow from.
     """
     code = [FIT_VERSION, EVIDENCE_VERSION]
     recipe = training_identity(settings.training)
@@ -136,7 +140,10 @@ def _question(arm: Arm, seed: int, raw_version: str, settings: Settings) -> str:
     if arm == "pixmix":
         made.append(fractals_version(settings.mixing, settings.seed))
     if arm in WITH_EDITS:
-        made += [settings.editing.model_dump(), settings.mixing.model_dump()]
+        editing = settings.editing
+        editor = locate_editor(editing.editor, editing.revision)
+        made += [editing.model_dump(), settings.mixing.model_dump()]
+        made += [editor_fingerprint(editor, locate_lora(editing.lora)), PLAN_VERSION, MIX_VERSION]
     return digest(code, arm, seed, settings.seed, settings.size, raw_version, recipe, asked, made)
 
 
@@ -162,6 +169,10 @@ def tables(out: Path) -> Iterator[str]:
             continue
         seeds = set.intersection(*last.groupby("arm")["seed"].agg(set))  # that every arm has
         last = last[last["seed"].isin(seeds)]
+        answered = set(last[["arm", "seed"]].itertuples(index=False, name=None))
+        missing = [fit for fit in all_fits(settings) if (fit.arm, fit.seed) not in answered]
+        if missing:
+            yield f"**Left out of {name}, as not answered: {', '.join(map(str, missing))}.**\n"
         evidence = {
             (arm, seed): Evidence.load(_answers(name, arm, seed))
             for arm, seed in last[["arm", "seed"]].itertuples(index=False, name=None)
@@ -201,11 +212,18 @@ def _more_measures(document: Mapping[str, Any]) -> str:
         "relative_mce_unshared": "The same, unshared",
         "pgd": f"PGD-20, {at}",
         "autoattack": f"AutoAttack, {at}",
+        "seed_deviation": "Between seeds",
     }
     losses = {"brier": "Brier", "nll": "NLL"}
+
+    def shown(number: Any) -> str:
+        if number is None:
+            return ""
+        return f"{100 * (number['value'] if isinstance(number, dict) else number):.1f}"
+
     rows = [
         [title_of(arm["arm"])]
-        + [f"{100 * arm[name]['value']:.1f}" if arm[name] else "" for name in shares]
+        + [shown(arm[name]) for name in shares]
         + [f"{arm[name]['value']:.3f}" for name in losses]
         for arm in document["arms"]
     ]
@@ -251,7 +269,7 @@ def _together(comparisons: Mapping[str, tuple[list[Arm], Comparison]]) -> str:
         }
         adjusted = holm({arm: estimate.p for arm, estimate in found.items()})
         columns[f"less {title_of(subject)}"] = {
-            title_of(arm): f"{100 * e.value:+.1f} ({100 * e.low:+.1f} to {100 * e.high:+.1f}), "
+            title_of(arm): f"{in_points(e.value)} ({in_points(e.low)} to {in_points(e.high)}), "
             f"p {max(adjusted[arm], 0.001):.3f}{' or less' * (adjusted[arm] <= 0.001)}"
             for arm, e in found.items()
         }

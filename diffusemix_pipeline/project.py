@@ -1,6 +1,7 @@
 """Where things lie: every path of a project follows from its root. And who is at work there."""
 
 import fcntl
+import logging
 import socket
 import time
 import warnings
@@ -14,6 +15,7 @@ from diffusemix_pipeline.devices import choose_device, count_gpus
 from diffusemix_pipeline.errors import UserError
 
 _LOOK_AGAIN_SECONDS = 1.0
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -160,9 +162,18 @@ def own_device(project: Project, device: str) -> Iterator[str]:
             opened.enter_context(_opened(locks_here / f"cuda-{number}.lock"))
             for number in range(gpus)
         ]
+        told = False
         while (
             free := next((n for n, lock in enumerate(locks) if taken_alone(lock)), None)
         ) is None:
+            if not told:
+                _log.warning(
+                    "All %d GPUs are taken, by the locks in %s: waiting for one. Steps that wait "
+                    "hold a slot of the pool gpu, which should have no more than that.",
+                    gpus,
+                    locks_here,
+                )
+            told = True
             time.sleep(_LOOK_AGAIN_SECONDS)
         yield f"cuda:{free}"
 

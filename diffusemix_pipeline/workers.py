@@ -30,7 +30,7 @@ def in_processes(work: Callable[[Item], Result], items: Iterable[Item]) -> Itera
     context = get_context("forkserver")
     # What the server has imported, no process has to. Only the first call has any effect.
     context.set_forkserver_preload([getattr(work, "func", work).__module__, *_IMPORTED_LATE])
-    pool = ProcessPoolExecutor(cores, context, _end_with_parent)
+    pool = ProcessPoolExecutor(cores, context, end_with_parent)
     pending: deque[Future[Result]] = deque()
     try:
         for item in items:
@@ -43,8 +43,11 @@ def in_processes(work: Callable[[Item], Result], items: Iterable[Item]) -> Itera
         pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
-    """Let this process end at once where its parent is killed, and write nothing more."""
+def end_with_parent() -> None:
+    """Let this process end at once where its parent is killed, and write nothing more.
+
+    For a process that multiprocessing started.
+    """
     parent = parent_process()
     assert parent is not None
 

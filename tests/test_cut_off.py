@@ -13,12 +13,12 @@ from threading import Timer
 
 import dagster as dg
 import pytest
-from conftest import ASSETS, quick_settings, tiny_editor
+from conftest import ASSETS, quick_settings, tiny_editor, wait_for
 
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.orchestration.launch import prepare_instance, run_here
 from diffusemix_pipeline.progress import silent
-from diffusemix_pipeline.project import Project
+from diffusemix_pipeline.project import Project, taken_alone
 from diffusemix_pipeline.settings import Settings
 
 pytestmark = pytest.mark.slow
@@ -191,6 +191,25 @@ def test_the_multiprocess_executor_gives_the_same_bytes(undisturbed, weights, tm
     with chdir(project.root), dg.DagsterInstance.get() as instance:
         steps = {event.step_key: event.pid for event in events_of(instance, outcome.run_id)}
     assert len(set(steps.values())) == len(steps) > 7, "a process a step"
+
+
+@pytest.mark.timeout(1800)
+def test_steps_end_with_their_run_that_is_killed(undisturbed, weights, tmp_path):
+    """Or they would hold the project, for hours perhaps, and the next run could not start."""
+    project, asked = Project(tmp_path), wanted(weights, "executor=multiprocess")
+    run = FORKED.Process(target=run_here, args=(project, asked, silent))
+    run.start()
+    wait_for(lambda: len(list(EditStore(project.edits))) > BATCH or not run.is_alive())
+    run.kill()
+    run.join()
+    assert run.exitcode == -signal.SIGKILL
+    with project.run_lock.open("a+") as lock:
+        wait_for(lambda: taken_alone(lock))
+    stored = set(EditStore(project.edits))
+    outcome = run_here(project, asked, silent)
+    assert outcome.success, outcome.problems
+    assert stored < set(EditStore(project.edits)), "it was killed at work"
+    assert made(project) == undisturbed
 
 
 def events_of(instance: dg.DagsterInstance, run_id: str) -> list[dg.DagsterEvent]:

@@ -27,7 +27,7 @@ def test_a_container_has_as_many_cores_as_it_is_given_time(told, cores, tmp_path
 
 
 @pytest.mark.usefixtures("two_gpus")
-def test_each_gpu_has_one_user_and_the_next_waits_for_a_free_one(project: Project):
+def test_each_gpu_has_one_user_and_the_next_waits_for_a_free_one(project: Project, caplog):
     with ThreadPoolExecutor() as pool, own_device(project, "auto") as first:
         second = own_device(project, "auto")
         assert {first, second.__enter__()} == {"cuda:0", "cuda:1"}
@@ -35,6 +35,7 @@ def test_each_gpu_has_one_user_and_the_next_waits_for_a_free_one(project: Projec
         waiting = pool.submit(third.__enter__)
         with pytest.raises(TimeoutError):
             waiting.result(0.2)
+        assert [record.message for record in caplog.records if "2 GPUs are taken" in record.message]
         second.__exit__(None, None, None)
         assert waiting.result(10) == "cuda:1"
         third.__exit__(None, None, None)

@@ -12,7 +12,7 @@ from contextlib import chdir, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import dagster as dg
 import psutil
@@ -150,6 +150,30 @@ def test_the_same_500_images_are_made_on_a_cluster(cluster, plain, inputs, way, 
 
 
 @pytest.mark.timeout(1800)
+def test_a_run_stops_what_a_killed_one_left_on_the_cluster(cluster, undisturbed, weights, tmp_path):
+    project, client = Project(tmp_path), JobSubmissionClient(cluster.dashboard)
+    asked = wanted(weights, "executor=ray")
+    (tmp_path / "diffusemix.yaml").write_text(yaml.safe_dump(asked.model_dump(mode="json")))
+    command = [str(Path(sys.executable).with_name("diffusemix")), "run"]
+    how = {"cwd": tmp_path, "env": os.environ | {"RAY_ADDRESS": cluster.dashboard}}
+    killed = subprocess.Popen(command, **how)
+    try:
+        wait_for(lambda: killed.poll() is not None or shard_at_work(client))
+        left = shard_at_work(client)
+        assert left is not None
+    finally:
+        killed.kill()
+        killed.wait()
+    assert subprocess.run(command, check=False, **how).returncode == 0
+    assert digests(project) == undisturbed
+    assert client.get_job_status(left.submission_id) == JobStatus.STOPPED
+    assert [run.status for run in runs(project)] == [
+        dg.DagsterRunStatus.SUCCESS,
+        dg.DagsterRunStatus.FAILURE,
+    ]
+
+
+@pytest.mark.timeout(1800)
 def test_a_lost_node_costs_its_unfinished_batches_alone(cluster, undisturbed, weights, tmp_path):
     project = Project(tmp_path)
     store, client = EditStore(project.edits), JobSubmissionClient(cluster.dashboard)
@@ -204,6 +228,16 @@ class Dashboard(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(json.dumps(document).encode())
 
+    posted: ClassVar[list[tuple[int, str]]] = []
+    """What it says to jobs that are sent to it, one after the other."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        code, words = Dashboard.posted.pop(0)
+        self.send_response(code)
+        self.end_headers()
+        self.wfile.write(words.encode())
+
     def log_message(self, *_: object) -> None:
         """Keep quiet."""
 
@@ -239,18 +273,34 @@ def test_a_job_that_ended_before_its_step_is_told(steps, code, document, reason)
 
 
 def test_a_dashboard_that_gives_no_answer_for_a_while_loses_no_step(steps, monkeypatch):
-    clock = iter([0, 10, 599, 700, 1299, 1300])
-    monkeypatch.setattr(ray_cluster, "monotonic", lambda: next(clock))
-    Dashboard.said = 500, {}
-    for _ in range(3):
+    clock = [0]
+    monkeypatch.setattr(ray_cluster, "monotonic", lambda: clock[0])
+
+    def says_nothing(job: str) -> None:
         with pytest.raises(RuntimeError, match="status code 500"):
-            steps.health_of("step-1")
+            steps.health_of(job)
+
+    Dashboard.said = 500, {}
+    for clock[0] in (0, 10, 599):
+        says_nothing("step-1")
     Dashboard.said = 200, job_that("RUNNING")
+    says_nothing("step-2")  # it was asked a moment ago
+    clock[0] = 700
     assert steps.health_of("step-1").is_healthy
     Dashboard.said = 500, {}
-    with pytest.raises(RuntimeError, match="status code 500"):
-        steps.health_of("step-1")
-    assert "no answer for 600 s" in (steps.health_of("step-1").unhealthy_reason or "")
+    says_nothing("step-1")
+    clock[0] = 1300
+    for job in ("step-1", "step-2"):
+        assert "no answer for 600 s" in (steps.health_of(job).unhealthy_reason or "")
+
+
+def test_a_step_that_was_sent_to_a_dashboard_in_trouble_is_sent_again(steps, monkeypatch):
+    monkeypatch.setattr(ray_cluster, "sleep", lambda seconds: None)
+    Dashboard.posted = [(503, "away"), (400, "Job with submission_id step-1 already exists.")]
+    assert steps.client.submit_job(entrypoint="dagster api", submission_id="step-1") == "step-1"
+    Dashboard.posted = [(400, "no such environment")]
+    with pytest.raises(RuntimeError, match="no such environment"):
+        steps.client.submit_job(entrypoint="dagster api", submission_id="step-1")
 
 
 def test_several_machines_with_a_database_for_one_are_refused(cluster, monkeypatch, project):

@@ -127,7 +127,8 @@ def test_the_numbers_are_those_of_the_evidence(report):
 
 
 def test_the_headline_says_what_helped_what_hurt_and_what_did_neither(report):
-    assert "on 200 test images and one training seed, DiffuseMix" in report.headline
+    trained = "one training seed, which another may contradict"
+    assert f"on 200 test images and {trained}, DiffuseMix" in report.headline
     assert "DiffuseMix made no significant difference to clean accuracy (+0.0" in report.headline
     assert "improved accuracy under corruption (+30.0 points, +" in report.headline
     assert "hurt FGSM accuracy at 2/255 (−20.0 points, −" in report.headline
@@ -477,6 +478,34 @@ def test_what_the_bundled_editor_has_seen_is_said_where_its_edits_are_used(
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_arms_whose_seeds_lie_further_apart_than_the_others_are_named(tmp_path):
+    arms = {"vanilla": 0.0, "mixup": 0.01, "diffusemix": 0.1}
+    every = {
+        (arm, seed): evidence(0.7 + apart * seed, 0.4, 0.4 + apart * seed, seed=seed)
+        for arm, apart in arms.items()
+        for seed in (0, 1, 2)
+    }
+    report = written(
+        tmp_path,
+        inputs(
+            evidence=every,
+            curves=dict.fromkeys(every, CURVE),
+            steps=dict.fromkeys(arms, 900),
+        ),
+    )
+    document = json.loads(report.json.read_text())
+    [note] = [n for n in document["notes"] if "twice as far apart" in n]
+    assert "DiffuseMix (standard deviation 10.1 points)" in note
+    assert "Mixup" not in note
+    apart = {arm["arm"]: arm["seed_deviation"] for arm in document["arms"]}
+    assert apart == {
+        "vanilla": 0,
+        "mixup": pytest.approx(0.01, abs=0.005),
+        "diffusemix": pytest.approx(0.1, abs=0.005),
+    }
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_prompts_of_which_nothing_is_known_are_named(tmp_path):
     given = inputs(settings=with_prompts("cartoon"))
     families = {
@@ -590,6 +619,13 @@ def test_two_reports_are_compared_by_numbers_settings_and_test_images(tmp_path):
     [row] = [line for line in text.splitlines() if re.match(r"\| Vanilla +\| clean", line)]
     assert [cell.strip() for cell in row.split("|")[3:5]] == ["80.0", "90.0"]
     assert "+10.0 (+" in row
+    assert "no significant difference" not in row
+    [brier] = [line for line in text.splitlines() if re.match(r"\| Vanilla +\| brier", line)]
+    assert re.search(r"0\.\d{3} .* −0\.\d{3} \(−0\.\d{3} to [−+]0\.\d{3}\)", brier)
+    [fgsm] = [line for line in text.splitlines() if re.match(r"\| Vanilla +\| fgsm, ", line)]
+    assert "+0.0 (" in fgsm
+    assert "no significant difference" in fgsm
+    assert "95 % intervals" in text
     assert "In one report only: DiffuseMix, Mixup." in text
     assert "The test images are not the same" in text
     assert r'\["a\|b"\]' in text

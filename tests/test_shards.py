@@ -1,7 +1,7 @@
 """Promise: a shard that fails is tried again, and can be run again without the others."""
 
 import os
-from contextlib import chdir
+from contextlib import chdir, contextmanager
 from pathlib import Path
 
 import dagster as dg
@@ -31,7 +31,6 @@ def instance(project, tmp_path_factory, monkeypatch):
     settings = quick_settings(f"editing.editor={weights}", "editing.shards=3")
     (project.root / "diffusemix.yaml").write_text(yaml.safe_dump(settings.model_dump()))
     monkeypatch.setenv("DAGSTER_HOME", str(project.root))
-    monkeypatch.setattr(generated_images, "_RETRY_AFTER_SECONDS", 0)
     prepare_instance(project)
     with chdir(project.root), dg.DagsterInstance.get() as instance:
         yield instance
@@ -44,18 +43,25 @@ def shards_of(result: dg.JobExecutionResult) -> list[str]:
 
 
 def test_a_device_that_fails_once_fails_no_run(instance, monkeypatch):
-    real, calls = generate.make_edits, []
+    real, calls, devices = generate.make_edits, [], set()
+
+    @contextmanager
+    def own_device(project, device):
+        yield f"one's own {device}"
 
     def make_edits(plan, **how):
         calls.append(how["shard"])
+        devices.add(how.pop("device"))
         if calls.count(1) == 1 and how["shard"] == 1:
             raise RuntimeError("the device was lost")
-        return real(plan, **how)
+        return real(plan, device="cpu", **how)
 
+    monkeypatch.setattr(generated_images, "own_device", own_device)
     monkeypatch.setattr(generate, "make_edits", make_edits)
     with dg.execute_job(dg.reconstructable(the_job), instance) as result:
         assert result.success
         assert sorted(calls) == [0, 1, 1, 2]
+    assert devices == {f"one's own {quick_settings().device}"}
 
 
 def test_a_failed_shard_is_run_again_without_the_others(instance, monkeypatch):

@@ -4,8 +4,8 @@ One by one, a value that pandas takes out of such a column costs ten times as mu
 """
 
 import json
-from collections.abc import Callable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,14 @@ def values(column: pd.Series) -> Iterator[Any]:
 def tuples(table: pd.DataFrame) -> Iterator[tuple[Any, ...]]:
     """Give a table's rows."""
     return zip(*(values(table[name]) for name in table), strict=True)
+
+
+def text_column(texts: Iterable[str], index: pd.Index) -> pd.Series:
+    """Return texts as a column, holding some thousand of them as such at a time."""
+    left, pieces = iter(texts), [pd.Series(dtype="str")]
+    while some := list(islice(left, _AT_ONCE)):
+        pieces.append(pd.Series(some, dtype="str"))
+    return pd.concat(pieces, ignore_index=True).set_axis(index)
 
 
 def mapped(column: pd.Series, function: Callable[[Any], Any]) -> pd.Series:

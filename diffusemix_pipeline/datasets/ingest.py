@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from diffusemix_pipeline.datasets.checked import CHECKED, Checked, Facts, told
-from diffusemix_pipeline.datasets.columns import first_alike, tuples, values
+from diffusemix_pipeline.datasets.columns import first_alike, text_column, tuples, values
 from diffusemix_pipeline.datasets.copies import copies_across_splits, outline
 from diffusemix_pipeline.datasets.dropped import NOTHING, Dropped
 from diffusemix_pipeline.datasets.images import UnreadableImageError, pixels_digest
@@ -127,10 +127,11 @@ def _parts(
     listing: Listing, layout: Layout, labels: Sequence[str], max_pixels: int
 ) -> Iterator[Part]:
     """Give the parts of a raw stage."""
-    images = listing.rows.assign(image_id=list(_image_ids(listing.rows)))
+    index = listing.rows.index
+    images = listing.rows.assign(image_id=text_column(_image_ids(listing.rows), index))
     names = map(layout.part_of, values(images["split"]), values(images["image_id"]))
     of = ["source_id", "label", "sha256"]
-    for name, rows in images.groupby(list(names)):
+    for name, rows in images.groupby(text_column(names, index)):
         rows = rows.sort_values("image_id")
         fingerprint = _fingerprint(str(name), layout, labels, max_pixels, rows[of].values.tolist())
         yield Part(str(name), fingerprint, Listing(rows, listing.kind), len(rows))
@@ -249,15 +250,17 @@ def leave_out(stage: Stage, dropped: Dropped, storage: Storage, *, aside: Path) 
     ) as written:
         columns = ["label", "split", "sha256"]
         notes = rows.loc[gone, columns].to_dict("records")
-        left = set(rows.loc[~gone, "source_id"])
+        without = set(rows.loc[gone, "source_id"])
         copies = stage.notes["copies_across_splits"]
         written.notes |= stage.notes | {
             "dropped": [*stage.notes.get("dropped", []), *notes],
-            "copies_across_splits": [c for c in copies if {c["image"], c["held_out"]} <= left],
+            "copies_across_splits": [
+                c for c in copies if without.isdisjoint({c["image"], c["held_out"]})
+            ],
         }
         if (stage.folder / CHECKED).exists():  # an older stage may have none
             link_or_copy(stage.folder / CHECKED, written.folder / CHECKED)
-        names = [layout.part_of(split, name) for split, name in kept[["split", "image_id"]].values]
+        names = map(layout.part_of, values(kept["split"]), values(kept["image_id"]))
         max_pixels, of = (
             stage.notes["source"]["max_pixels"],
             ["source_id", "label", "source_sha256"],
@@ -269,7 +272,7 @@ def leave_out(stage: Stage, dropped: Dropped, storage: Storage, *, aside: Path) 
                 few,
                 len(few),
             )
-            for name, few in kept.groupby(names)
+            for name, few in kept.groupby(text_column(names, kept.index))
         )
         make = partial(_taken_over, stage.folder)
         written.write(parts, make, total=len(kept), describe="Linking images")

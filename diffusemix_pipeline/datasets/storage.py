@@ -112,7 +112,8 @@ class StoredFiles:
     def sizes(self, names: pd.Series) -> int:
         """Return how many bytes some files have together; those that are nowhere have none."""
         if self._index is None:
-            return sum((self.folder / name).stat().st_size for name in names)
+            paths = (self.folder / name for name in names)
+            return sum(path.stat().st_size for path in paths if path.exists())
         return self._index.bytes_of(names)
 
 
@@ -205,7 +206,9 @@ class ShardWriter:
     """Writes one tar shard; the same files in the same order give the same bytes."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
+        # By the locale's encoding, names would differ from machine to machine.
+        how: dict[str, Any] = {"format": tarfile.GNU_FORMAT, "encoding": "utf-8"}
+        self._tar = tarfile.open(fileobj=file, mode="w", **how)  # noqa: SIM115
         self._rows: list[dict[str, int]] = []
 
     def add(self, name: str, content: bytes, label: int) -> None:

@@ -28,7 +28,17 @@ _SHAPES_NUMBERS = (
 )  # fmt: skip
 """The settings that say on what, and by what, classifiers are judged."""
 _SCHEMA = Path(__file__).with_name("report.schema.json")
-_MORE_MEASURES = ("corrupted_unshared", "pgd", "autoattack")
+_SHARES = (
+    *MEASURES, "corrupted_unshared", "overall", "published", "fgsm_attack", "pgd", "autoattack",
+    "relative_mce", "relative_mce_unshared",
+)  # fmt: skip
+_LOSSES = ("brier", "nll")
+
+_INTERVALS = (
+    "Shares in %, their changes in points; in brackets 95 % intervals, which take the reports to "
+    "be independent of each other and are not corrected for how many there are: by chance alone, "
+    "about one in twenty leaves zero out."
+)
 
 
 def read_document(place: Path) -> dict[str, Any]:
@@ -85,31 +95,39 @@ def _measures(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     ours, theirs = ({arm["arm"]: arm for arm in document["arms"]} for document in (first, second))
     rows = []
     for arm in theirs:
-        for measure in (*MEASURES, *_MORE_MEASURES):
+        for measure in (*_SHARES, *_LOSSES):
             before, after = ours.get(arm, {}).get(measure), theirs[arm][measure]
             if before and after:
-                rows.append([plain_markdown(title_of(arm)), measure, *_change(before, after)])
+                percent = measure in _SHARES
+                shown = _change(before, after, percent=percent)
+                name = plain_markdown(f"{measure}, %" if percent else measure)
+                rows.append([plain_markdown(title_of(arm)), name, *shown])
     if not rows:
         return "No arm is in both reports."
     missing = [plain_markdown(title_of(arm)) for arm in sorted(ours.keys() ^ theirs.keys())]
-    table = pd.DataFrame(
-        rows, columns=["arm", "measure", "first, %", "second, %", "change, points"]
-    )
-    only = f"\n\nIn one report only: {', '.join(missing)}." if missing else ""
-    return f"{table.to_markdown(index=False, disable_numparse=True)}{only}"
+    table = pd.DataFrame(rows, columns=["arm", "measure", "first", "second", "change"])
+    parts = [table.to_markdown(index=False, disable_numparse=True), _INTERVALS]
+    parts += [f"In one report only: {', '.join(missing)}."] if missing else []
+    return "\n\n".join(parts)
 
 
-def _change(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
-    """Return both values and their difference, whose interval takes them to be independent.
+def _change(before: Mapping[str, float], after: Mapping[str, float], *, percent: bool) -> list[str]:
+    """Return both values, their difference and its interval, and whether that holds zero.
 
-    Both were mostly taken on the same test images, so the interval errs on the wide side.
+    The interval takes the two to be independent. Both were mostly taken on the same test images, so
+    it errs on the wide side.
     """
     difference = after["value"] - before["value"]
     down = math.hypot(after["value"] - after["low"], before["high"] - before["value"])
     up = math.hypot(after["high"] - after["value"], before["value"] - before["low"])
-    shown = f"{100 * difference:+.1f} ({100 * (difference - down):+.1f} to "
-    shown += f"{100 * (difference + up):+.1f})"
-    return [f"{100 * each['value']:.1f}" for each in (before, after)] + [shown]
+    interval = (difference - down, difference + up)
+    scale, digits = (100, 1) if percent else (1, 3)
+    change, low, high = (
+        f"{scale * number:+.{digits}f}".replace("-", "−") for number in (difference, *interval)
+    )
+    nothing = ", no significant difference" if interval[0] <= 0 <= interval[1] else ""
+    values = [f"{scale * each['value']:.{digits}f}" for each in (before, after)]
+    return [*values, f"{change} ({low} to {high}){nothing}"]
 
 
 def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:

@@ -218,6 +218,14 @@ class Comparison:
         found["ece"] = calibration_difference(gaps, base_gaps, self._samples, self._seed)
         return found
 
+    def seed_deviation(self, arm: Arm) -> float | None:
+        """Return how far an arm's training seeds lie apart: their standard deviation of `overall`.
+
+        None with one seed.
+        """
+        means = self._scores[arm].accuracies["overall"].mean(axis=1)
+        return float(means.std(ddof=1)) if len(means) > 1 else None
+
     def _stacked(self, group: str, name: Any) -> np.ndarray:
         """Return a score of all arms, (arms, seeds, N)."""
         return np.stack([getattr(s, group)[name] for s in self._scores.values()])
@@ -263,10 +271,11 @@ def arm_documents(comparison: Comparison, arms: Mapping[Arm, Mapping[int, Eviden
     adjusted_attacked = _adjusted(attacked)
     documents = []
     for arm in arms:
-        found = comparison.estimates(arm)
+        found, deviation = comparison.estimates(arm), comparison.seed_deviation(arm)
         documents.append(
             {
                 "arm": arm,
+                "seed_deviation": None if deviation is None else rounded(deviation),
                 **{
                     name: numbers(found[name]) if name in found else None
                     for name in (*ACCURACIES, "ece", *LOSSES)

@@ -49,12 +49,13 @@ from diffusemix_pipeline.settings import Arm, Settings
 DOCUMENT = "report.json"
 PAGE = "index.html"
 MARKDOWN = "report.md"
-SCHEMA_VERSION = 5
-CODE_VERSION = "7"
+SCHEMA_VERSION = 6
+CODE_VERSION = "8"
 MEASURES = ("clean", "corrupted", "fgsm", "ece")
 
 _CLASSES_SHOWN = 30
 _ARMS_DRAWN = 6  # as lines: more cannot be told apart
+_UNEVEN = 2  # times the other arms' deviation between seeds
 _NEAR_ZERO = 0.1  # accuracy: one survivor of sixteen tells no more than none
 _TITLES = {
     "vanilla": "Vanilla",
@@ -281,7 +282,9 @@ def _headline(document: Mapping[str, Any]) -> str:
     compared = [arm for arm in document["arms"] if arm["difference"]]
     images = f"{document['test_images']:,} test images"
     seeds = len(document["training_seeds"])
-    trained = "one training seed" if seeds == 1 else f"{seeds} training seeds"
+    trained = f"{seeds} training seeds"
+    if seeds == 1:
+        trained = "one training seed, which another may contradict"
     if not compared:
         arms = ", ".join(
             f"{_TITLES[arm['arm']]} {_percent(arm['clean']['value'])} clean, "
@@ -351,13 +354,14 @@ def _verb(difference: Mapping[str, Any]) -> str:
 
 
 def _change(difference: Mapping[str, Any]) -> str:
-    value, low, high = map(_points, _triple(difference))
+    value, low, high = map(in_points, _triple(difference))
     return f"{value} points, {low} to {high}"
 
 
 def _notes(document: Mapping[str, Any]) -> list[str]:
     notes = [
         _seeds_note(document["training_seeds"]),
+        _uneven_seeds_note(document["arms"]),
         _reads_note(document["data"]["test_reads"]),
         _steps_note({arm["arm"]: arm["steps"] for arm in document["arms"]}),
         _copies_note(document["data"]["copies_across_splits"]),
@@ -386,6 +390,24 @@ def _seeds_note(seeds: Sequence[int]) -> str:
     return (
         f"Numbers are means over {len(seeds)} training seeds. Intervals cover the sampling of test "
         "images and of training seeds; those of the calibration error cover test images only."
+    )
+
+
+def _uneven_seeds_note(arms: Sequence[Mapping[str, Any]]) -> str:
+    """Name the arms whose seeds lie apart as the one variance of all arms does not allow for."""
+    deviations = {arm["arm"]: arm["seed_deviation"] for arm in arms}
+    uneven = []
+    for arm, deviation in deviations.items():
+        others = [of for other, of in deviations.items() if other != arm]
+        if deviation and others and deviation > _UNEVEN * np.sqrt(np.mean(np.square(others))):
+            uneven.append(f"{_TITLES[arm]} (standard deviation {100 * deviation:.1f} points)")
+    if not uneven:
+        return ""
+    return (
+        f"The training seeds of {_listed(uneven)} lie more than twice as far apart as those of the "
+        "other arms, by the mean of clean accuracy and accuracy under corruption. Chance does that "
+        "now and then; but intervals take the variance between seeds to be the same for all arms, "
+        "so here they may be too narrow. More seeds tell."
     )
 
 
@@ -535,7 +557,8 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _points(share: float) -> str:
+def in_points(share: float) -> str:
+    """Return a difference of two shares in points, signed."""
     return f"{100 * share:+.1f}".replace("-", "−")
 
 
@@ -578,7 +601,7 @@ def _cell(arm: Mapping[str, Any], measure: str) -> str:
     if not arm["difference"]:
         return shown
     difference = arm["difference"][measure]
-    return f"{shown}<br>{_points(difference['value'])}{_VERDICTS[_verdict(difference)]}"
+    return f"{shown}<br>{in_points(difference['value'])}{_VERDICTS[_verdict(difference)]}"
 
 
 def _verdict(difference: Mapping[str, Any]) -> int | None:
@@ -651,7 +674,7 @@ def _differences_plot(document: Mapping[str, Any], theme: pictures.Theme) -> _Pl
     }
     label = "accuracy against vanilla, points\n(filled: a significant difference)"
     alt = "Differences in accuracy to vanilla with 95 % intervals. " + "; ".join(
-        f"{name}, {arm}: {_points(value)} ({_points(low)} to {_points(high)})"
+        f"{name}, {arm}: {in_points(value)} ({in_points(low)} to {in_points(high)})"
         for name, of_arm in intervals.items()
         for arm, (value, low, high) in of_arm.items()
     )
@@ -725,7 +748,7 @@ def _corruption_map(
     table: pd.DataFrame, title: str, theme: pictures.Theme, reach: float | None = None
 ) -> _Plot:
     """Draw a row a family, a column a severity or an arm."""
-    number: Callable[[float], str] = _percent if reach is None else _points
+    number: Callable[[float], str] = _percent if reach is None else in_points
     alt = f"{title}, by {table.columns.name or 'arm'}: {', '.join(map(str, table.columns))}. "
     alt += "; ".join(
         f"{_spoken(family)}: {', '.join(map(number, values))}"
@@ -747,7 +770,7 @@ def _confusion_plot(confusion: Mapping[str, Any], theme: pictures.Theme) -> _Plo
     names, change = confusion["classes"], np.array(confusion["change"])
     title = "Change of answers against vanilla, points"
     moves = [
-        (abs(change[i, j]), f"{names[i]} called {names[j]} {_points(change[i, j])}")
+        (abs(change[i, j]), f"{names[i]} called {names[j]} {in_points(change[i, j])}")
         for i in range(len(names))
         for j in range(len(names))
     ]
@@ -811,7 +834,7 @@ def _page(
     )
     environment.filters |= {
         "percent": _percent,
-        "points": _points,
+        "points": in_points,
         "spoken": _spoken,
         "data_uri": _data_uri,
         "unbroken": lambda text: text.replace(" %", "\u00a0%"),

@@ -63,7 +63,7 @@ def build_definitions(
         executor=executor_of(settings.executor, project),
         resources={
             "settings": settings_resource(settings),
-            "project": project_resource(project),
+            "project": project_resource(project, settings.executor),
             "progress": progress_resource(make_progress),
             "io_manager": values_resource(project),
         },

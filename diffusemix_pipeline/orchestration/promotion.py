@@ -14,7 +14,7 @@ from diffusemix_pipeline.datasets.manifest import Stage, class_names, read_stage
 from diffusemix_pipeline.devices import choose_device
 from diffusemix_pipeline.evaluation.evidence import CODE_VERSION as EVIDENCE_VERSION
 from diffusemix_pipeline.evaluation.evidence import FILE as EVIDENCE_FILE
-from diffusemix_pipeline.evaluation.evidence import Evidence, evaluate
+from diffusemix_pipeline.evaluation.evidence import Evidence, asked_of, evaluate
 from diffusemix_pipeline.evaluation.promotion import Decision, InClasses, ValScore, decide, score
 from diffusemix_pipeline.evaluation.readings import count_reads, version_of_test
 from diffusemix_pipeline.files import BEGUN, replaced_folder
@@ -113,8 +113,7 @@ def _val_key(fingerprint: str, raw: Stage, settings: Settings) -> str:
     """Identify the answers of a fit, known by its fingerprint, on the present val images."""
     rows = raw.manifest(["split", "label", "sha256"]).query("split == 'val'")
     val = digest(class_names(raw.counts), sorted(rows[["label", "sha256"]].values.tolist()))
-    asked = settings.evaluation.model_dump(exclude={"bootstrap_samples", "batch_size"})
-    of_all = [settings.size, asked, settings.seed]
+    of_all = [settings.size, asked_of(settings.evaluation), settings.seed]
     return digest("answers on val", EVIDENCE_VERSION, fingerprint, val, *of_all)
 
 

@@ -8,11 +8,11 @@ whose node is lost is tried again as its retry policy says.
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import dagster as dg
 import psutil
@@ -29,6 +29,7 @@ from dagster._core.executor.step_delegating import (
 from dagster._core.system_config.objects import ResolvedRunConfig
 
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.orchestration.lost_runs import end_lost_runs
 from diffusemix_pipeline.orchestration.storage import POSTGRES_URL
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import ENVIRONMENT_PREFIX
@@ -47,6 +48,8 @@ except ModuleNotFoundError as error:
 ADDRESS = "RAY_ADDRESS"
 """Names the environment variable with the address of the cluster's dashboard."""
 _THREADS = "OMP_NUM_THREADS"
+_TRAINING = "trained_classifier"
+_RUN_OF_JOB = "dagster/run-id"  # as dagster-ray calls it
 _CORES = 1  # of the cluster, for each step that runs at once
 Answer = TypeVar("Answer")
 _NO_ANSWER = (RuntimeError, OSError, RayStateApiException)
@@ -60,7 +63,7 @@ def ray_executor(project: Project) -> dg.ExecutorDefinition:
     """Return the executor that runs each step as a job of the cluster at `RAY_ADDRESS`."""
 
     @dg.executor(name="ray", requirements=multiple_process_executor_requirements())
-    def ray(_init: InitExecutorContext) -> Executor:
+    def ray(init: InitExecutorContext) -> Executor:
         address = os.environ.get(ADDRESS)
         if not address:
             raise dg.Failure(
@@ -70,7 +73,8 @@ def ray_executor(project: Project) -> dg.ExecutorDefinition:
             )
         try:
             others = {node.node_ip for node in _nodes(address)} - _own_addresses()
-            steps = _Steps(address, project.root.resolve())
+            steps = _Steps(address, project.root.resolve(), alone=not others)
+            _stop_left_behind(steps.client, init.instance)
         except _NO_ANSWER as error:
             raise dg.Failure(
                 f"executor: ray: no cluster answers at {ADDRESS}={address} ({error}).",
@@ -95,7 +99,7 @@ def ray_executor(project: Project) -> dg.ExecutorDefinition:
 class _Steps(RayStepHandler):
     """dagster-ray's way to start, look after and end a step, with a GPU for those that use one."""
 
-    def __init__(self, address: str, home: Path) -> None:
+    def __init__(self, address: str, home: Path, *, alone: bool = True) -> None:
         # Whoever sees the dashboard sees these: secrets are to be in the nodes' own environment.
         chosen = {k: v for k, v in os.environ.items() if k.startswith(ENVIRONMENT_PREFIX)}
         super().__init__(
@@ -107,37 +111,55 @@ class _Steps(RayStepHandler):
             memory=None,
             resources=None,
         )
-        self._address = address
-        self._answered: dict[str, float] = {}
+        self._address, self._alone = address, alone
+        self._checked = self._has_gpus = False
+        self._silence: _Silence | None = None
 
     def launch_step(self, step_handler_context: StepHandlerContext) -> Iterator[DagsterEvent]:
-        """Start a step, on GPUs if it is in the pool of those and there are any."""
+        """Start a step, on GPUs if it is in the pool of those and there are any, or were."""
         key = self._get_step_key(step_handler_context)
         context = step_handler_context.get_step_context(key)
         config = ResolvedRunConfig.build(context.job.get_definition(), context.run_config)
         settings = config.resources["settings"].config
-        device, together = settings["device"], settings["training"]["processes"]
         most = answered(lambda: most_gpus(self._address))
-        if device == "auto" and together > most > 0:
+        if not self._checked or key == _TRAINING:
+            self._check(settings, most)
+        # A step of a run whose GPUs were lost waits for others: on a CPU it gives other bytes.
+        self._has_gpus |= most > 0
+        wanted = settings["device"] == "cuda" or (settings["device"] == "auto" and self._has_gpus)
+        count = settings["training"]["processes"] if key == _TRAINING else 1
+        self.num_gpus = count if wanted and context.step.pool == "gpu" else None
+        if context.step.pool == "gpu" and not wanted:
+            device = settings["device"]
+            context.log.info(f"{key} gets no GPU: device is {device}, and the cluster has {most}")
+        yield from super().launch_step(step_handler_context)
+
+    def _check(self, settings: Mapping[str, Any], most: int) -> None:
+        """Refuse what cannot end well, before the first step and before training."""
+        self._checked = True
+        together = settings["training"]["processes"]
+        if settings["device"] == "auto" and together > most > 0:
             raise dg.Failure(
                 f"training.processes: {together} processes want a GPU each of one machine, and "
                 f"none of the cluster has more than {most}.",
                 allow_retries=False,
             )
-        wanted = device == "cuda" or (device == "auto" and most > 0)
-        count = together if key == "trained_classifier" else 1
-        self.num_gpus = count if wanted and context.step.pool == "gpu" else None
-        if context.step.pool == "gpu" and not wanted:
-            context.log.info(f"{key} gets no GPU: device is {device}, and the cluster has {most}")
-        yield from super().launch_step(step_handler_context)
+        if not self._alone and not settings["tracking"]["uri"]:
+            raise dg.Failure(
+                "executor: ray on other machines needs tracking.uri, the address of an MLflow "
+                "server: without one, all write to one SQLite file, which is for one machine.",
+                allow_retries=False,
+            )
 
     def terminate_step(self, step_handler_context: StepHandlerContext) -> Iterator[DagsterEvent]:
-        """Stop a step's job, unless it never was one."""
+        """Stop a step's job, unless it never was one; of several, all are tried."""
         try:
             yield from super().terminate_step(step_handler_context)
-        except RuntimeError as error:
+        except _NO_ANSWER as error:
             if not _says_unknown(error):
-                raise
+                key = self._get_step_key(step_handler_context)
+                log = step_handler_context.get_step_context(key).log
+                log.warning(f"{key} could not be stopped, and may still run: {error}")
 
     def check_step_health(self, step_handler_context: StepHandlerContext) -> CheckStepHealthResult:
         """Say whether a step's job is there and goes on; one that somebody stopped does not."""
@@ -149,23 +171,59 @@ class _Steps(RayStepHandler):
         A dashboard that gives no answer says nothing of the job: its error, which Dagster notes in
         the run's log, is raised until it has been silent for `_MOST_SILENCE_SECONDS`.
         """
-        now = monotonic()
+        silence = self._silence
+        if silence and monotonic() - silence.last < _CHECK_EVERY_SECONDS:
+            # It hung a moment ago: were each job to wait for it, a look at all could take an hour.
+            return self._unanswered(job, silence.error)
         try:
             found = self.client.get_job_info(job)
         except _NO_ANSWER as error:
             if _says_unknown(error):
                 return CheckStepHealthResult.unhealthy(reason=f"Ray knows no job {job}.")
-            if now - self._answered.setdefault(job, now) < _MOST_SILENCE_SECONDS:
-                raise
-            with suppress(*_NO_ANSWER):  # it may still run
-                self.client.stop_job(job)
-            reason = f"Ray's dashboard gave no answer for {_MOST_SILENCE_SECONDS} s: {error}"
-            return CheckStepHealthResult.unhealthy(reason=reason)
-        self._answered[job] = now
+            began = silence.began if silence else monotonic()
+            self._silence = _Silence(began, monotonic(), error)
+            return self._unanswered(job, error)
+        self._silence = None
         if found.status in (JobStatus.FAILED, JobStatus.STOPPED):
             reason = f"Ray's job {job} is {found.status}: {found.message}"
             return CheckStepHealthResult.unhealthy(reason=reason)
         return CheckStepHealthResult.healthy()
+
+    def _unanswered(self, job: str, error: Exception) -> CheckStepHealthResult:
+        """Take a job for lost where the dashboard has been silent for long; else raise."""
+        assert self._silence is not None
+        if self._silence.last - self._silence.began < _MOST_SILENCE_SECONDS:
+            raise error
+        with suppress(*_NO_ANSWER):  # it may still run
+            self.client.stop_job(job)
+        reason = f"Ray's dashboard gave no answer for {_MOST_SILENCE_SECONDS} s: {error}"
+        return CheckStepHealthResult.unhealthy(reason=reason)
+
+
+class _Silence(NamedTuple):
+    """Since when a dashboard gives no answer, when it was asked last, and what came of that."""
+
+    began: float
+    last: float
+    error: Exception
+
+
+def _stop_left_behind(client: JobSubmissionClient, instance: dg.DagsterInstance) -> None:
+    """Stop the jobs of runs that have ended, and wait until they have.
+
+    Those of a run whose own process was killed go on without it, and hold the project's lock.
+    """
+    end_lost_runs(instance, on_server=False)
+    left = []
+    for job in client.list_jobs():
+        run = instance.get_run_by_id(job.metadata.get(_RUN_OF_JOB, "")) if job.metadata else None
+        if run and run.is_finished and not job.status.is_terminal():
+            client.stop_job(job.submission_id)
+            left.append(job.submission_id)
+    until = monotonic() + _MOST_SILENCE_SECONDS
+    while left and monotonic() < until:
+        left = [one for one in left if not client.get_job_status(one).is_terminal()]
+        sleep(bool(left))
 
 
 def answered(ask: Callable[[], Answer]) -> Answer:
@@ -174,8 +232,9 @@ def answered(ask: Callable[[], Answer]) -> Answer:
     while True:
         try:
             return ask()
-        except _NO_ANSWER:
-            if monotonic() - began >= _MOST_SILENCE_SECONDS:
+        except _NO_ANSWER as error:
+            refused = "status code 4" in str(error)
+            if refused or monotonic() - began >= _MOST_SILENCE_SECONDS:
                 raise
             sleep(_CHECK_EVERY_SECONDS)
 
@@ -227,4 +286,13 @@ class _ClientOfProject(JobSubmissionClient):
         chosen = os.environ.get(_THREADS)
         threads = f"{_THREADS}={chosen}" if chosen else f"-u {_THREADS}"
         command = f"cd {there} && exec env {threads} {python} -m {entrypoint}"
-        return super().submit_job(entrypoint=command, **how)
+
+        def submit() -> str:
+            try:
+                return super(_ClientOfProject, self).submit_job(entrypoint=command, **how)
+            except RuntimeError as error:
+                if "already exists" in str(error):  # its answer was lost
+                    return str(how["submission_id"])
+                raise
+
+        return answered(submit)

@@ -16,10 +16,12 @@ from diffusemix_pipeline.files import clear_aside, write_json
 from diffusemix_pipeline.orchestration.lost_runs import end_lost_runs
 from diffusemix_pipeline.progress import Progress
 from diffusemix_pipeline.project import Project, taken_alone, using_edits
-from diffusemix_pipeline.settings import Section, Settings, check
+from diffusemix_pipeline.settings import Executor, Section, Settings, check
+from diffusemix_pipeline.workers import end_with_parent
 
 RESOURCE_KEYS = {"settings", "project", "progress"}
 _LOG_EVERY_SECONDS = 20.0
+_LOG_EVERY_SHARE = 0.02  # of the time that it took so far
 
 MakeProgress = Callable[[dg.DagsterLogManager], Progress]
 
@@ -44,13 +46,16 @@ def settings_resource(defaults: Settings) -> dg.ResourceDefinition:
     )
 
 
-def project_resource(project: Project) -> dg.ResourceDefinition:
+def project_resource(project: Project, executor: Executor) -> dg.ResourceDefinition:
     """Return the project's paths as a resource, which one run at a time can hold.
 
-    The steps of one run may be processes of their own: they share its hold.
+    The steps of one run may be processes of their own: they share its hold. Those that the run's
+    process started end where that is killed, or they would hold the project without it.
     """
 
     def hold(context: dg.InitResourceContext) -> Iterator[Project]:
+        if executor == "multiprocess":
+            end_with_parent()
         project.state.mkdir(parents=True, exist_ok=True)
         with project.run_lock.open("a+") as lock:
             if taken_alone(lock):
@@ -61,8 +66,10 @@ def project_resource(project: Project) -> dg.ResourceDefinition:
                 lock.write(str(context.run_id))
                 lock.flush()
             if not _held(lock, str(context.run_id)):
+                lock.seek(0)
                 raise dg.Failure(
-                    f"Another run is at work in {project.root}. Wait for it to end.",
+                    f"Another run ({lock.read()}) is at work in {project.root}. Wait for it to "
+                    "end.",
                     allow_retries=False,
                 )
             with using_edits(project):
@@ -110,14 +117,18 @@ def progress_resource(make_progress: MakeProgress) -> dg.ResourceDefinition:
 
 
 def log_progress(log: dg.DagsterLogManager) -> Progress:
-    """Tell a step's log how long work goes, seldom: each line is a row in Dagster's database."""
+    """Tell a step's log how long work goes, seldom: each line is a row in Dagster's database.
+
+    The longer it goes, the more seldom: 50 lines in the first quarter of an hour, 275 in a day.
+    """
     started: dict[str, float] = {}
     told: dict[str, float] = {}
 
     def tell(description: str, done: int, total: int) -> None:
         now = time.monotonic()
         start = started.setdefault(description, now)
-        if now - told.setdefault(description, now) >= _LOG_EVERY_SECONDS and 0 < done < total:
+        pause = max(_LOG_EVERY_SECONDS, _LOG_EVERY_SHARE * (now - start))
+        if now - told.setdefault(description, now) >= pause and 0 < done < total:
             told[description] = now
             left = (now - start) / done * (total - done)
             log.info(f"{description}: {done} of {total}, about {left:.0f} s left")
