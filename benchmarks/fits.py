@@ -4,6 +4,7 @@ Two fits on a core each are 1.4 times as fast as one after the other on both. Wh
 stays in the folder, so a run that was cut off goes on.
 """
 
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -173,3 +174,4 @@ def _ask(tasks: Sequence[Task]) -> None:
     for one, evidence in found:
         with replaced_folder(kept[one], mark=FILE, aside=aside) as folder:
             evidence.save(folder)
+        shutil.rmtree(kept[one].with_name(f"{one}{BEGUN}"), ignore_errors=True)

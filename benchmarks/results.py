@@ -212,7 +212,7 @@ def _more_measures(document: Mapping[str, Any]) -> str:
         "relative_mce_unshared": "The same, unshared",
         "pgd": f"PGD-20, {at}",
         "autoattack": f"AutoAttack, {at}",
-        "seed_deviation": "Between seeds",
+        "seed_deviation": "SD over seeds",
     }
     losses = {"brier": "Brier", "nll": "NLL"}
 

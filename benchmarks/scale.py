@@ -7,8 +7,8 @@ Synthetic JPEGs, all different, an editor that costs nothing and no label gate, 
 trained: what is left is what the pipeline itself does. Each run is a process of its own, through
 Dagster: all anew, once more with nothing changed, and with one image added. Its peak of resident
 memory is told by the kernel; that of it and its workers together, what they share counted once, is
-looked at every half second. Beside it, what DVC takes to add the data for the first time, and to
-look at them. Everything lies in a temporary folder.
+looked at every half second, which misses short peaks. Beside it, what DVC takes to add the data for
+the first time, and to look at them. Everything lies in a temporary folder.
 
 The second compares two workers of one stage with two copies of the work that know nothing of each
 other, a core each, in turns: how much faster per worker could they be?
@@ -25,6 +25,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from statistics import harmonic_mean
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -157,7 +158,7 @@ def materialize(
 def compare_workers(count: int, size: int) -> dict[str, dict[str, list[float]]]:
     """Return by stage, for each of three pairs, two workers' speed over that of two copies.
 
-    Beside it the seconds of the workers, and of the slower copy.
+    Beside it the seconds of the workers, and of a copy, by the mean of both speeds.
     """
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
@@ -168,7 +169,7 @@ def compare_workers(count: int, size: int) -> dict[str, dict[str, list[float]]]:
             alone = [_told(copy) for copy in copies]
             both = _told(_start_alone(here, f"{turn}-both", size, {0, 1}))
             for stage, seconds in both.items():
-                of_copies = max(copy[stage] for copy in alone)
+                of_copies = harmonic_mean([copy[stage] for copy in alone])
                 measured = {
                     "ratio": of_copies / (2 * seconds),
                     "workers_s": seconds,

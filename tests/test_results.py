@@ -120,7 +120,7 @@ def test_published_tables_hold_each_arms_other_measures():
     }
     assert results._more_measures(document).splitlines() == [
         "| Arm     | Mean of clean and unshared   | Relative mCE   | The same, unshared   "
-        "| PGD-20, 8/255   | AutoAttack, 8/255   | Between seeds   | Brier   | NLL   |",
+        "| PGD-20, 8/255   | AutoAttack, 8/255   | SD over seeds   | Brier   | NLL   |",
         "|:--------|:-----------------------------|:---------------|:---------------------"
         "|:----------------|:--------------------|:----------------|:--------|:------|",
         "| Vanilla | 50.0                         |                |                      "

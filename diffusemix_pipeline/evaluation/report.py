@@ -26,8 +26,6 @@ from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.evaluation.attacks import autoattack_attacks
 from diffusemix_pipeline.evaluation.audit import Audit
 from diffusemix_pipeline.evaluation.comparison import (
-    BASELINE,
-    SUBJECTS,
     WITH_EDITS,
     Comparison,
     arm_documents,
@@ -45,6 +43,7 @@ from diffusemix_pipeline.evaluation.published_corruptions import counted
 from diffusemix_pipeline.files import replaced_folder, write_bytes, write_json
 from diffusemix_pipeline.identity import seed_from
 from diffusemix_pipeline.settings import Arm, Settings
+from diffusemix_pipeline.training.arms import BASELINE, SUBJECTS
 
 DOCUMENT = "report.json"
 PAGE = "index.html"

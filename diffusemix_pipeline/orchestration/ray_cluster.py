@@ -42,7 +42,7 @@ try:
 except ModuleNotFoundError as error:
     raise UserError(
         f"executor: ray needs a package that is not here ({error.name}): "
-        "install diffusemix_pipeline[ray], or choose in_process or multiprocess."
+        "pip install diffusemix-pipeline[ray], or choose in_process or multiprocess."
     ) from error
 
 ADDRESS = "RAY_ADDRESS"
