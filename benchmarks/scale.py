@@ -165,8 +165,10 @@ def compare_workers(count: int, size: int) -> dict[str, dict[str, list[float]]]:
         write_source(here / "source", count, size)
         found: dict[str, dict[str, list[float]]] = {}
         for turn in range(_PAIRS):
+            os.sync()  # or one turn waits for the disk to take what an earlier one wrote
             copies = [_start_alone(here, f"{turn}-{core}", size, {core}) for core in (0, 1)]
             alone = [_told(copy) for copy in copies]
+            os.sync()
             both = _told(_start_alone(here, f"{turn}-both", size, {0, 1}))
             for stage, seconds in both.items():
                 of_copies = harmonic_mean([copy[stage] for copy in alone])

@@ -46,10 +46,11 @@ def in_processes(work: Callable[[Item], Result], items: Iterable[Item]) -> Itera
 def end_with_parent() -> None:
     """Let this process end at once where its parent is killed, and write nothing more.
 
-    For a process that multiprocessing started.
+    One that multiprocessing did not start has no parent, and goes on.
     """
     parent = parent_process()
-    assert parent is not None
+    if parent is None:
+        return
 
     def watch() -> None:
         wait([parent.sentinel])

@@ -108,3 +108,21 @@ def test_the_report_fits_the_screen_and_asks_no_one(project, browser, width, sch
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
     assert problems == []
     context.close()
+
+
+def test_the_report_prints_all_of_itself(project, browser):
+    width = 718  # of A4 less a usual margin, in px
+    context = browser.new_context(viewport={"width": width, "height": 1000})
+    page = context.new_page()
+    page.goto((project.report / "index.html").as_uri())
+    folded = page.locator("details > :not(summary)")
+    assert folded.count() > 0
+    assert not folded.first.is_visible()
+    page.emulate_media(media="print")
+    for part in folded.all():
+        assert part.evaluate("part => part.getBoundingClientRect().height") > 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for table in page.locator(".scroll").all():
+        assert table.evaluate("table => table.scrollWidth - table.clientWidth") <= 1
+    assert page.pdf(format="A4").startswith(b"%PDF")
+    context.close()
