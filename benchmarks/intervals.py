@@ -1,10 +1,10 @@
-"""How often a report's intervals hold the truth, and how often chance alone makes it say "better".
+"""How often intervals hold the truth, and how often a report says "better" or "worse" by chance.
 
     python -m benchmarks.intervals [--trials 300]
 
-Arms are simulated that differ by their training seeds alone: the truth is that none is better. What
-a seed does is a draw in logits, the same for all its answers; one arm's seeds may lie further apart
-than the others', which the intervals do not allow for. Five minutes.
+Arms are simulated that differ by their training seeds alone, so next to none is better or worse.
+What a seed does is a draw in logits, the same for all its answers; one arm's seeds may lie further
+apart than the others', which the intervals do not allow for. Five minutes.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def differences_to_first(answers: np.ndarray, samples: int, seed: int) -> dict[i
 def simulate(
     arms: int, seeds: int, images: int, deviation: float, uneven: float, trials: int
 ) -> dict[str, float]:
-    """Return shares of trials: the second arm's interval holds zero; some arm is called better."""
+    """Return how often, of 1, the second arm's interval holds zero, and some arm differs."""
     held, alarms = 0, 0
     for trial in range(trials):
         answers = simulated_answers(arms, seeds, images, deviation, trial, uneven=uneven)
@@ -74,7 +74,7 @@ def main() -> None:
             **simulate(arms, seeds, images, deviation, uneven, trials),
         }
         for arms, (seeds, deviation, uneven), images in product(
-            (2, 12), ((1, 0.1, 1), (3, 0.0, 1), (3, 0.1, 1), (3, 0.1, 3)), (300, 2000)
+            (2, 8, 12), ((1, 0.1, 1), (3, 0.0, 1), (3, 0.1, 1), (3, 0.1, 3)), (300, 2000)
         )
     ]
     print(pd.DataFrame(rows).to_markdown(index=False))

@@ -144,6 +144,7 @@ def _question(arm: Arm, seed: int, raw_version: str, settings: Settings) -> str:
         editor = locate_editor(editing.editor, editing.revision)
         made += [editing.model_dump(), settings.mixing.model_dump()]
         made += [editor_fingerprint(editor, locate_lora(editing.lora)), PLAN_VERSION, MIX_VERSION]
+        made.append(fractals_version(settings.mixing, settings.seed))
     return digest(code, arm, seed, settings.seed, settings.size, raw_version, recipe, asked, made)
 
 

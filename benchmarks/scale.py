@@ -1,7 +1,7 @@
 """What an image costs as datasets grow, through the first four assets: 1,000 to 100,000 images.
 
     python -m benchmarks.scale [--images 1000,10000,100000] [--size 32] [--set KEY=VALUE]
-    python -m benchmarks.scale --workers [--images 10000] [--size 32]
+    python -m benchmarks.scale --workers [--images 10000] [--size 32] [--first-stage]
 
 Synthetic JPEGs, all different, an editor that costs nothing and no label gate, whose teachers are
 trained: what is left is what the pipeline itself does. Each run is a process of its own, through
@@ -11,7 +11,8 @@ looked at every half second, which misses short peaks. Beside it, what DVC takes
 the first time, and to look at them. Everything lies in a temporary folder.
 
 The second compares two workers of one stage with two copies of the work that know nothing of each
-other, a core each, in turns: how much faster per worker could they be?
+other, a core each, in turns: how much faster per worker could they be? The first stage alone writes
+so little that the disk keeps up with it; where the others come between, it may not.
 """
 
 import argparse
@@ -155,7 +156,9 @@ def materialize(
     return done.run_id
 
 
-def compare_workers(count: int, size: int) -> dict[str, dict[str, list[float]]]:
+def compare_workers(
+    count: int, size: int, *, first_alone: bool
+) -> dict[str, dict[str, list[float]]]:
     """Return by stage, for each of three pairs, two workers' speed over that of two copies.
 
     Beside it the seconds of the workers, and of a copy, by the mean of both speeds.
@@ -166,10 +169,11 @@ def compare_workers(count: int, size: int) -> dict[str, dict[str, list[float]]]:
         found: dict[str, dict[str, list[float]]] = {}
         for turn in range(_PAIRS):
             os.sync()  # or one turn waits for the disk to take what an earlier one wrote
-            copies = [_start_alone(here, f"{turn}-{core}", size, {core}) for core in (0, 1)]
+            how: dict[str, Any] = {"size": size, "first_alone": first_alone}
+            copies = [_start_alone(here, f"{turn}-{core}", {core}, **how) for core in (0, 1)]
             alone = [_told(copy) for copy in copies]
             os.sync()
-            both = _told(_start_alone(here, f"{turn}-both", size, {0, 1}))
+            both = _told(_start_alone(here, f"{turn}-both", {0, 1}, **how))
             for stage, seconds in both.items():
                 of_copies = harmonic_mean([copy[stage] for copy in alone])
                 measured = {
@@ -182,9 +186,12 @@ def compare_workers(count: int, size: int) -> dict[str, dict[str, list[float]]]:
         return found
 
 
-def _start_alone(here: Path, name: str, size: int, cores: set[int]) -> subprocess.Popen[str]:
+def _start_alone(
+    here: Path, name: str, cores: set[int], *, size: int, first_alone: bool
+) -> subprocess.Popen[str]:
     """Start a process that makes the stages into a folder of its own, on some cores alone."""
     within = ["--within", str(here / name), "--source", str(here / "source"), "--size", str(size)]
+    within += ["--first-stage"] if first_alone else []
     return subprocess.Popen(
         [sys.executable, "-m", "benchmarks.scale", "--workers", *within],
         stdout=subprocess.PIPE,
@@ -199,8 +206,8 @@ def _told(process: subprocess.Popen[str]) -> dict[str, float]:
     return dict(json.loads(told.splitlines()[-1]))
 
 
-def time_stages(folder: Path, source: Path, size: int) -> dict[str, float]:
-    """Ingest, edit (for nothing, untimed) and mix; return the seconds of each stage."""
+def time_stages(folder: Path, source: Path, size: int, *, first_alone: bool) -> dict[str, float]:
+    """Ingest, edit (for nothing, untimed) and mix; return the seconds of each stage, or one."""
     from diffusemix_pipeline.datasets.ingest import ingest
     from diffusemix_pipeline.editing import generate
     from diffusemix_pipeline.editing.sampling import Sampler
@@ -217,6 +224,8 @@ def time_stages(folder: Path, source: Path, size: int) -> dict[str, float]:
     began = time.monotonic()
     raw = ingest(str(source), settings, folder / "raw", aside=aside)
     seconds["raw"] = time.monotonic() - began
+    if first_alone:
+        return seconds
     with patch.object(generate, "load_sampler", lambda plan, device: sampler):
         generated = generate.generate(
             raw,
@@ -258,17 +267,21 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--workers", action="store_true", help="compare workers with copies")
+    parser.add_argument("--first-stage", action="store_true", help="compare them there alone")
     parser.add_argument("--within", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.within and options.workers:
-        print(json.dumps(time_stages(options.within, options.source, options.size)))
+        alone = options.first_stage
+        found = time_stages(options.within, options.source, options.size, first_alone=alone)
+        print(json.dumps(found))
         return
     if options.within:
         print(json.dumps(run_assets(Project(options.within), options.overrides)))
         return
     if options.workers:
-        print(json.dumps(compare_workers(int(options.images or 10_000), options.size)))
+        count, alone = int(options.images or 10_000), options.first_stage
+        print(json.dumps(compare_workers(count, options.size, first_alone=alone)))
         return
     for count in (options.images or "1000,10000,100000").split(","):
         print(json.dumps(measure(int(count), options.size, options.overrides)), flush=True)

@@ -168,8 +168,8 @@ def own_device(project: Project, device: str) -> Iterator[str]:
         ) is None:
             if not told:
                 _log.warning(
-                    "All %d GPUs are taken, by the locks in %s: waiting for one. Steps that wait "
-                    "hold a slot of the pool gpu, which should have no more than that.",
+                    "All %d GPUs are taken, by the locks in %s: waiting for one. The pool gpu "
+                    "needs no more slots than there are GPUs.",
                     gpus,
                     locks_here,
                 )

@@ -241,7 +241,7 @@ def test_a_second_run_at_the_same_time_is_refused(weights, project):
         fcntl.flock(lock, fcntl.LOCK_SH)
         outcome = run(project, weights)
     assert outcome.user_error
-    assert "Another run (another run) is at work" in outcome.problems[0]
+    assert "Another run is at work" in outcome.problems[0]
     assert not project.data.exists()
 
 

@@ -30,7 +30,12 @@ from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.orchestration import ray_cluster
 from diffusemix_pipeline.orchestration.launch import prepare_instance, run_here
-from diffusemix_pipeline.orchestration.ray_cluster import _Steps, answered, most_gpus
+from diffusemix_pipeline.orchestration.ray_cluster import (
+    _Steps,
+    answered,
+    most_gpus,
+    stop_left_behind,
+)
 from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings
@@ -217,9 +222,16 @@ class Dashboard(BaseHTTPRequestHandler):
     broken = 0
     """How often more it says that it is not at home."""
 
+    jobs: ClassVar[list[dict]] = []
+    stopped: ClassVar[list[str]] = []
+
     def do_GET(self) -> None:
-        version = {"version": "4", "ray_version": ray.__version__, "ray_commit": ""}
-        code, document = (200, version) if self.path == "/api/version" else self.said
+        code, document = self.said
+        if self.path == "/api/version":
+            code = 200
+            document = {"version": "4", "ray_version": ray.__version__, "ray_commit": ""}
+        elif self.path == "/api/jobs/":
+            code, document = 200, Dashboard.jobs
         if Dashboard.broken:
             Dashboard.broken -= 1
             code, document = 503, {}
@@ -232,8 +244,12 @@ class Dashboard(BaseHTTPRequestHandler):
     """What it says to jobs that are sent to it, one after the other."""
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        code, words = Dashboard.posted.pop(0)
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.path.endswith("/stop"):
+            Dashboard.stopped.append(self.path.split("/")[-2])
+            code, words = 200, '{"stopped": true}'
+        else:
+            code, words = Dashboard.posted.pop(0)
         self.send_response(code)
         self.end_headers()
         self.wfile.write(words.encode())
@@ -284,14 +300,35 @@ def test_a_dashboard_that_gives_no_answer_for_a_while_loses_no_step(steps, monke
     for clock[0] in (0, 10, 599):
         says_nothing("step-1")
     Dashboard.said = 200, job_that("RUNNING")
-    says_nothing("step-2")  # it was asked a moment ago
+    assert steps.health_of("step-2").is_healthy
     clock[0] = 700
     assert steps.health_of("step-1").is_healthy
     Dashboard.said = 500, {}
     says_nothing("step-1")
     clock[0] = 1300
-    for job in ("step-1", "step-2"):
+    assert "no answer for 600 s" in (steps.health_of("step-1").unhealthy_reason or "")
+    says_nothing("step-2")
+
+
+def test_a_dashboard_that_hangs_is_asked_once_a_look(steps, monkeypatch):
+    clock, asked = [0], []
+    monkeypatch.setattr(ray_cluster, "monotonic", lambda: clock[0])
+
+    def hang(job: str) -> None:
+        asked.append(job)
+        clock[0] += 60
+        raise OSError("timed out")
+
+    monkeypatch.setattr(steps.client, "get_job_info", hang)
+    for _ in range(10):  # looks at all jobs
+        for job in ("step-1", "step-2", "step-3"):
+            with pytest.raises(OSError, match="timed out"):
+                steps.health_of(job)
+        clock[0] += 10
+    assert asked == ["step-1"] * 10
+    for job in ("step-1", "step-2", "step-3"):
         assert "no answer for 600 s" in (steps.health_of(job).unhealthy_reason or "")
+    assert asked == ["step-1"] * 11
 
 
 def test_a_step_that_was_sent_to_a_dashboard_in_trouble_is_sent_again(steps, monkeypatch):
@@ -301,6 +338,48 @@ def test_a_step_that_was_sent_to_a_dashboard_in_trouble_is_sent_again(steps, mon
     Dashboard.posted = [(400, "no such environment")]
     with pytest.raises(RuntimeError, match="no such environment"):
         steps.client.submit_job(entrypoint="dagster api", submission_id="step-1")
+
+
+def test_jobs_of_runs_that_ended_are_stopped_and_no_others(steps):
+    with dg.DagsterInstance.ephemeral() as instance:
+        ended, at_work = (
+            instance.add_run(dg.DagsterRun(job_name="diffusemix", status=status)).run_id
+            for status in (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.STARTED)
+        )
+        Dashboard.jobs = [
+            job_that(status) | {"submission_id": name, "metadata": {"dagster/run-id": run}}
+            for name, run, status in (
+                ("left", ended, "RUNNING"),
+                ("waits", ended, "PENDING"),
+                ("over", ended, "SUCCEEDED"),
+                ("another's", "0" * 36, "RUNNING"),
+                ("at-work", at_work, "RUNNING"),
+            )
+        ]
+        Dashboard.jobs.append(job_that("RUNNING") | {"submission_id": "by-hand", "metadata": None})
+        Dashboard.stopped = []
+        Dashboard.said = 200, job_that("STOPPED")
+        stop_left_behind(steps.client, instance)
+        assert Dashboard.stopped == ["left", "waits"]
+        Dashboard.said = 404, {}  # it was there a moment ago
+        stop_left_behind(steps.client, instance)
+
+
+def test_a_step_waits_for_a_gpu_where_there_was_one(steps):
+    assert not steps.wants_gpu("auto", most=0)
+    assert steps.wants_gpu("cuda", most=0)
+    assert steps.wants_gpu("auto", most=2)
+    assert steps.wants_gpu("auto", most=0)
+    assert not steps.wants_gpu("cpu", most=2)
+
+
+def test_several_machines_without_an_mlflow_server_are_refused(steps, tmp_path):
+    settings = quick_settings().model_dump()
+    steps.check(settings, 0)
+    spread = _Steps(steps.client._address, tmp_path, alone=False)
+    with pytest.raises(dg.Failure, match="tracking.uri"):
+        spread.check(settings, 0)
+    spread.check(settings | {"tracking": {"uri": "http://mlflow"}}, 0)
 
 
 def test_several_machines_with_a_database_for_one_are_refused(cluster, monkeypatch, project):

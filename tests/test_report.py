@@ -127,7 +127,7 @@ def test_the_numbers_are_those_of_the_evidence(report):
 
 
 def test_the_headline_says_what_helped_what_hurt_and_what_did_neither(report):
-    trained = "one training seed, which another may contradict"
+    trained = "one training seed (another may say otherwise)"
     assert f"on 200 test images and {trained}, DiffuseMix" in report.headline
     assert "DiffuseMix made no significant difference to clean accuracy (+0.0" in report.headline
     assert "improved accuracy under corruption (+30.0 points, +" in report.headline
@@ -494,8 +494,8 @@ def test_arms_whose_seeds_lie_further_apart_than_the_others_are_named(tmp_path):
         ),
     )
     document = json.loads(report.json.read_text())
-    [note] = [n for n in document["notes"] if "twice as far apart" in n]
-    assert "DiffuseMix (standard deviation 10.1 points)" in note
+    [note] = [n for n in document["notes"] if "lie further apart" in n]
+    assert "DiffuseMix (a standard deviation of 10.1 points, the others' " in note
     assert "Mixup" not in note
     apart = {arm["arm"]: arm["seed_deviation"] for arm in document["arms"]}
     assert apart == {

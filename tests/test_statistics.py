@@ -237,12 +237,23 @@ def test_p_values_agree_with_intervals():
 def test_p_values_are_the_textbooks():
     change = RNG.normal(0.05, 1, 50)
     alone = mean_estimate(change, 100, seed=0, kind="loss").p
-    # Student's test divides by one image less than a bootstrap's standard error.
-    assert alone == pytest.approx(stats.ttest_1samp(change, 0).pvalue, abs=0.005)
+    z = change.mean() / (change.std() / np.sqrt(50))
+    assert alone == pytest.approx(2 * stats.norm.sf(abs(z)))
     nothing = Spread(1.0, 4)  # seeds alone: the images are alike
     of_seeds = mean_estimates({0: np.full(9, 2.5)}, 100, 0, kind="loss", spreads={0: nothing})[0].p
     assert of_seeds == pytest.approx(2 * stats.t.sf(2.5, 4))
     assert mean_estimate(np.zeros(9), 100, seed=0, kind="loss").p == 1
+
+
+@pytest.mark.parametrize("freedom", [2, 4, 22])
+@pytest.mark.parametrize("of_seeds", [0.0, 0.1, 0.3])
+def test_p_values_agree_with_intervals_of_several_seeds(freedom, of_seeds):
+    spread, noise = Spread(of_seeds, freedom), np.random.default_rng(0).normal(0, 1, 100)
+    for mean in np.linspace(0, 2, 21):
+        scores = {0: noise - noise.mean() + mean}
+        found = mean_estimates(scores, 20_000, 0, kind="loss", spreads={0: spread})[0]
+        if abs(found.p - 0.05) > 0.004:  # resamples are drawn
+            assert (found.p < 0.05) == (not found.holds_zero)
 
 
 def test_a_verdict_does_not_depend_on_how_resamples_fall():

@@ -36,8 +36,8 @@ _LOSSES = ("brier", "nll")
 
 _INTERVALS = (
     "Shares in %, their changes in points; in brackets 95 % intervals, which take the reports to "
-    "be independent of each other and are not corrected for how many there are: by chance alone, "
-    "about one in twenty leaves zero out."
+    "be independent of each other and are not corrected for how many there are. By chance alone "
+    "some leave zero out; with one training seed more of them, as another seed gives other numbers."
 )
 
 
@@ -125,9 +125,9 @@ def _change(before: Mapping[str, float], after: Mapping[str, float], *, percent:
     change, low, high = (
         f"{scale * number:+.{digits}f}".replace("-", "−") for number in (difference, *interval)
     )
-    nothing = ", no significant difference" if interval[0] <= 0 <= interval[1] else ""
     values = [f"{scale * each['value']:.{digits}f}" for each in (before, after)]
-    return [*values, f"{change} ({low} to {high}){nothing}"]
+    verdict = ", no significant difference" if interval[0] <= 0 <= interval[1] else ""
+    return [*values, f"{change} ({low} to {high}){verdict}"]
 
 
 def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 from PIL import Image
+from scipy.special import fdtrc
 
 from diffusemix_pipeline import pictures
 from diffusemix_pipeline.editing.editor import BUNDLED
@@ -26,6 +27,7 @@ from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.evaluation.attacks import autoattack_attacks
 from diffusemix_pipeline.evaluation.audit import Audit
 from diffusemix_pipeline.evaluation.comparison import (
+    SIGNIFICANT,
     WITH_EDITS,
     Comparison,
     arm_documents,
@@ -54,7 +56,6 @@ MEASURES = ("clean", "corrupted", "fgsm", "ece")
 
 _CLASSES_SHOWN = 30
 _ARMS_DRAWN = 6  # as lines: more cannot be told apart
-_UNEVEN = 2  # times the other arms' deviation between seeds
 _NEAR_ZERO = 0.1  # accuracy: one survivor of sixteen tells no more than none
 _TITLES = {
     "vanilla": "Vanilla",
@@ -283,7 +284,7 @@ def _headline(document: Mapping[str, Any]) -> str:
     seeds = len(document["training_seeds"])
     trained = f"{seeds} training seeds"
     if seeds == 1:
-        trained = "one training seed, which another may contradict"
+        trained = "one training seed (another may say otherwise)"
     if not compared:
         arms = ", ".join(
             f"{_TITLES[arm['arm']]} {_percent(arm['clean']['value'])} clean, "
@@ -360,7 +361,7 @@ def _change(difference: Mapping[str, Any]) -> str:
 def _notes(document: Mapping[str, Any]) -> list[str]:
     notes = [
         _seeds_note(document["training_seeds"]),
-        _uneven_seeds_note(document["arms"]),
+        _uneven_seeds_note(document["arms"], len(document["training_seeds"])),
         _reads_note(document["data"]["test_reads"]),
         _steps_note({arm["arm"]: arm["steps"] for arm in document["arms"]}),
         _copies_note(document["data"]["copies_across_splits"]),
@@ -392,21 +393,27 @@ def _seeds_note(seeds: Sequence[int]) -> str:
     )
 
 
-def _uneven_seeds_note(arms: Sequence[Mapping[str, Any]]) -> str:
+def _uneven_seeds_note(arms: Sequence[Mapping[str, Any]], seeds: int) -> str:
     """Name the arms whose seeds lie apart as the one variance of all arms does not allow for."""
     deviations = {arm["arm"]: arm["seed_deviation"] for arm in arms}
     uneven = []
     for arm, deviation in deviations.items():
         others = [of for other, of in deviations.items() if other != arm]
-        if deviation and others and deviation > _UNEVEN * np.sqrt(np.mean(np.square(others))):
-            uneven.append(f"{_TITLES[arm]} (standard deviation {100 * deviation:.1f} points)")
+        if not deviation or not others:
+            continue
+        together = float(np.sqrt(np.mean(np.square(others))))
+        ratio = (deviation / together) ** 2 if together else np.inf
+        p = fdtrc(seeds - 1, len(others) * (seeds - 1), ratio)
+        if p * len(arms) < SIGNIFICANT:
+            lie = f"{100 * deviation:.1f} points, the others' {100 * together:.1f}"
+            uneven.append(f"{_TITLES[arm]} (a standard deviation of {lie})")
     if not uneven:
         return ""
     return (
-        f"The training seeds of {_listed(uneven)} lie more than twice as far apart as those of the "
-        "other arms, by the mean of clean accuracy and accuracy under corruption. Chance does that "
-        "now and then; but intervals take the variance between seeds to be the same for all arms, "
-        "so here they may be too narrow. More seeds tell."
+        f"The training seeds of {_listed(uneven)} lie further apart, in the mean of clean accuracy "
+        "and accuracy under corruption, than chance explains. Intervals take the variance between "
+        "seeds to be the same for all arms, so where these arms are compared they may be too "
+        "narrow: more seeds tell."
     )
 
 

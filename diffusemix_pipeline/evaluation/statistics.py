@@ -16,8 +16,8 @@ With one training seed, an interval covers the sampling of test images only.
 
 A p-value is not counted from the resamples: after Holm's correction for eleven arms it has to be
 below 0.0045, where so few resamples lie that another draw of them would change the verdict. It is
-of the same two standard errors, that which the bootstrap of a mean comes to with ever more
-resamples, and that of seeds, by Student's t with the degrees of freedom of Welch and Satterthwaite.
+of what resamples come to with ever more of them: a normal draw by the standard error of images, and
+one of Student's t by that of seeds, added up.
 """
 
 from collections.abc import Hashable, Mapping
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
-from scipy.special import stdtr
+from scipy.special import ndtr, stdtr, stdtrit
 
 CONFIDENCE = 0.95
 Kind = Literal["score", "difference", "loss"]
@@ -41,6 +41,7 @@ _BOUNDS: dict[Kind, tuple[float, float]] = {
     "loss": (-np.inf, np.inf),
 }
 Name = TypeVar("Name", bound=Hashable)
+_MIDDLES = (np.arange(10_000) + 0.5) / 10_000  # of as many pieces of a distribution, all as likely
 _DRAWS_AT_ONCE = 4_000_000  # images drawn in one piece: what bounds the memory
 
 
@@ -160,23 +161,20 @@ def mean_estimates(
         of_resamples += seed_draws(spread, samples, seed)
         of_resamples = of_resamples.clip(*_BOUNDS[kind])
         of_images = own * float(drawn_from[:, place].std()) / np.sqrt(len(drawn_from))
-        p = _p_value(centre, of_images, max(1, len(drawn_from) - 1), spread)
+        p = _p_value(centre, of_images, spread)
         estimates[name] = _estimate(float(column.mean()), of_resamples, p)
     return estimates
 
 
-def _p_value(mean: float, of_images: float, freedom: int, spread: Spread) -> float:
-    """Return the two-sided p-value of a mean with a standard error from images and from seeds.
-
-    Source: Welch, The Generalization of 'Student's' Problem (1947); Satterthwaite (1946).
-    """
-    variance = of_images**2 + spread.error**2
-    if not variance:
-        return float(mean == 0)
-    squares = of_images**4 / freedom
-    squares += spread.error**4 / spread.freedom if spread.freedom else 0.0
-    t = abs(mean) / np.sqrt(variance)
-    return float(2 * stdtr(variance**2 / squares, -t))
+def _p_value(mean: float, of_images: float, spread: Spread) -> float:
+    """Return the two-sided p-value of a mean, by its standard errors from images and from seeds."""
+    reach = abs(mean)
+    if not of_images:
+        if not spread.error:
+            return float(mean == 0)
+        return float(2 * stdtr(spread.freedom, -reach / spread.error))
+    moved = spread.error * stdtrit(spread.freedom, _MIDDLES) if spread.freedom else np.zeros(1)
+    return float(2 * ndtr((moved - reach) / of_images).mean())
 
 
 def _own_share(scores: np.ndarray, spread: Spread) -> float:

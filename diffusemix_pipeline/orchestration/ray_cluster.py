@@ -9,10 +9,10 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import dagster as dg
 import psutil
@@ -74,7 +74,6 @@ def ray_executor(project: Project) -> dg.ExecutorDefinition:
         try:
             others = {node.node_ip for node in _nodes(address)} - _own_addresses()
             steps = _Steps(address, project.root.resolve(), alone=not others)
-            _stop_left_behind(steps.client, init.instance)
         except _NO_ANSWER as error:
             raise dg.Failure(
                 f"executor: ray: no cluster answers at {ADDRESS}={address} ({error}).",
@@ -86,6 +85,7 @@ def ray_executor(project: Project) -> dg.ExecutorDefinition:
                 "there: every step writes Dagster's events, and SQLite is for one machine.",
                 allow_retries=False,
             )
+        stop_left_behind(steps.client, init.instance)
         return StepDelegatingExecutor(
             steps,
             retries=RetryMode.ENABLED,
@@ -113,7 +113,8 @@ class _Steps(RayStepHandler):
         )
         self._address, self._alone = address, alone
         self._checked = self._has_gpus = False
-        self._silence: _Silence | None = None
+        self._silent_since: dict[str, float] = {}  # by job
+        self._hung: tuple[float, OSError] | None = None
 
     def launch_step(self, step_handler_context: StepHandlerContext) -> Iterator[DagsterEvent]:
         """Start a step, on GPUs if it is in the pool of those and there are any, or were."""
@@ -123,10 +124,8 @@ class _Steps(RayStepHandler):
         settings = config.resources["settings"].config
         most = answered(lambda: most_gpus(self._address))
         if not self._checked or key == _TRAINING:
-            self._check(settings, most)
-        # A step of a run whose GPUs were lost waits for others: on a CPU it gives other bytes.
-        self._has_gpus |= most > 0
-        wanted = settings["device"] == "cuda" or (settings["device"] == "auto" and self._has_gpus)
+            self.check(settings, most)
+        wanted = self.wants_gpu(settings["device"], most)
         count = settings["training"]["processes"] if key == _TRAINING else 1
         self.num_gpus = count if wanted and context.step.pool == "gpu" else None
         if context.step.pool == "gpu" and not wanted:
@@ -134,7 +133,15 @@ class _Steps(RayStepHandler):
             context.log.info(f"{key} gets no GPU: device is {device}, and the cluster has {most}")
         yield from super().launch_step(step_handler_context)
 
-    def _check(self, settings: Mapping[str, Any], most: int) -> None:
+    def wants_gpu(self, device: str, most: int) -> bool:
+        """Say whether a step is for a GPU, where a node of the cluster has `most` of them now.
+
+        Once there were any, a step waits until there are others: a CPU would give other bytes.
+        """
+        self._has_gpus |= most > 0
+        return device == "cuda" or (device == "auto" and self._has_gpus)
+
+    def check(self, settings: Mapping[str, Any], most: int) -> None:
         """Refuse what cannot end well, before the first step and before training."""
         self._checked = True
         together = settings["training"]["processes"]
@@ -171,59 +178,67 @@ class _Steps(RayStepHandler):
         A dashboard that gives no answer says nothing of the job: its error, which Dagster notes in
         the run's log, is raised until it has been silent for `_MOST_SILENCE_SECONDS`.
         """
-        silence = self._silence
-        if silence and monotonic() - silence.last < _CHECK_EVERY_SECONDS:
-            # It hung a moment ago: were each job to wait for it, a look at all could take an hour.
-            return self._unanswered(job, silence.error)
+        now = monotonic()
+        if self._hung and now - self._hung[0] < _CHECK_EVERY_SECONDS:
+            # Were each job to wait for a dashboard that hangs, a look at all could take an hour.
+            return self._unanswered(job, now, self._hung[1])
         try:
             found = self.client.get_job_info(job)
         except _NO_ANSWER as error:
             if _says_unknown(error):
                 return CheckStepHealthResult.unhealthy(reason=f"Ray knows no job {job}.")
-            began = silence.began if silence else monotonic()
-            self._silence = _Silence(began, monotonic(), error)
-            return self._unanswered(job, error)
-        self._silence = None
+            if isinstance(error, OSError):
+                self._hung = monotonic(), error
+            return self._unanswered(job, now, error)
+        self._hung = None
+        self._silent_since.pop(job, None)
         if found.status in (JobStatus.FAILED, JobStatus.STOPPED):
             reason = f"Ray's job {job} is {found.status}: {found.message}"
             return CheckStepHealthResult.unhealthy(reason=reason)
         return CheckStepHealthResult.healthy()
 
-    def _unanswered(self, job: str, error: Exception) -> CheckStepHealthResult:
-        """Take a job for lost where the dashboard has been silent for long; else raise."""
-        assert self._silence is not None
-        if self._silence.last - self._silence.began < _MOST_SILENCE_SECONDS:
+    def _unanswered(self, job: str, now: float, error: Exception) -> CheckStepHealthResult:
+        """Take a job for lost of which nothing has been heard for long; else raise."""
+        if now - self._silent_since.setdefault(job, now) < _MOST_SILENCE_SECONDS:
             raise error
-        with suppress(*_NO_ANSWER):  # it may still run
-            self.client.stop_job(job)
         reason = f"Ray's dashboard gave no answer for {_MOST_SILENCE_SECONDS} s: {error}"
         return CheckStepHealthResult.unhealthy(reason=reason)
 
 
-class _Silence(NamedTuple):
-    """Since when a dashboard gives no answer, when it was asked last, and what came of that."""
-
-    began: float
-    last: float
-    error: Exception
-
-
-def _stop_left_behind(client: JobSubmissionClient, instance: dg.DagsterInstance) -> None:
-    """Stop the jobs of runs that have ended, and wait until they have.
+def stop_left_behind(client: JobSubmissionClient, instance: dg.DagsterInstance) -> None:
+    """Stop the jobs of this instance's runs that have ended, and wait until they have.
 
     Those of a run whose own process was killed go on without it, and hold the project's lock.
     """
     end_lost_runs(instance, on_server=False)
     left = []
-    for job in client.list_jobs():
-        run = instance.get_run_by_id(job.metadata.get(_RUN_OF_JOB, "")) if job.metadata else None
-        if run and run.is_finished and not job.status.is_terminal():
-            client.stop_job(job.submission_id)
+    for job in answered(client.list_jobs):
+        run_id = (job.metadata or {}).get(_RUN_OF_JOB)
+        if job.status.is_terminal() or not run_id:
+            continue
+        run = instance.get_run_by_id(run_id)
+        if run and run.is_finished:
+            instance.report_engine_event(f"Stopping Ray job {job.submission_id}, left behind.", run)
+            answered(partial(client.stop_job, job.submission_id))
             left.append(job.submission_id)
     until = monotonic() + _MOST_SILENCE_SECONDS
-    while left and monotonic() < until:
-        left = [one for one in left if not client.get_job_status(one).is_terminal()]
-        sleep(bool(left))
+    while left := [job for job in left if _goes_on(client, job)]:
+        if monotonic() > until:
+            raise dg.Failure(
+                f"executor: ray: jobs of earlier runs do not stop ({', '.join(left)}): end them in "
+                "Ray's dashboard, as they hold the project.",
+                allow_retries=False,
+            )
+        sleep(1)
+
+
+def _goes_on(client: JobSubmissionClient, job: str) -> bool:
+    try:
+        return not answered(partial(client.get_job_status, job)).is_terminal()
+    except RuntimeError as error:
+        if _says_unknown(error):
+            return False
+        raise
 
 
 def answered(ask: Callable[[], Answer]) -> Answer:

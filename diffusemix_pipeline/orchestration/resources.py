@@ -66,10 +66,8 @@ def project_resource(project: Project, executor: Executor) -> dg.ResourceDefinit
                 lock.write(str(context.run_id))
                 lock.flush()
             if not _held(lock, str(context.run_id)):
-                lock.seek(0)
                 raise dg.Failure(
-                    f"Another run ({lock.read()}) is at work in {project.root}. Wait for it to "
-                    "end.",
+                    f"Another run is at work in {project.root}. Wait for it to end.",
                     allow_retries=False,
                 )
             with using_edits(project):
