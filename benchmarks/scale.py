@@ -280,8 +280,8 @@ def main() -> None:
         print(json.dumps(run_assets(Project(options.within), options.overrides)))
         return
     if options.workers:
-        count, alone = int(options.images or 10_000), options.first_stage
-        print(json.dumps(compare_workers(count, options.size, first_alone=alone)))
+        images, alone = int(options.images or 10_000), options.first_stage
+        print(json.dumps(compare_workers(images, options.size, first_alone=alone)))
         return
     for count in (options.images or "1000,10000,100000").split(","):
         print(json.dumps(measure(int(count), options.size, options.overrides)), flush=True)

@@ -213,14 +213,14 @@ def stop_left_behind(client: JobSubmissionClient, instance: dg.DagsterInstance) 
     end_lost_runs(instance, on_server=False)
     left = []
     for job in answered(client.list_jobs):
-        run_id = (job.metadata or {}).get(_RUN_OF_JOB)
-        if job.status.is_terminal() or not run_id:
+        name, run_id = job.submission_id, (job.metadata or {}).get(_RUN_OF_JOB)
+        if job.status.is_terminal() or not (name and run_id):
             continue
         run = instance.get_run_by_id(run_id)
         if run and run.is_finished:
-            instance.report_engine_event(f"Stopping Ray job {job.submission_id}, left behind.", run)
-            answered(partial(client.stop_job, job.submission_id))
-            left.append(job.submission_id)
+            instance.report_engine_event(f"Stopping Ray job {name}, which was left behind.", run)
+            answered(partial(client.stop_job, name))
+            left.append(name)
     until = monotonic() + _MOST_SILENCE_SECONDS
     while left := [job for job in left if _goes_on(client, job)]:
         if monotonic() > until:
