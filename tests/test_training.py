@@ -16,6 +16,7 @@ from diffusemix_pipeline import recipes, settings
 from diffusemix_pipeline.datasets.images import read_square
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import Stage
+from diffusemix_pipeline.devices import is_fast_at_bfloat16
 from diffusemix_pipeline.editing.planning import teacher_recipe
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import seed_from
@@ -480,8 +481,9 @@ def test_a_divided_batch_trains_as_a_whole_one(raw, tmp_path, how):
     ours, theirs = (load_classifier(fit.folder).model.state_dict() for fit in (one, other))
     torch.manual_seed(seed_from(quick_settings().seed, "weights", 0))
     start = build_classifier("test_vit", ["cat", "dog", "emu"], 32).model.state_dict()
+    exact = 2e-3 if is_fast_at_bfloat16("cpu") else 1e-5  # sums of parts are rounded in bfloat16
     for name, weight in ours.items():
-        assert torch.allclose(weight, theirs[name], atol=1e-5), name
+        assert torch.allclose(weight, theirs[name], atol=exact), name
     assert any(not torch.allclose(ours[name], start[name], atol=1e-2) for name in ours)
 
 
