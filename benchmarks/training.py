@@ -35,7 +35,7 @@ from diffusemix_pipeline.training.data import DecodedImages, LabelledImages
 
 IMAGES = 2000
 CLASSES = 10
-STEPS = 20
+STEPS = 60  # with one validation: in the demo there is one each 30, by default each 90
 PAIRS = 11
 MODELS = ("test_resnet", "resnet10t")
 
