@@ -4,7 +4,7 @@
 
 Arms are simulated that differ by their training seeds alone, so next to none is better or worse.
 What a seed does is a draw in logits, the same for all its answers; one arm's seeds may lie further
-apart than the others', which the intervals do not allow for. Five minutes.
+apart than the others', which the intervals do not allow for. Three minutes.
 """
 
 import argparse
