@@ -133,17 +133,18 @@ def lose(cluster: Cluster, node: Node) -> None:
             step.kill()
 
 
-def reserved_gpus(client: JobSubmissionClient, dashboard: str) -> dict[str, float]:
-    """Return how many GPUs each step reserved."""
-    steps = {job.submission_id: (job.metadata or {})["dagster/op"] for job in client.list_jobs()}
-    actors = list_actors(dashboard, detail=True, limit=1000)
-    return {
-        steps[actor.name.removeprefix("_ray_internal_job_actor_")]: actor.required_resources.get(
-            "GPU", 0
-        )
-        for actor in actors
-        if (actor.name or "").startswith("_ray_internal_job_actor_")
+def reserved_gpus(client: JobSubmissionClient, dashboard: str, run: str) -> dict[str, set[float]]:
+    """Return how many GPUs each step of a run reserved, each time that it was started."""
+    steps = {
+        f"_ray_internal_job_actor_{job.submission_id}": job.metadata["dagster/op"]
+        for job in client.list_jobs()
+        if job.metadata and job.metadata["dagster/run-id"] == run
     }
+    reserved: dict[str, set[float]] = {}
+    for actor in list_actors(dashboard, detail=True, limit=1000):
+        if step := steps.get(actor.name or ""):
+            reserved.setdefault(step, set()).add(actor.required_resources.get("GPU", 0))
+    return reserved
 
 
 @pytest.mark.timeout(1800)
@@ -202,17 +203,15 @@ def test_a_lost_node_costs_its_unfinished_batches_alone(cluster, undisturbed, we
     assert before
     assert {made[key] for key in before} == {1}, "what was stored was made again"
     assert made.total() <= len(set(store)) + 2, "more than a batch was made again"
-    gpus = reserved_gpus(client, cluster.dashboard)
-    assert {step for step, count in gpus.items() if count == 1} >= {
-        "generated_images.edit_shard[shard_0]",
-        "trained_classifier",
-        "robustness_report",
-    }
-    assert gpus["raw_dataset"] == gpus["hybrid_images"] == 0
     with chdir(project.root), dg.DagsterInstance.get() as instance:
         [run] = instance.get_runs()
         started_anew = instance.all_logs(run.run_id, of_type=dg.DagsterEventType.STEP_RESTARTED)
     assert [entry.step_key for entry in started_anew] == [job.metadata["dagster/op"]]
+    gpus = reserved_gpus(client, cluster.dashboard, run.run_id)
+    shards = [f"generated_images.edit_shard[shard_{number}]" for number in range(2)]
+    for step in (*shards, "trained_classifier", "robustness_report"):
+        assert gpus[step] == {1}
+    assert gpus["raw_dataset"] == gpus["hybrid_images"] == {0}
 
 
 class Dashboard(BaseHTTPRequestHandler):
