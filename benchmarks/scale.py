@@ -11,8 +11,8 @@ looked at every half second, which misses short peaks. Beside it, what DVC takes
 the first time, and to look at them. Everything lies in a temporary folder.
 
 The second compares two workers of one stage with two copies of the work that know nothing of each
-other, a core each, in turns: how much faster per worker could they be? The first stage alone writes
-so little that the disk keeps up with it; where the others come between, it may not.
+other, a core each, in turns: how much faster per worker could they be? The first stage computes so
+little that a disk may not keep up with it: TMPDIR names a folder in memory, where it is alone.
 """
 
 import argparse

@@ -83,15 +83,15 @@ class Ledger:
         self._folder = folder
         self._own: tuple[int, Path] | None = None
 
-    def add(self, fact: dict[str, Any]) -> None:
-        """Append one JSON object."""
+    def add(self, *facts: dict[str, Any]) -> None:
+        """Append some JSON objects."""
         if self._own is None or self._own[0] != os.getpid():  # a fork writes a file of its own
             self._folder.mkdir(parents=True, exist_ok=True)
             name = f"{socket.gethostname()}.{uuid.uuid4().hex}.jsonl"
             self._own = (os.getpid(), self._folder / name)
         try:
             with self._own[1].open("ab") as file:
-                file.write((json.dumps(fact) + "\n").encode())
+                file.write("".join(json.dumps(fact) + "\n" for fact in facts).encode())
         except OSError:
             self._own = None  # half a line may be there: the next fact begins another file
             raise
@@ -126,9 +126,12 @@ def clear_aside(folder: Path, homes: Iterable[Path] = ()) -> None:
 
 def link_or_copy(source: Path, target: Path) -> None:
     """Make `target` share the bytes of `source` where the file system can, else copy them."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(source, target)
+        try:
+            os.link(source, target)
+        except FileNotFoundError:  # asked of all, it would take longer than most links
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.link(source, target)
     except OSError:  # another file system, or one without links
         shutil.copyfile(source, target)
 

@@ -5,7 +5,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context, parent_process
+from multiprocessing import forkserver, get_context, parent_process
 from multiprocessing.connection import wait
 from typing import TypeVar
 
@@ -13,8 +13,19 @@ from diffusemix_pipeline.devices import usable_cores
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-_IMPORTED_LATE = ("pandera.backends.pandas.register",)  # half a second, when a table is read first
+_IMPORTED_LATE = ("pandera.backends.pandas.register",)  # 0.2 s, when a table is read first
 _AHEAD = 3  # items a process: one that it works on, and some that wait for it
+
+
+def get_ready(module: str) -> None:
+    """Start what workers are forked from, beside whatever is done until then: it takes a second.
+
+    It imports a module, which no worker then has to; only the first call has any effect.
+    """
+    if usable_cores() > 1:
+        # A plain fork may wait for ever for a lock that one of our threads has.
+        forkserver.set_forkserver_preload([module, *_IMPORTED_LATE])
+        forkserver.ensure_running()
 
 
 def in_processes(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -26,11 +37,8 @@ def in_processes(work: Callable[[Item], Result], items: Iterable[Item]) -> Itera
     if cores == 1:
         yield from map(work, items)
         return
-    # A plain fork may wait for ever for a lock that one of our threads has.
-    context = get_context("forkserver")
-    # What the server has imported, no process has to. Only the first call has any effect.
-    context.set_forkserver_preload([getattr(work, "func", work).__module__, *_IMPORTED_LATE])
-    pool = ProcessPoolExecutor(cores, context, end_with_parent)
+    get_ready(getattr(work, "func", work).__module__)
+    pool = ProcessPoolExecutor(cores, get_context("forkserver"), end_with_parent)
     pending: deque[Future[Result]] = deque()
     try:
         for item in items:

@@ -107,8 +107,7 @@ def told(facts: Mapping[str, Facts], max_pixels: int, begun: Ledger) -> pa.Table
         {"sha256": sha256, **of._asdict(), "max_pixels": max_pixels, "version": CODE_VERSION}
         for sha256, of in facts.items()
     ]
-    for row in rows:
-        begun.add(row | {"outline": row["outline"].hex()})
+    begun.add(*(row | {"outline": row["outline"].hex()} for row in rows))
     return pa.Table.from_pylist(rows, _SCHEMA)
 
 

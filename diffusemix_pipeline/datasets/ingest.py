@@ -35,7 +35,7 @@ from diffusemix_pipeline.files import BEGUN, Ledger, link_or_copy
 from diffusemix_pipeline.identity import digest
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings, Storage
-from diffusemix_pipeline.workers import in_processes
+from diffusemix_pipeline.workers import get_ready, in_processes
 
 CODE_VERSION = "9"
 _CHECKED_AT_ONCE = 64  # images
@@ -61,6 +61,8 @@ def ingest(
     or is put; no other source needs it. What is `dropped` is left out last: no other image moves to
     another split, or takes its place.
     """
+    if not (out / STAGE).exists():
+        get_ready(__name__)  # while the source is listed
     listing = list_images(source, archives, progress)
     images, kind = listing.rows, listing.kind
     if train_only and images["split"].notna().any():

@@ -70,6 +70,8 @@ class StageWriter:
         self._old = _OldParts(old) if old and alike else None
         self._parts: dict[str, str] = {}
         """Name -> fingerprint."""
+        self._new: set[str] = set()
+        """Names of those whose maker puts their files into the folder."""
 
     def write(
         self,
@@ -88,7 +90,7 @@ class StageWriter:
             told += images
             progress(describe, told, total)
 
-        maker = _Maker(make, self._layout.packed, self._labels, self._begun)
+        maker = _Maker(make, self._layout.packed, self._labels, self._begun, self.folder)
         missing = self._missing(parts, tell)
         first: list[Part] = []
         while sum(part.images for part in first) < _WORTH_PROCESSES or len(first) == 1:
@@ -110,6 +112,7 @@ class StageWriter:
             if begun or (self._old and self._old.holds(part.name, part.fingerprint)):
                 tell(part.images)
             else:
+                self._new.add(part.name)
                 yield part
 
     def put_together(self, facts: dict[str, Any]) -> None:
@@ -125,11 +128,9 @@ class StageWriter:
             rows = part.rows
             tables.add(name, fingerprint, rows, part.version)
             if self._layout.packed:
-                link_or_copy(part.shard, self.folder / f"{name}.tar")
                 index[f"{name}.tar"] = part.index
-            else:
-                for file in rows["file_name"].to_pylist():
-                    link_or_copy(part.files / file, self.folder / file)
+            if name not in self._new:
+                _put_files(name, rows, part, self._layout.packed, self.folder)
         if self._layout.packed:
             write_index(self.folder, index)
         tables.close({**facts, "notes": self.notes, "layout": self._layout.document()})
@@ -197,6 +198,17 @@ class _OldPart:
     index: pd.DataFrame | None
 
 
+def _put_files(
+    name: str, rows: pa.Table, part: _MadePart | _OldPart, packed: bool, folder: Path
+) -> None:
+    """Put a part's files into a stage folder."""
+    if packed:
+        link_or_copy(part.shard, folder / f"{name}.tar")
+        return
+    for file in rows["file_name"].to_pylist():
+        link_or_copy(part.files / file, folder / file)
+
+
 class _OldParts:
     """The parts of the stage folder that is replaced."""
 
@@ -235,12 +247,16 @@ class _OldParts:
 
 @dataclass(frozen=True)
 class _Maker:
-    """Makes parts, each into a folder of its own below `begun`; can be pickled."""
+    """Makes parts, each into a folder of its own below `begun`; can be pickled.
+
+    From there their files are put into the stage's `folder`.
+    """
 
     make: Make
     packed: bool
     labels: dict[str, int]
     begun: Path
+    folder: Path
 
     def __call__(self, part: Part) -> int:
         """Make a part, and return how many images it wanted."""
@@ -263,17 +279,20 @@ class _Maker:
         self.begun.mkdir(parents=True, exist_ok=True)
         folder = self.begun / f"{part.name}.{uuid.uuid4().hex[:8]}"
         folder.mkdir()
-        rows = self._pack(images, folder) if self.packed else self._put(images, folder)
-        parquet.write_table(part_table(rows), folder / MANIFEST)
+        rows = self._pack(images, folder) if self.packed else self._write_files(images, folder)
+        table = part_table(rows)
+        parquet.write_table(table, folder / MANIFEST)
         try:
             folder.rename(self.begun / part.fingerprint)
         except OSError:  # whoever was killed had just made the same
             if not (self.begun / part.fingerprint / MANIFEST).exists():
                 raise
             shutil.rmtree(folder)
+        made = _MadePart(self.begun / part.fingerprint)
+        _put_files(part.name, table, made, self.packed, self.folder)
         return len(rows)
 
-    def _put(self, images: Iterable[Image], folder: Path) -> list[dict[str, Any]]:
+    def _write_files(self, images: Iterable[Image], folder: Path) -> list[dict[str, Any]]:
         rows = []
         for row, content in images:
             target = folder / row["file_name"]
