@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.errors import UserError, of_the_machine
 from diffusemix_pipeline.project import Project, alone_with_edits, using_edits, without_runs
 from diffusemix_pipeline.settings import (
     NO_PRESET,
@@ -51,14 +51,19 @@ _NAMED_FOLDER = _NamedFolder()
 
 
 class _Command(click.Group):
-    """A group whose UserErrors end as one message and exit code 2."""
+    """A group whose UserErrors, and what the machine fails with, are one message and code 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except UserError as error:
-            click.echo(f"diffusemix: {error}", err=True)
-            ctx.exit(2)
+            told = str(error)
+        except Exception as error:
+            told = of_the_machine(f"{type(error).__name__}: {error}") or ""
+            if not told:
+                raise
+        click.echo(f"diffusemix: {told}", err=True)
+        ctx.exit(2)
 
 
 def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:

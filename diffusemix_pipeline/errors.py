@@ -1,5 +1,32 @@
-"""The one error that a person is meant to read: any other is a defect and keeps its traceback."""
+"""What a person is meant to read: mistakes, and what a machine fails with.
+
+Any other error is a defect and keeps its traceback.
+"""
+
+# By the words of the error.
+_REPAIRS = {
+    "No space left on device": "make room on the disk",
+    "Disk quota exceeded": "make room on the disk",
+    "database or disk is full": "make room on the disk",
+    "Read-only file system": "make it writable",
+    "Permission denied": "make it writable",
+    "readonly database": "make it writable",
+    "unable to open database file": "make it writable",
+    "database is locked": "end the program that holds Dagster's or MLflow's database",
+    "MlflowException: API request to": "start MLflow's server",
+    "MemoryError": "free memory",
+    "can't allocate memory": "free memory",
+    "ChildProcessCrashException": "a step's process was killed, as the system does where memory "
+    "runs out: free memory",
+}
 
 
 class UserError(Exception):
     """A mistake that the user can mend: the message names the thing and the repair."""
+
+
+def of_the_machine(said: str) -> str | None:
+    """Return the first line of an error with its repair where a machine failed; else None."""
+    repair = next((repair for words, repair in _REPAIRS.items() if words in said), None)
+    first = said.strip().partition("\n")[0]
+    return repair and f"{first}: {repair} and run again, which goes on where it was."
