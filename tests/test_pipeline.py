@@ -214,9 +214,11 @@ def test_a_failing_check_fails_the_run(weights, tmp_path, monkeypatch):
         ("training.model=inception_v3", "inception_v3 does not take images of 32 px"),
         ("device=cuda:7", "device: cuda:7 is not here"),
         ("mixing.seam=40", "mixing.seam: 40 px is wider than size"),
+        ("tracking.uri=http://127.0.0.1:9", "http://127.0.0.1:9 (tracking.uri) cannot be used"),
     ],
 )
-def test_a_mistake_is_told_before_any_work(override, message, weights, project):
+def test_a_mistake_is_told_before_any_work(override, message, weights, project, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     outcome = run(project, weights, override)
     assert outcome.user_error
     assert any(message in problem for problem in outcome.problems)
