@@ -2,14 +2,17 @@
 
 import fcntl
 import logging
+import os
 import socket
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
+
+import psutil
 
 from diffusemix_pipeline.devices import choose_device, count_gpus
 from diffusemix_pipeline.errors import UserError
@@ -117,7 +120,7 @@ def without_runs(project: Project) -> Iterator[None]:
     """Let no step of a run be at work meanwhile; UserError where one is."""
     with _opened(project.run_lock) as lock:
         if not taken_alone(lock):
-            raise UserError(f"A run is at work in {project.root}. Wait for it to end.")
+            raise UserError(f"A run is at work in {project.root}. {how_to_end(project)}")
         yield
 
 
@@ -190,3 +193,21 @@ def taken_alone(lock: TextIO) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def how_to_end(project: Project) -> str:
+    """Return what to do about the run that holds the project, as a sentence."""
+    found = " ".join(map(str, holders(project.run_lock)))
+    if not found:  # it is of another machine
+        return "Wait for it to end."
+    return f"Wait for it to end; if it hangs, `kill -9 {found}` ends it, and the next run goes on."
+
+
+def holders(lock: Path) -> list[int]:
+    """Return the processes of this machine, but for this one, that have a lock's file open."""
+    path, found = str(lock.resolve()), []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # another user's, or gone by now
+            if any(file.path == path for file in process.open_files()):
+                found.append(process.pid)
+    return sorted(set(found) - {os.getpid()})

@@ -15,7 +15,7 @@ from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import clear_aside, write_json
 from diffusemix_pipeline.orchestration.lost_runs import end_lost_runs
 from diffusemix_pipeline.progress import Progress
-from diffusemix_pipeline.project import Project, taken_alone, using_edits
+from diffusemix_pipeline.project import Project, how_to_end, taken_alone, using_edits
 from diffusemix_pipeline.settings import Executor, Section, Settings, check
 from diffusemix_pipeline.workers import end_with_parent
 
@@ -67,7 +67,7 @@ def project_resource(project: Project, executor: Executor) -> dg.ResourceDefinit
                 lock.flush()
             if not _held(lock, str(context.run_id)):
                 raise dg.Failure(
-                    f"Another run is at work in {project.root}. Wait for it to end.",
+                    f"Another run is at work in {project.root}. {how_to_end(project)}",
                     allow_retries=False,
                 )
             with using_edits(project):
