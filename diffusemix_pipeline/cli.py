@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from diffusemix_pipeline.errors import UserError, of_the_machine
-from diffusemix_pipeline.project import Project, alone_with_edits, using_edits, without_runs
+from diffusemix_pipeline.project import (
+    Project,
+    alone_with_edits,
+    holders,
+    using_edits,
+    without_runs,
+)
 from diffusemix_pipeline.settings import (
     NO_PRESET,
     Settings,
@@ -62,8 +68,16 @@ class _Command(click.Group):
             told = of_the_machine(f"{type(error).__name__}: {error}") or ""
             if not told:
                 raise
-        click.echo(f"diffusemix: {told}", err=True)
+        _tell(told)
         ctx.exit(2)
+
+
+def _tell(problem: str) -> None:
+    """Print a problem; of a database that is locked, with who has it open."""
+    if "database is locked" in problem:
+        pids = holders(*Project(Path.cwd()).state.rglob("*.db"))
+        problem += f" It is open in: {', '.join(map(str, pids)) or 'no process of this machine'}."
+    click.echo(f"diffusemix: {problem}", err=True)
 
 
 def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,7 +153,7 @@ def run(
         outcome = run_here(project, settings, progress)
     if not outcome.success:
         for problem in outcome.problems:
-            click.echo(f"diffusemix: {problem}", err=True)
+            _tell(problem)
         raise SystemExit(2 if outcome.user_error else 1)
     _print_outcome(project, outcome)
 

@@ -203,11 +203,11 @@ def how_to_end(project: Project) -> str:
     return f"Wait for it to end; if it hangs, `kill -9 {found}` ends it, and the next run goes on."
 
 
-def holders(lock: Path) -> list[int]:
-    """Return the processes of this machine, but for this one, that have a lock's file open."""
-    path, found = str(lock.resolve()), []
+def holders(*files: Path) -> list[int]:
+    """Return the processes of this machine, but for this one, that have one of the files open."""
+    paths, found = {str(file.resolve()) for file in files}, set[int]()
     for process in psutil.process_iter():
         with suppress(psutil.Error):  # another user's, or gone by now
-            if any(file.path == path for file in process.open_files()):
-                found.append(process.pid)
-    return sorted(set(found) - {os.getpid()})
+            if paths & {file.path for file in process.open_files()}:
+                found.add(process.pid)
+    return sorted(found - {os.getpid()})

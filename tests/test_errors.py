@@ -38,7 +38,7 @@ def test_a_locked_database_is_told_with_the_repair(tmp_path):
         one.execute("BEGIN EXCLUSIVE")
         with pytest.raises(sqlite3.OperationalError) as refused:
             other.execute("PRAGMA busy_timeout = 0").execute("BEGIN EXCLUSIVE")
-    assert "end the program that holds" in told(refused.value)
+    assert "`kill PROCESS`" in told(refused.value)
 
 
 def test_a_defect_keeps_its_traceback():

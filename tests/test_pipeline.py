@@ -16,6 +16,7 @@ from conftest import ASSETS, quick_settings, tiny_editor, write_classes
 
 from diffusemix_pipeline.cli import _what_to_know, main
 from diffusemix_pipeline.editing.instruct_pix2pix import InstructPix2PixEditor
+from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.orchestration.launch import Outcome, prepare_instance, run_here
 from diffusemix_pipeline.orchestration.lost_runs import PROCESS_TAG
 from diffusemix_pipeline.progress import silent
@@ -241,9 +242,8 @@ def test_a_second_run_at_the_same_time_is_refused(weights, project):
         lock.write("another run")
         lock.flush()
         fcntl.flock(lock, fcntl.LOCK_SH)
-        outcome = run(project, weights)
-    assert outcome.user_error
-    assert "Another run is at work" in outcome.problems[0]
+        with pytest.raises(UserError, match="A run is at work"):
+            run(project, weights)
     assert not project.data.exists()
 
 
