@@ -235,10 +235,9 @@ class Bench:
         return drawn
 
     def draw_state(self, *states: str) -> str:
-        """Draw one of the states, in order; without any, nothing half the time."""
-        if self.latest:
-            return (states or STAGES)[-1]
-        return self.rng.choice(states or (NOTHING, self.rng.choice(STAGES)))
+        """Draw one of the states, in order; without any, of all, and nothing twice as often."""
+        among = states or (NOTHING, NOTHING, *STAGES)
+        return among[-1] if self.latest else self.rng.choice(among)
 
     def put_back(self, state: str) -> None:
         """Make project and remote what they are in a state."""
@@ -701,8 +700,9 @@ def out_of_memory(bench: Bench) -> Iterator[Struck]:
     """Memory runs out while edits are made, for a moment or for good: no more may be mapped."""
     state = bench.state(NOTHING, "raw_dataset")
     command = bench.start()
-    store, many = EditStore(bench.project.edits), bench.rng.randrange(1, 30)
-    _until(lambda: len(list(store)) >= many or not command.runs())
+    _until(lambda: "Training fold teacher" in command.said or not command.runs())
+    after = bench.rng.uniform(0, 3)
+    command.wait(after)
     if not command.runs():
         raise MissedError
     seconds = bench.rng.choice([0.5, 2.0, _PATIENCE])
@@ -713,7 +713,8 @@ def out_of_memory(bench: Bench) -> Iterator[Struck]:
     if command.runs():
         resource.prlimit(command.pid, resource.RLIMIT_AS, limits)
     how_long = "till its end" if seconds == _PATIENCE else f"for {seconds} s"
-    yield Struck(f"{how_long} after {many} edits, from {state}", command.ended(), command.said)
+    moment = f"{how_long}, {after:.1f} s after the gate's first teacher, from {state}"
+    yield Struck(moment, command.ended(), command.said)
 
 
 @contextmanager
@@ -780,12 +781,14 @@ def one_round(bench: Bench, kind: str) -> dict[str, Any]:
 
 def seen(said: str) -> str:
     """Return the message in what a run printed, without what differs from run to run."""
-    told = re.findall(r"^diffusemix: .*(?:\n(?!diffusemix: ).*)*", said, re.MULTILINE)
+    other = r"(?!diffusemix: |.*: \d+ done$)"  # the next message, or progress
+    told = re.findall(rf"^diffusemix: .*(?:\n{other}.*)*", said, re.MULTILINE)
     lines = []
     for message in told:
         first, *more = message.strip().splitlines()
         raised = [line for line in more if re.match(r"[\w.]+(Error|Exception)\b", line)]
-        lines.append(" ".join([first, *raised[-1:]]))
+        trace = any(line.startswith("Stack Trace") for line in more)
+        lines.append(" ".join([first, *(raised[-1:] if trace else more[:1])]))
     if not told and "Traceback" in said:
         lines = [f"Traceback … {said.strip().splitlines()[-1]}"]
     text = " | ".join(dict.fromkeys(lines)) or "nothing"
@@ -797,8 +800,9 @@ def seen(said: str) -> str:
 def soak(bench: Bench, faults: int, seed: int, only: str | None) -> pd.DataFrame:
     """Go on until so many faults were struck; return a row for each."""
     path = bench.folder / "rounds.jsonl"
-    prepare(bench)
     rounds = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if len(rounds) < faults:
+        prepare(bench)
     for number in range(len(rounds), faults):
         bench.rng = random.Random(f"{seed} {number}")
         kind = only or bench.rng.choice(list(KINDS))

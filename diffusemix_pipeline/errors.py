@@ -17,6 +17,7 @@ _REPAIRS = {
     "MlflowException: API request to": "start MLflow's server",
     "MemoryError": "free memory",
     "can't allocate memory": "free memory",
+    "can't start new thread": "free memory",
     "ChildProcessCrashException": "a step's process was killed, as the system does where memory "
     "runs out: free memory",
 }
@@ -29,5 +30,5 @@ class UserError(Exception):
 def of_the_machine(said: str) -> str | None:
     """Return the first line of an error with its repair where a machine failed; else None."""
     repair = next((repair for words, repair in _REPAIRS.items() if words in said), None)
-    first = said.strip().partition("\n")[0]
+    first = said.strip().partition("\n")[0].partition(" with exception HTTPConnectionPool")[0]
     return repair and f"{first}: {repair} and run again, which goes on where it was."

@@ -4,7 +4,6 @@ One fault a row, drawn once; `python -m benchmarks.soak` strikes a hundred.
 """
 
 import random
-import re
 from pathlib import Path
 from typing import Any
 
