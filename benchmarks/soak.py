@@ -108,6 +108,8 @@ class How(NamedTuple):
     """A process whose user and mount namespaces are entered."""
     by: Sequence[str] = ()
     """A program, with arguments, that starts it; without one, it is forked, which is quicker."""
+    memory: int | None = None
+    """Bytes that a batch of edits may map beside what is mapped; None: all that there is."""
 
     def enter(self) -> None:
         """Let this process be in it."""
@@ -180,7 +182,26 @@ def _diffusemix(root: Path, said: Path, how: How) -> None:
         os.execvp(command[0], command)
     from diffusemix_pipeline.cli import main
 
+    if how.memory is not None:
+        _limit_edits(how.memory)
     main(["run"])
+
+
+def _limit_edits(more: int) -> None:
+    """Let the process map no more than so many bytes while it edits: allocations really fail."""
+    from diffusemix_pipeline.editing.instruct_pix2pix import InstructPix2PixEditor
+
+    edit, (_, most) = InstructPix2PixEditor.edit, resource.getrlimit(resource.RLIMIT_AS)
+
+    def edit_with_little(self: Any, *batch: Any) -> Any:
+        mapped = psutil.Process().memory_info().vms
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + more, most))
+        try:
+            return edit(self, *batch)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+    setattr(InstructPix2PixEditor, "edit", edit_with_little)  # noqa: B010 (mypy refuses the other)
 
 
 class Struck(NamedTuple):
@@ -697,24 +718,10 @@ def dagster_locked(bench: Bench) -> Iterator[Struck]:
 
 @contextmanager
 def out_of_memory(bench: Bench) -> Iterator[Struck]:
-    """Memory runs out while edits are made, for a moment or for good: no more may be mapped."""
-    state = bench.state(NOTHING, "raw_dataset")
-    command = bench.start()
-    _until(lambda: "Training fold teacher" in command.said or not command.runs())
-    after = bench.rng.uniform(0, 3)
-    command.wait(after)
-    if not command.runs():
-        raise MissedError
-    seconds = bench.rng.choice([0.5, 2.0, _PATIENCE])
-    mapped = psutil.Process(command.pid).memory_info().vms
-    limits = resource.prlimit(command.pid, resource.RLIMIT_AS)
-    resource.prlimit(command.pid, resource.RLIMIT_AS, (mapped, limits[1]))
-    command.wait(seconds)
-    if command.runs():
-        resource.prlimit(command.pid, resource.RLIMIT_AS, limits)
-    how_long = "till its end" if seconds == _PATIENCE else f"for {seconds} s"
-    moment = f"{how_long}, {after:.1f} s after the gate's first teacher, from {state}"
-    yield Struck(moment, command.ended(), command.said)
+    """The editor gets little memory beside what the process has, or none."""
+    state, more = bench.state(NOTHING, "raw_dataset"), bench.rng.choice([1, 4, 16, 0])
+    command = bench.start(How(memory=more << 20))
+    yield Struck(f"{more} MB, from {state}", command.ended(), command.said)
 
 
 @contextmanager

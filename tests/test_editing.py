@@ -254,7 +254,14 @@ def test_edits_that_are_no_numbers_are_no_black_images(weights):
 # Batches
 
 
-@pytest.mark.parametrize("told", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
+@pytest.mark.parametrize(
+    "told",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("could not create a primitive"),
+        MemoryError(),
+    ],
+)
 def test_where_memory_does_not_suffice_the_batch_is_halved_and_the_run_says_so(
     told, weights, tmp_path
 ):

@@ -105,8 +105,8 @@ class Sampler:
         # Here, and not among the handlers: an exception holds on to the tensors of its frames.
         if shape == 1:
             raise UserError(
-                f"The device has too little memory for one edit of {self._side} px: try a smaller "
-                "size, editing.dtype=float16 or another device."
+                f"The device has too little memory for one edit of {self._side} px: free some and "
+                "run again, or try a smaller size, editing.dtype=float16 or another device."
             )
         self._batch_size = min(self._batch_size, shape // 2)
         warnings.warn(
@@ -151,4 +151,6 @@ def _out_of_memory(error: RuntimeError | MemoryError) -> bool:
     """Tell what Python, and torch on CUDA, raise by type, its libraries, MPS and CPUs by text."""
     said = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    # oneDNN's words for it; of what it cannot do at all, it names a primitive descriptor.
+    known |= str(error) == "could not create a primitive"
     return known or any(text in str(error) for text in said)
