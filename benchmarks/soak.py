@@ -719,7 +719,7 @@ def dagster_locked(bench: Bench) -> Iterator[Struck]:
 @contextmanager
 def out_of_memory(bench: Bench) -> Iterator[Struck]:
     """The editor gets little memory beside what the process has, or none."""
-    state, more = bench.state(NOTHING, "raw_dataset"), bench.rng.choice([1, 4, 16, 0])
+    state, more = bench.state(NOTHING, "raw_dataset"), bench.rng.choice([28, 24, 4, 0])
     command = bench.start(How(memory=more << 20))
     yield Struck(f"{more} MB, from {state}", command.ended(), command.said)
 
