@@ -777,7 +777,7 @@ def one_round(bench: Bench, kind: str) -> dict[str, Any]:
             "kind": kind,
             "moment": struck.moment,
             "code": struck.code,
-            "seen": seen(struck.said),
+            "seen": seen(struck.said, struck.code),
             "again": code,
             "seconds": round(seconds, 1),
             "differs": differences(made, bench.known["made"])[:20] if code == 0 else ["all"],
@@ -786,7 +786,7 @@ def one_round(bench: Bench, kind: str) -> dict[str, Any]:
         }
 
 
-def seen(said: str) -> str:
+def seen(said: str, code: int | None) -> str:
     """Return the message in what a run printed, without what differs from run to run."""
     other = r"(?!diffusemix: |.*: \d+ done$)"  # the next message, or progress
     told = re.findall(rf"^diffusemix: .*(?:\n{other}.*)*", said, re.MULTILINE)
@@ -796,7 +796,7 @@ def seen(said: str) -> str:
         raised = [line for line in more if re.match(r"[\w.]+(Error|Exception)\b", line)]
         trace = any(line.startswith("Stack Trace") for line in more)
         lines.append(" ".join([first, *(raised[-1:] if trace else more[:1])]))
-    if not told and "Traceback" in said:
+    if not told and code and "Traceback" in said:
         lines = [f"Traceback … {said.strip().splitlines()[-1]}"]
     text = " | ".join(dict.fromkeys(lines)) or "nothing"
     text = re.sub(r"[^\s']*/place/project", "PROJECT", text)

@@ -3,6 +3,8 @@
 Any other error is a defect and keeps its traceback.
 """
 
+import re
+
 # By the words of the error.
 _REPAIRS = {
     "No space left on device": "make room on the disk",
@@ -31,4 +33,5 @@ def of_the_machine(said: str) -> str | None:
     """Return the first line of an error with its repair where a machine failed; else None."""
     repair = next((repair for words, repair in _REPAIRS.items() if words in said), None)
     first = said.strip().partition("\n")[0].partition(" with exception HTTPConnectionPool")[0]
+    first = re.sub(r"^(\w+\.)+", "", first)  # of a package
     return repair and f"{first}: {repair} and run again, which goes on where it was."

@@ -9,12 +9,16 @@ _WRAPPERS = {"DagsterExecutionStepExecutionError", "DagsterResourceFunctionError
 _TOLD = {UserError.__name__, dg.Failure.__name__}
 
 
-def told_to_user(error: SerializableErrorInfo) -> str | None:
-    """Return the message of a failure that a person can mend; None for any other."""
+def told_to_user(error: SerializableErrorInfo, what: str = "") -> str | None:
+    """Return the message of a failure that a person can mend; None for any other.
+
+    `what` failed begins it, where it does not name the thing itself.
+    """
     cause = innermost(error)
     if cause.cls_name in _TOLD:
         return cause.message.split(": ", 1)[1].strip()
-    return of_the_machine(cause.message)
+    told = of_the_machine(cause.message)
+    return f"{what}: {told}" if told and what else told
 
 
 def innermost(error: SerializableErrorInfo) -> SerializableErrorInfo:

@@ -123,6 +123,6 @@ def _explain(error: SerializableErrorInfo | None, what: str, outcome: Outcome) -
     """Add what failed: a UserError as it was meant, anything else with its trace."""
     if error is None:
         return
-    message = told_to_user(error)
+    message = told_to_user(error, what)
     outcome.user_error |= message is not None
     outcome.problems.append(message or f"{what} failed.\n{innermost(error).to_string()}")
