@@ -261,7 +261,11 @@ class Bench:
         return among[-1] if self.latest else self.rng.choice(among)
 
     def put_back(self, state: str) -> None:
-        """Make project and remote what they are in a state."""
+        """Make project and remote what they are in a state; what is left of others there ends."""
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.cwd().startswith(f"{self.place}/"):
+                    process.kill()
         shutil.rmtree(self.place, ignore_errors=True)
         subprocess.run(["cp", "-a", self.folder / "states" / state, self.place], check=True)
 
