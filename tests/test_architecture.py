@@ -96,3 +96,13 @@ def test_the_packaged_dagster_files_are_those_of_the_top_level(name):
 def test_every_module_says_what_it_is():
     for path in PACKAGE.rglob("*.py"):
         assert path.read_text(encoding="utf-8").startswith('"""'), path
+
+
+def test_each_fault_that_is_documented_has_its_test():
+    page = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    named = re.findall(r"`tests/(\w+)\.py::(\w+)`", page)
+    table = [line for line in page.partition("\n## ")[0].splitlines() if line.startswith("| ")]
+    assert len(named) >= len(table) - 1 > 10  # the first line is of titles
+    for file, test in named:
+        tests = (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8")
+        assert f"def {test}(" in tests, test
