@@ -129,7 +129,7 @@ AS_IT_IS = How()
 class Command:
     """`diffusemix run` in a project, in a session of its own, which prints into a file."""
 
-    def __init__(self, root: Path, said: Path, how: "How") -> None:
+    def __init__(self, root: Path, said: Path, how: How) -> None:
         self._said = said
         self._said.write_bytes(b"")
         self._process = _forked(_diffusemix, root, self._said, how)
@@ -275,9 +275,9 @@ class Bench:
         how = how._replace(environment={**caches, **how.environment})
         return Command(self.project.root, self.folder / f"{uuid.uuid4().hex}.said", how)
 
-    def some_seconds_into(self, state: str, command: Command, most: float = 1.0) -> str:
-        """Wait for a random moment of a run from a state, up to a share of it; return when."""
-        moment = self.rng.uniform(0.2, most * self.known["seconds"][state])
+    def some_seconds_into(self, state: str, command: Command) -> str:
+        """Wait for a random moment of a run from a state; return when it is."""
+        moment = self.rng.uniform(0.2, self.known["seconds"][state])
         command.wait(moment)
         if not command.runs():
             raise MissedError
@@ -820,46 +820,27 @@ def soak(bench: Bench, faults: int, seed: int, only: str | None) -> pd.DataFrame
         done = {"round": number, **one_round(bench, kind)}
         with path.open("a") as file:
             file.write(json.dumps(done) + "\n")
-        print(
-            {
-                name: done[name]
-                for name in (
-                    "round",
-                    "kind",
-                    "moment",
-                    "code",
-                    "seen",
-                    "again",
-                    "seconds",
-                    "differs",
-                )
-            },
-            flush=True,
-        )
+        print({name: done[name] for name in done if not name.startswith("said")}, flush=True)
         rounds.append(done)
     return pd.DataFrame(rounds)
 
 
 def table(rounds: pd.DataFrame) -> str:
     """Return the figures by kind and message, as Markdown."""
-    rows = []
-    for (kind, seen, code), of in rounds.groupby(["kind", "seen", "code"], dropna=False):
-        same = sum(
-            again == 0 and not differs
-            for again, differs in zip(of["again"], of["differs"], strict=True)
-        )
-        rows.append(
-            [
-                kind,
-                len(of),
-                seen.replace("|", "/"),
-                "" if pd.isna(code) else int(code),
-                f"{same} of {len(of)}",
-                f"{of['seconds'].median():.0f}",
-            ]
-        )
-    names = ["fault", "times", "seen", "exit code", "rerun ended the same", "seconds of the rerun"]
-    return pd.DataFrame(rows, columns=names).to_markdown(index=False, disable_numparse=True)
+    same = (rounds["again"] == 0) & (rounds["differs"].str.len() == 0)
+    rows = [
+        {
+            "fault": kind,
+            "times": len(of),
+            "seen": seen.replace("|", "/"),
+            "exit code": "" if pd.isna(code) else int(code),
+            "rerun ended the same": f"{same[of.index].sum()} of {len(of)}",
+            "seconds of the rerun": f"{of['seconds'].median():.0f}",
+        }
+        for (kind, seen, code), of in rounds.groupby(["kind", "seen", "code"], dropna=False)
+    ]
+    whole = f"{len(rounds)} faults; after {same.sum()} of them the rerun ended the same."
+    return f"{pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)}\n\n{whole}"
 
 
 if __name__ == "__main__":
