@@ -4,7 +4,7 @@ One fault a row, drawn once; `python -m benchmarks.soak` strikes a hundred.
 """
 
 import random
-from pathlib import Path
+import re
 from typing import Any
 
 import pytest
@@ -12,7 +12,6 @@ import pytest
 from benchmarks import soak
 
 pytestmark = pytest.mark.slow
-PAGE = Path(__file__).parents[1] / "docs" / "faults.md"
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +41,20 @@ def test_everything_killed(bench):
 
 
 def test_a_killed_daemon(bench):
-    assert struck(bench, "daemon killed")["seen"] in ("diffusemix: SUCCESS",)
+    assert struck(bench, "daemon killed")["seen"] == "diffusemix: SUCCESS"
 
 
 def test_a_full_disk(bench):
     done = struck(bench, "disk full")
     assert done["code"] == 2
-    assert "make room on the disk and run again" in done["seen"]
+    # SQLite, which may be the first, does not say which it was.
+    assert re.search(
+        "(make room on the disk|whether disk or memory are full) and run", done["seen"]
+    )
 
 
 def test_a_read_only_folder(bench):
-    done = struck(bench, "folder read-only", seed=1)
+    done = struck(bench, "folder read-only", seed=13)  # .diffusemix/aside, from the start
     assert done["code"] == 2
     assert "Permission denied: 'PROJECT/" in done["seen"]
     assert "make it writable and run again" in done["seen"]
@@ -77,7 +79,7 @@ def test_mlflow_down_in_training(bench):
 def test_mlflow_down_at_the_end(bench):
     done = struck(bench, "MLflow down at the end")
     assert done["code"] == 2
-    assert "MLflow's server" in done["seen"]
+    assert "start MLflow's server and run again" in done["seen"]
 
 
 def test_a_dvc_remote_that_is_gone(bench):
@@ -87,12 +89,14 @@ def test_a_dvc_remote_that_is_gone(bench):
 
 
 def test_dagsters_database_locked(bench):
-    done = struck(bench, "Dagster's database locked")
+    done = struck(bench, "Dagster's database locked")  # for two seconds
     assert done["code"] == 0
 
 
 def test_too_little_memory_in_the_editor(bench):
-    struck(bench, "out of memory")
+    done = struck(bench, "out of memory")
+    assert done["code"] == 2
+    assert "too little memory for one edit of N px: free some and run again" in done["seen"]
 
 
 def test_a_step_that_hangs(bench):
