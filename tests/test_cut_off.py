@@ -8,6 +8,7 @@ import signal
 from collections import Counter
 from contextlib import chdir
 from itertools import pairwise
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from threading import Timer
 
@@ -210,6 +211,28 @@ def test_steps_end_with_their_run_that_is_killed(undisturbed, weights, tmp_path)
     assert outcome.success, outcome.problems
     assert stored < set(EditStore(project.edits)), "it was killed at work"
     assert made(project) == undisturbed
+
+
+@pytest.mark.timeout(1800)
+def test_of_two_runs_at_once_one_is_told_who_is_at_work(undisturbed, weights, tmp_path):
+    project, told = Project(tmp_path), FORKED.SimpleQueue()
+    both = [
+        FORKED.Process(target=run_and_tell, args=(project, wanted(weights), told)) for _ in range(2)
+    ]
+    for run in both:
+        run.start()
+    found = dict(told.get() for _ in both)
+    for run in both:
+        run.join()
+    [refused] = [problems for problems in found.values() if problems]
+    [done] = [run_id for run_id, problems in found.items() if not problems]
+    assert f"Another is at work in {project.root}: run {done} on " in refused[0]
+    assert made(project) == undisturbed
+
+
+def run_and_tell(project: Project, settings: Settings, told: SimpleQueue) -> None:
+    outcome = run_here(project, settings, silent)
+    told.put((outcome.run_id, outcome.problems))
 
 
 def events_of(instance: dg.DagsterInstance, run_id: str) -> list[dg.DagsterEvent]:

@@ -1,6 +1,7 @@
 """Promises of the whole: one run makes everything, a second nothing, two the same bytes."""
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from diffusemix_pipeline.editing.instruct_pix2pix import InstructPix2PixEditor
 from diffusemix_pipeline.orchestration.launch import Outcome, prepare_instance, run_here
 from diffusemix_pipeline.orchestration.lost_runs import PROCESS_TAG
 from diffusemix_pipeline.progress import silent
-from diffusemix_pipeline.project import Project
+from diffusemix_pipeline.project import Project, note_holder
 from diffusemix_pipeline.training import arms, fold_teachers
 from diffusemix_pipeline.versioning import pinned_digest
 
@@ -236,12 +237,14 @@ def test_a_second_run_at_the_same_time_is_refused(weights, project):
 
     project.state.mkdir()
     with (project.state / "run.lock").open("w") as lock:
-        lock.write("another run")
-        lock.flush()
+        note_holder(lock, "run 1234")
         fcntl.flock(lock, fcntl.LOCK_SH)
         outcome = run(project, weights)
     assert outcome.user_error
-    assert "Another run is at work" in outcome.problems[0]
+    assert re.search(
+        rf"Another is at work in \S+: run 1234 on {socket.gethostname()}, since 20",
+        outcome.problems[0],
+    )
     assert not project.data.exists()
 
 
