@@ -9,7 +9,10 @@ the project (`project.py`), and anything that needs torch.
 import difflib
 import math
 import os
+import reprlib
+import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -272,9 +275,12 @@ class Editing(Section):
     @field_validator("prompts")
     @classmethod
     def _prompts_differ(cls, prompts: list[str]) -> list[str]:
-        twice = sorted({prompt for prompt in prompts if prompts.count(prompt) > 1})
+        twice = sorted(prompt for prompt, times in Counter(prompts).items() if times > 1)
         if twice:
             raise ValueError(f"named twice: {', '.join(twice)}")
+        for prompt in prompts:
+            if any(unicodedata.category(character) == "Cc" for character in prompt):
+                raise ValueError(f"a line break or another control character is in {prompt!r}")
         return prompts
 
     @field_validator("template")
@@ -633,12 +639,29 @@ def _brings_images(preset: str) -> bool:
     return preset != NO_PRESET and "path" in _read_preset(preset).values.get("source", {})
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain values alone, and each key once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key} is set twice", node.value[place][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _parsed(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
 def _read_yaml(path: Path) -> Layer:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _parsed(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"The settings file {path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"The settings file {path} is not YAML: {error}") from None
     if not isinstance(content or {}, dict):
         raise UserError(f"The settings file {path} must hold 'key: value' lines.")
@@ -669,8 +692,8 @@ def nested_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _parse(text: str, name: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return _parsed(text)
+    except (yaml.YAMLError, RecursionError):
         raise UserError(f"{name}: '{text}' is not a YAML value; put text in quotes.") from None
 
 
@@ -739,7 +762,8 @@ def _explain(error: ValidationError, layers: Sequence[Layer]) -> str:
             lines.append(f"{key}{where}: there is no such setting. Did you mean {near}?")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{key} = {problem['input']!r}{where}: {message[0].lower()}{message[1:]}.")
+            value = reprlib.repr(problem["input"])
+            lines.append(f"{key} = {value}{where}: {message[0].lower()}{message[1:]}.")
     return "\n".join(lines)
 
 
