@@ -22,6 +22,7 @@ from PIL import Image
 from scipy.special import fdtrc
 
 from diffusemix_pipeline import pictures
+from diffusemix_pipeline.datasets.manifest import without_images
 from diffusemix_pipeline.editing.editor import BUNDLED
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.evaluation.attacks import autoattack_attacks
@@ -51,7 +52,8 @@ DOCUMENT = "report.json"
 PAGE = "index.html"
 MARKDOWN = "report.md"
 SCHEMA_VERSION = 6
-CODE_VERSION = "8"
+CODE_VERSION = "9"
+_NAMED = 5  # classes, in a sentence
 MEASURES = ("clean", "corrupted", "fgsm", "ece")
 
 _CLASSES_SHOWN = 30
@@ -365,6 +367,7 @@ def _notes(document: Mapping[str, Any]) -> list[str]:
         _reads_note(document["data"]["test_reads"]),
         _steps_note({arm["arm"]: arm["steps"] for arm in document["arms"]}),
         _copies_note(document["data"]["copies_across_splits"]),
+        _untested_note(document["data"]["counts"]),
         _holm_note(document["arms"]),
         _masking_note(document),
         _attacks_note(document["attacks"]),
@@ -557,6 +560,15 @@ def _copies_note(copies: Sequence[Any]) -> str:
         f"{len(copies):,} {lie} in two splits {looked_for}: "
         "accuracy on such pictures says nothing about new images."
     )
+
+
+def _untested_note(counts: Mapping[str, Mapping[str, int]]) -> str:
+    untested = without_images(counts, "test")
+    if not untested:
+        return ""
+    others = untested[_NAMED:]
+    names = [*untested[:_NAMED], *([f"{len(others):,} more"] if others else [])]
+    return f"No test image shows {_listed(names)}: this report says nothing of that."
 
 
 def _percent(share: float) -> str:
