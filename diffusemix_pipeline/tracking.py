@@ -381,6 +381,7 @@ def open_tracking(project: Project, tracking: settings.Tracking) -> Tracker:
     """
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import DatabaseError
 
     project.state.mkdir(parents=True, exist_ok=True)
     uri = tracking.uri or _database(project)
@@ -397,6 +398,13 @@ def open_tracking(project: Project, tracking: settings.Tracking) -> Tracker:
                 experiment = client.get_experiment(experiment_id)
         except MlflowException as error:
             raise UserError(f"MLflow at {uri} (tracking.uri) cannot be used: {error}") from error
+        except DatabaseError as error:
+            if "not a database" not in str(error) and "malformed" not in str(error):
+                raise
+            raise UserError(
+                f"MLflow's database {uri} is damaged ({error.orig}). Restore it from a backup, or "
+                "move it elsewhere: runs and models are then registered anew."
+            ) from error
     if experiment.lifecycle_stage == "deleted":
         raise UserError(
             f"The MLflow experiment '{tracking.experiment}' at {uri} is deleted. Restore it with "

@@ -313,7 +313,8 @@ def _default_remote(root: Path) -> str | None:
 def _md5_of(pin: str, name: str) -> str:
     """Return the digest in the text of a `data.dvc`; UserError, with `name`, where it is none."""
     try:
-        return str(yaml.safe_load(pin)["outs"][0]["md5"])
+        out = yaml.safe_load(pin)["outs"][0]
+        return str({"data": out["md5"]}[out["path"]])
     except (yaml.YAMLError, LookupError, TypeError):
         raise _damaged(name) from None
 
@@ -337,10 +338,14 @@ def _cached(root: Path, md5: str) -> Path:
 def _configured(root: Path, section: str, option: str) -> str | None:
     """Return a value of the project's DVC configuration, the machine's own file over the shared."""
     parser = RawConfigParser(strict=False)
-    try:
-        parser.read([root / ".dvc" / name for name in ("config", "config.local")], "utf-8")
-    except ParsingError as error:
-        raise UserError(f"The DVC configuration cannot be read: {error}") from None
+    for path in (root / ".dvc" / "config", root / ".dvc" / "config.local"):
+        try:
+            parser.read(path, "utf-8")
+        except (ParsingError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{path} is damaged ({error}). Restore it, or remove it and name the DVC remote "
+                "anew, if there was one (`dvc remote add`)."
+            ) from None
     return parser.get(section, option, fallback="").strip("\"'") or None
 
 

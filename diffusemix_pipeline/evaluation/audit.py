@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from diffusemix_pipeline.datasets.images import decode_square
 from diffusemix_pipeline.datasets.manifest import Stage
 from diffusemix_pipeline.pictures import contact_sheet
 from diffusemix_pipeline.progress import Progress, silent
@@ -87,7 +86,7 @@ def audit(
     names_of_made = made["file_name"]
 
     def read(image_id: str, size: int) -> np.ndarray:
-        return decode_square(augmented.files.read(names_of_made[image_id]), size)
+        return augmented.files.pixels(names_of_made[image_id], size)
 
     return Audit(cases, _sheet(cases, test.images[wrong], train, near, read))
 

@@ -40,7 +40,13 @@ class Outcome:
 
 
 def prepare_instance(project: Project) -> None:
-    """Point Dagster at the project, with its two files made where they are missing."""
+    """Point Dagster at the project, with its two files made where they are missing.
+
+    UserError names a database that is none.
+    """
+    from diffusemix_pipeline.preflight import check_databases
+
+    check_databases(project)
     os.environ["DAGSTER_HOME"] = str(project.root)
     for name in ("dagster.yaml", "workspace.yaml"):
         if not (project.root / name).exists():

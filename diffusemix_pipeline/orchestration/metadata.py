@@ -37,13 +37,12 @@ def stage_metadata(stage: Stage, seconds: float | None) -> dict[str, Any]:
 
 def stage_sheet(stage: Stage, by: str) -> dg.MarkdownMetadataValue:
     """Show a few images of a stage, a row for each of some values of column `by`."""
-    from diffusemix_pipeline.datasets.images import decode_square
     from diffusemix_pipeline.pictures import contact_sheet
 
     rows, labels = [], []
     for value, group in list(stage.manifest([by, "file_name"]).groupby(by))[:_SHEET_ROWS]:
         names = group["file_name"].head(_SHEET_COLUMNS)
-        rows.append([decode_square(stage.files.read(name), 64) for name in names])
+        rows.append([stage.files.pixels(name, 64) for name in names])
         labels.append(str(value))
     return picture(contact_sheet(rows, row_labels=labels, cell=64), f"some {stage.name} images")
 
@@ -53,7 +52,6 @@ def stages_picture(stages: Mapping[str, Stage], images: int = 4) -> bytes:
 
     `stages` maps raw, generated, hybrid and augmented to their stages.
     """
-    from diffusemix_pipeline.datasets.images import decode_square
     from diffusemix_pipeline.pictures import contact_sheet
 
     columns = ["source_id", "label", "prompt", "file_name", "width"]
@@ -67,7 +65,7 @@ def stages_picture(stages: Mapping[str, Stage], images: int = 4) -> bytes:
         names = {"raw": originals[row.source_id]}
         rows.append(
             [
-                decode_square(stage.files.read(names.get(key, row.file_name)), row.width)
+                stage.files.pixels(names.get(key, row.file_name), row.width)
                 for key, stage in stages.items()
             ]
         )

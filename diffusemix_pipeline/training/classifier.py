@@ -19,7 +19,7 @@ from torch import nn
 
 from diffusemix_pipeline.datasets.images import MAX_PIXELS, read_rgb, to_square
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.files import write_json
+from diffusemix_pipeline.files import undamaged, write_json
 
 if TYPE_CHECKING:  # serving needs no manifests
     from diffusemix_pipeline.training.data import Images
@@ -153,19 +153,29 @@ def save_classifier(classifier: Classifier, folder: Path) -> None:
     write_json(folder / DESCRIPTION, description)
 
 
+def trained_anew(folder: Path) -> str:
+    """Say what to do where a file of a classifier's folder is damaged."""
+    return f"Remove {folder} and run again: it is trained anew."
+
+
 def load_classifier(folder: Path, device: str = "cpu") -> Classifier:
     """Read a classifier's folder back, onto a device, in evaluation mode."""
-    description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    classifier = build_classifier(description["model"], description["classes"], description["size"])
-    model = NormalizedModel(classifier.model.backbone, description["mean"], description["std"])
-    model.load_state_dict(load_file(folder / WEIGHTS))
+    with undamaged(folder / DESCRIPTION, trained_anew(folder)):
+        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        name, classes = description["model"], description["classes"]
+        size, mean, std = (description[key] for key in ("size", "mean", "std"))
+    classifier = build_classifier(name, classes, size)
+    model = NormalizedModel(classifier.model.backbone, mean, std)
+    with undamaged(folder / WEIGHTS, trained_anew(folder)):
+        model.load_state_dict(load_file(folder / WEIGHTS))
     model.eval().to(device)
     return Classifier(model, classifier.name, classifier.classes, classifier.size)
 
 
 def broken_weights(folder: Path) -> list[str]:
     """Name the weights of a classifier's folder that are not all finite."""
-    weights = load_file(folder / WEIGHTS)
+    with undamaged(folder / WEIGHTS, trained_anew(folder)):
+        weights = load_file(folder / WEIGHTS)
     return [name for name, values in weights.items() if not torch.isfinite(values).all()]
 
 
