@@ -24,6 +24,7 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -46,6 +47,7 @@ PAPER_PROMPTS = [
 ]
 
 Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
+Commit = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
 Owner = Annotated[str, StringConstraints(pattern=r"^(team:.+|[^@\s]+@[^@\s]+\.[^@\s]+)$")]
 Mask = Literal["left", "right", "top", "bottom"]
 Arm = Literal[
@@ -193,11 +195,15 @@ class Editing(Section):
         description="'bundled' (a small stand-in), a folder, or a hub id such as "
         "timbrooks/instruct-pix2pix, in diffusers' format: `diffusemix editor list`.",
     )
-    revision: str | None = Field(None, description="Commit, tag or branch of a hub id.")
+    revision: Commit | None = Field(
+        None,
+        description="The commit of a hub id, 40 hex digits: without it nothing of the hub is "
+        "loaded, as a name or a branch may hold other files tomorrow.",
+    )
     lora: str = Field(
         "",
         description="Low-rank weights to add to the editor's: a .safetensors file, or "
-        "owner/name/FILE.safetensors on the hub; empty: none.",
+        "owner/name@COMMIT/FILE.safetensors on the hub; empty: none.",
     )
     prompts: list[Prompt] = Field(
         PAPER_PROMPTS, min_length=1, description="What an image may be turned into."
@@ -316,6 +322,11 @@ class Training(Section):
         description="A timm model's name, or preact_resnet18, which is for images of 32 to 64 px.",
     )
     pretrained: bool = Field(False, description="Start from timm's pretrained weights.")
+    revision: Commit | None = Field(
+        None,
+        validate_default=True,
+        description="The commit of these weights on the hub, 40 hex digits.",
+    )
     seeds: list[Annotated[int, Field(ge=0)]] = Field(
         [0], min_length=1, description="One classifier an arm and seed."
     )
@@ -347,6 +358,23 @@ class Training(Section):
     )
     crop_padding: int = Field(4, ge=0, description="Random crop after reflecting so many px.")
     flip: bool = Field(True, description="Mirror half of the training images.")
+
+    @property
+    def pretrained_at(self) -> str | None:
+        """The commit whose weights a classifier starts from; None: it starts from nothing."""
+        return self.revision if self.pretrained else None
+
+    @field_validator("revision")
+    @classmethod
+    def _pretrained_weights_are_pinned(
+        cls, revision: str | None, info: ValidationInfo
+    ) -> str | None:
+        if info.data.get("pretrained") and revision is None:
+            raise ValueError(
+                "pretrained weights are loaded by their commit alone: name it, 40 hex digits, from "
+                "the page of timm/MODEL on the hub, under Files, History"
+            )
+        return revision
 
     @field_validator("arms", "seeds")
     @classmethod
