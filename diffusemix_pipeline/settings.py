@@ -147,7 +147,8 @@ class Storage(Section):
     def _is_a_bucket(cls, edits: str) -> str:
         if urlsplit(edits).password:
             raise ValueError("holds a password: give secrets by the environment")
-        if edits and urlsplit(edits).scheme in ("", "file", "local"):
+        # fsspec takes a::b for one storage over another, which may be a folder.
+        if edits and (urlsplit(edits).scheme in ("", "file", "local") or "::" in edits):
             raise ValueError("is no bucket's URL, such as s3://bucket/edits")
         return edits
 
@@ -442,6 +443,16 @@ class Tracking(Section):
     model_name: str = Field(
         "diffusemix-classifier", min_length=1, description="The registered model's name."
     )
+
+    @field_validator("uri", "address")
+    @classmethod
+    def _holds_no_secret(cls, url: str) -> str:
+        if urlsplit(url).username is not None:  # it may be a token; links and logs show the rest
+            raise ValueError(
+                "holds a name or password: give them by the environment, as "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+            )
+        return url
 
 
 class Checks(Section):
