@@ -511,6 +511,11 @@ class Settings(Section):
     keep_runs_days: int = Field(
         90, ge=1, description="How long the job `maintenance` keeps runs; read on loading."
     )
+    thumbnails: bool = Field(
+        False,
+        description="Show some of the images in the report, in MLflow and on the assets' pages; "
+        "without, plots and numbers alone leave data/.",
+    )
     source: Source = Source()
     storage: Storage = Storage()
     editing: Editing = Editing()
@@ -543,7 +548,7 @@ def data_settings(settings: Settings) -> str:
     What was asked of the source is in the notes of `data/raw`, the editor's identity in those of
     `data/generated`: both may come from elsewhere than these settings say.
     """
-    elsewhere = {"device", "source", "training", "evaluation"} | _OF_RUNNING
+    elsewhere = {"device", "thumbnails", "source", "training", "evaluation"} | _OF_RUNNING
     values = settings.model_dump(exclude=elsewhere)
     for name in PLACE_OR_SPEED:
         del values["editing"][name]
