@@ -29,7 +29,7 @@ def check_run(project: Project, settings: Settings) -> None:
         _check_source(Path(source.path), project)
     _check_data(project)
     check_databases(project)
-    check_model(settings.training.model, settings.size, settings.training.pretrained)
+    check_model(settings.training.model, settings.size, settings.training.pretrained_at)
     check_corrupted_sets(settings.evaluation.corrupted_sets)
     _check_edits_and_mixing(settings)
     if settings.executor != "ray":

@@ -27,6 +27,7 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -49,6 +50,7 @@ PAPER_PROMPTS = [
 ]
 
 Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
+Commit = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
 Owner = Annotated[str, StringConstraints(pattern=r"^(team:.+|[^@\s]+@[^@\s]+\.[^@\s]+)$")]
 Mask = Literal["left", "right", "top", "bottom"]
 Arm = Literal[
@@ -148,7 +150,8 @@ class Storage(Section):
     def _is_a_bucket(cls, edits: str) -> str:
         if urlsplit(edits).password:
             raise ValueError("holds a password: give secrets by the environment")
-        if edits and urlsplit(edits).scheme in ("", "file", "local"):
+        # fsspec takes a::b for one storage over another, which may be a folder.
+        if edits and (urlsplit(edits).scheme in ("", "file", "local") or "::" in edits):
             raise ValueError("is no bucket's URL, such as s3://bucket/edits")
         return edits
 
@@ -196,11 +199,15 @@ class Editing(Section):
         description="'bundled' (a small stand-in), a folder, or a hub id such as "
         "timbrooks/instruct-pix2pix, in diffusers' format: `diffusemix editor list`.",
     )
-    revision: str | None = Field(None, description="Commit, tag or branch of a hub id.")
+    revision: Commit | None = Field(
+        None,
+        description="The commit of a hub id, 40 hex digits: without it nothing of the hub is "
+        "loaded, as a name or a branch may hold other files tomorrow.",
+    )
     lora: str = Field(
         "",
         description="Low-rank weights to add to the editor's: a .safetensors file, or "
-        "owner/name/FILE.safetensors on the hub; empty: none.",
+        "owner/name@COMMIT/FILE.safetensors on the hub; empty: none.",
     )
     prompts: list[Prompt] = Field(
         PAPER_PROMPTS, min_length=1, description="What an image may be turned into."
@@ -322,6 +329,11 @@ class Training(Section):
         description="A timm model's name, or preact_resnet18, which is for images of 32 to 64 px.",
     )
     pretrained: bool = Field(False, description="Start from timm's pretrained weights.")
+    revision: Commit | None = Field(
+        None,
+        validate_default=True,
+        description="The commit of these weights on the hub, 40 hex digits.",
+    )
     seeds: list[Annotated[int, Field(ge=0)]] = Field(
         [0], min_length=1, description="One classifier an arm and seed."
     )
@@ -353,6 +365,23 @@ class Training(Section):
     )
     crop_padding: int = Field(4, ge=0, description="Random crop after reflecting so many px.")
     flip: bool = Field(True, description="Mirror half of the training images.")
+
+    @property
+    def pretrained_at(self) -> str | None:
+        """The commit whose weights a classifier starts from; None: it starts from nothing."""
+        return self.revision if self.pretrained else None
+
+    @field_validator("revision")
+    @classmethod
+    def _pretrained_weights_are_pinned(
+        cls, revision: str | None, info: ValidationInfo
+    ) -> str | None:
+        if info.data.get("pretrained") and revision is None:
+            raise ValueError(
+                "pretrained weights are loaded by their commit alone: name it, 40 hex digits, from "
+                "the page of timm/MODEL on the hub, under Files, History"
+            )
+        return revision
 
     @field_validator("arms", "seeds")
     @classmethod
@@ -421,6 +450,16 @@ class Tracking(Section):
         "diffusemix-classifier", min_length=1, description="The registered model's name."
     )
 
+    @field_validator("uri", "address")
+    @classmethod
+    def _holds_no_secret(cls, url: str) -> str:
+        if urlsplit(url).username is not None:  # it may be a token; links and logs show the rest
+            raise ValueError(
+                "holds a name or password: give them by the environment, as "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+            )
+        return url
+
 
 class Checks(Section):
     """What a run must reach to go on, and a new model to take the champion's place."""
@@ -478,6 +517,11 @@ class Settings(Section):
     keep_runs_days: int = Field(
         90, ge=1, description="How long the job `maintenance` keeps runs; read on loading."
     )
+    thumbnails: bool = Field(
+        False,
+        description="Show some of the images in the report, in MLflow and on the assets' pages; "
+        "without, plots and numbers alone leave data/.",
+    )
     source: Source = Source()
     storage: Storage = Storage()
     editing: Editing = Editing()
@@ -510,7 +554,7 @@ def data_settings(settings: Settings) -> str:
     What was asked of the source is in the notes of `data/raw`, the editor's identity in those of
     `data/generated`: both may come from elsewhere than these settings say.
     """
-    elsewhere = {"device", "source", "training", "evaluation"} | _OF_RUNNING
+    elsewhere = {"device", "thumbnails", "source", "training", "evaluation"} | _OF_RUNNING
     values = settings.model_dump(exclude=elsewhere)
     for name in PLACE_OR_SPEED:
         del values["editing"][name]

@@ -103,7 +103,7 @@ class ReportInputs:
     audit: Audit | None = None
     """The surest wrong answers of the subject's first seed, and what may have led to them."""
     stages: bytes | None = None
-    """A PNG of example images: original, edit, hybrid, augmented."""
+    """A PNG of example images: original, edit, hybrid, augmented; None: none are to be shown."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +148,7 @@ def write_report(inputs: ReportInputs, out: Path, *, aside: Path) -> Report:
         files = {name: plot.png for name, plot in light.items()}
         if inputs.stages is not None:
             files["stages"] = inputs.stages
-        if inputs.audit:
+        if inputs.audit and inputs.audit.sheet is not None:
             files["audit"] = inputs.audit.sheet
         for name, png in files.items():
             write_bytes(folder / f"{name}.png", png)
@@ -374,6 +374,7 @@ def _notes(document: Mapping[str, Any]) -> list[str]:
         _shared_note(document),
         _few_note(document),
         _editor_note(document),
+        _thumbnails_note(document["settings"]),
         "The corruptions' families are ImageNet-C's, but their constants are this project's own: "
         "these numbers cannot be compared with a published mCE.",
         "The calibration error of a finite sample errs upwards, as it cannot be below zero, and "
@@ -569,6 +570,15 @@ def _untested_note(counts: Mapping[str, Mapping[str, int]]) -> str:
     others = untested[_NAMED:]
     names = [*untested[:_NAMED], *([f"{len(others):,} more"] if others else [])]
     return f"No test image shows {_listed(names)}: this report says nothing of that."
+
+
+def _thumbnails_note(settings: Mapping[str, Any]) -> str:
+    if settings["thumbnails"]:
+        return ""
+    return (
+        "No picture of an image is shown, here, in MLflow or on the assets' pages: thumbnails is "
+        "false. Names of files and classes are."
+    )
 
 
 def _percent(share: float) -> str:

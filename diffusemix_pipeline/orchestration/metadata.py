@@ -7,6 +7,7 @@ from typing import Any
 import dagster as dg
 
 from diffusemix_pipeline.datasets.manifest import Stage
+from diffusemix_pipeline.settings import Settings
 
 _SHEET_ROWS = 4
 _SHEET_COLUMNS = 6
@@ -35,8 +36,13 @@ def stage_metadata(stage: Stage, seconds: float | None) -> dict[str, Any]:
     }
 
 
-def stage_sheet(stage: Stage, by: str) -> dg.MarkdownMetadataValue:
-    """Show a few images of a stage, a row for each of some values of column `by`."""
+def stage_sheet(stage: Stage, by: str, settings: Settings) -> dict[str, dg.MarkdownMetadataValue]:
+    """Show a few images of a stage, a row for each of some values of column `by`.
+
+    Nothing is shown where the settings say so.
+    """
+    if not settings.thumbnails:
+        return {}
     from diffusemix_pipeline.pictures import contact_sheet
 
     rows, labels = [], []
@@ -44,7 +50,8 @@ def stage_sheet(stage: Stage, by: str) -> dg.MarkdownMetadataValue:
         names = group["file_name"].head(_SHEET_COLUMNS)
         rows.append([stage.files.pixels(name, 64) for name in names])
         labels.append(str(value))
-    return picture(contact_sheet(rows, row_labels=labels, cell=64), f"some {stage.name} images")
+    sheet = contact_sheet(rows, row_labels=labels, cell=64)
+    return {"contact_sheet": picture(sheet, f"some {stage.name} images")}
 
 
 def stages_picture(stages: Mapping[str, Stage], images: int = 4) -> bytes:

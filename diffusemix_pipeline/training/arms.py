@@ -233,7 +233,7 @@ def _train(
     # Every arm of a seed starts from the same weights.
     torch.manual_seed(seed_from(settings.seed, "weights", wanted.seed))
     classifier = build_classifier(
-        training.model, images.classes, settings.size, pretrained=training.pretrained
+        training.model, images.classes, settings.size, pretrained=training.pretrained_at
     )
     curve = fit(
         classifier,

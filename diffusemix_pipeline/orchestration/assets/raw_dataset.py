@@ -59,7 +59,7 @@ def raw_dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
             "left_out_by_train_per_class": stage.notes["left_out_by_train_per_class"],
             "copies_across_splits": len(stage.notes["copies_across_splits"]),
             "class_histogram": picture(histogram, "images a class and split"),
-            "contact_sheet": stage_sheet(stage, "label"),
+            **stage_sheet(stage, "label", context.resources.settings),
         },
     )
 
