@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -615,11 +616,16 @@ def test_every_row_is_tested() -> None:
 
 
 @pytest.fixture(scope="module")
-def wanted(tmp_path_factory):
+def overrides(tmp_path_factory) -> list[str]:
     editor = tiny_editor(tmp_path_factory.mktemp("editor"))
     # Teachers of few steps know nothing, but let some edits through.
     gate = ["enabled=true", "folds=2", "max_change=1", "false_reject_rate=0.25"]
-    return quick_settings(f"editing.editor={editor}", *(f"editing.gate.{of}" for of in gate))
+    return [f"editing.editor={editor}", *(f"editing.gate.{of}" for of in gate)]
+
+
+@pytest.fixture(scope="module")
+def wanted(overrides) -> Settings:
+    return quick_settings(*overrides)
 
 
 @pytest.fixture(scope="module")
@@ -628,6 +634,28 @@ def whole(wanted, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("whole")
     assert run_here(Project(root), wanted, silent).success
     return root
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_is_used_goes_through_the_whole_pipeline(overrides, tmp_path):
+    source, project = tmp_path / "source", Project(tmp_path / "project")
+    project.root.mkdir()
+    labels = {"cat", "-rf", EVIL, "x" * 250}
+    write_classes(source, sorted(labels), 6)
+    used = [what for what, (becomes, _) in FILES.items() if becomes == "used"]
+    for number, what in enumerate(used):
+        if what != "in train and test":
+            MAKE_FILE[what](source)
+            for odd in (source / "cat").glob("[oO][dD][dD]*"):
+                odd.rename(odd.with_name(f"{number}{odd.name}"))
+    prompts = ["../a/b", "<script>alert(1)</script> | `x` ${y} {z}"]
+    own = [f"source.path={source}", f"editing.prompts={json.dumps(prompts)}"]
+    outcome = run_here(project, quick_settings(*overrides, *own), silent)
+    assert outcome.success, outcome.problems
+    report = json.loads((project.report / "report.json").read_text("utf-8"))
+    assert set(report["data"]["classes"]) == labels
+    assert {path.parent.name for path in project.augmented.rglob("*.png")} == labels
 
 
 def results(root: Path) -> dict[str, str]:
