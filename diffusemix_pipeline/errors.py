@@ -12,4 +12,9 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(_SECRET_IN_URL.sub("…@", message))
+        super().__init__(without_secrets(message))
+
+
+def without_secrets(text: str) -> str:
+    """Return a text without the names and passwords of the addresses in it."""
+    return _SECRET_IN_URL.sub("…@", text)

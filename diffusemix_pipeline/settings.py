@@ -9,7 +9,6 @@ the project (`project.py`), and anything that needs torch.
 import difflib
 import math
 import os
-import reprlib
 import unicodedata
 import warnings
 from collections import Counter
@@ -32,11 +31,12 @@ from pydantic import (
     model_validator,
 )
 
-from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.errors import UserError, without_secrets
 
 SETTINGS_FILE = "diffusemix.yaml"
 NO_PRESET = "none"
 ENVIRONMENT_PREFIX = "DIFFUSEMIX_"
+_SHOWN = 200  # characters of a wrong value
 PAPER_PROMPTS = [
     "autumn",
     "snowy",
@@ -697,7 +697,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _parsed(text: str) -> Any:
-    return yaml.load(text, _Loader)
+    return _Loader(text).get_single_data()
 
 
 def _read_yaml(path: Path) -> Layer:
@@ -806,7 +806,8 @@ def _explain(error: ValidationError, layers: Sequence[Layer]) -> str:
             lines.append(f"{key}{where}: there is no such setting. Did you mean {near}?")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            value = reprlib.repr(problem["input"])
+            value = without_secrets(repr(problem["input"]))
+            value = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}…"
             lines.append(f"{key} = {value}{where}: {message[0].lower()}{message[1:]}.")
     return "\n".join(lines)
 

@@ -351,7 +351,7 @@ def test_among_many_pictures_every_near_copy_is_told_and_nothing_else(seed, tmp_
 
 def test_pickles_among_the_images_are_set_aside_unread(tmp_path, trap):
     source = write_classes(tmp_path / "data", ["cat", "dog"], 6)
-    names = ["cat/evil.pt", "cat/evil.png", "dog/evil.npy"]
+    names = ["cat/evil.png", "cat/evil.pt", "dog/evil.npy"]
     for name in names:
         (source / name).write_bytes(pickle.dumps(trap))
     stage = ingested(source, tmp_path)

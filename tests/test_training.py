@@ -16,6 +16,7 @@ from conftest import quick_settings, write_classes, write_edits
 from safetensors.torch import save_file
 
 from diffusemix_pipeline import recipes, settings
+from diffusemix_pipeline.datasets import storage
 from diffusemix_pipeline.datasets.images import read_square
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import Stage
@@ -256,8 +257,8 @@ def test_what_a_disk_is_too_small_for_is_decoded_when_it_is_used(raw, tmp_path, 
 
 def test_arms_share_what_was_decoded_for_the_one_before(raw, generated, tmp_path, monkeypatch):
     load, read = data.loading_once(), []
-    told = data.decode_square
-    monkeypatch.setattr(data, "decode_square", lambda *a: read.append(a) or told(*a))
+    told = storage.decode_square
+    monkeypatch.setattr(storage, "decode_square", lambda *a: read.append(a) or told(*a))
     asked = ["train", ["cat", "dog", "emu"], 32]
     first = load([raw], *asked, aside=tmp_path)
     assert load([raw], *asked, aside=tmp_path) is first
