@@ -15,8 +15,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.project import Project, alone_with_edits, using_edits, without_runs
+from diffusemix_pipeline.errors import UserError, of_the_machine
+from diffusemix_pipeline.project import (
+    Project,
+    alone_with_edits,
+    holders,
+    using_edits,
+    without_runs,
+)
 from diffusemix_pipeline.settings import (
     NO_PRESET,
     Settings,
@@ -52,14 +58,27 @@ _NAMED_FOLDER = _NamedFolder()
 
 
 class _Command(click.Group):
-    """A group whose UserErrors end as one message and exit code 2."""
+    """A group whose UserErrors, and what the machine fails with, are one message and code 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except UserError as error:
-            click.echo(f"diffusemix: {error}", err=True)
-            ctx.exit(2)
+            told = str(error)
+        except Exception as error:
+            told = of_the_machine(f"{type(error).__name__}: {error}") or ""
+            if not told:
+                raise
+        _tell(told)
+        ctx.exit(2)
+
+
+def _tell(problem: str) -> None:
+    """Print a problem; of a database that is locked, with who has it open."""
+    if "database is locked" in problem:
+        pids = holders(*Project(Path.cwd()).state.rglob("*.db"))
+        problem += f" It is open in: {', '.join(map(str, pids)) or 'no process of this machine'}."
+    click.echo(f"diffusemix: {problem}", err=True)
 
 
 def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,7 +154,7 @@ def run(
         outcome = run_here(project, settings, progress)
     if not outcome.success:
         for problem in outcome.problems:
-            click.echo(f"diffusemix: {problem}", err=True)
+            _tell(problem)
         raise SystemExit(2 if outcome.user_error else 1)
     _print_outcome(project, outcome)
 

@@ -7,11 +7,13 @@ import socket
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
+
+import psutil
 
 from diffusemix_pipeline.devices import choose_device, count_gpus
 from diffusemix_pipeline.errors import UserError
@@ -141,7 +143,7 @@ def holder(lock: TextIO) -> tuple[str, str]:
 def at_work(project: Project, lock: TextIO) -> str:
     """Say who holds the project."""
     name, where = holder(lock)
-    return f"Another is at work in {project.root}: {name} on {where}. Wait for it to end."
+    return f"Another is at work in {project.root}: {name} on {where}. {how_to_end(project)}"
 
 
 @contextmanager
@@ -213,3 +215,21 @@ def taken_alone(lock: TextIO) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def how_to_end(project: Project) -> str:
+    """Return what to do about the run that holds the project, as a sentence."""
+    found = " ".join(map(str, holders(project.run_lock)))
+    if not found:  # it is of another machine
+        return "Wait for it to end."
+    return f"Wait for it to end; if it hangs, `kill -9 {found}` ends it, and the next run goes on."
+
+
+def holders(*files: Path) -> list[int]:
+    """Return the processes of this machine, but for this one, that have one of the files open."""
+    paths, found = {str(file.resolve()) for file in files}, set[int]()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # another user's, or gone by now
+            if paths & {file.path for file in process.open_files()}:
+                found.add(process.pid)
+    return sorted(found - {os.getpid()})

@@ -415,7 +415,10 @@ def open_tracking(project: Project, tracking: settings.Tracking) -> Tracker:
                 experiment_id = client.create_experiment(tracking.experiment, files)
                 experiment = client.get_experiment(experiment_id)
         except MlflowException as error:
-            raise UserError(f"MLflow at {uri} (tracking.uri) cannot be used: {error}") from error
+            raise UserError(
+                f"MLflow at {uri} (tracking.uri) cannot be used: {error}. Start its server, or "
+                "name another, and run again."
+            ) from error
         except DatabaseError as error:
             if "not a database" not in str(error) and "malformed" not in str(error):
                 raise

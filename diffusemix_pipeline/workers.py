@@ -5,11 +5,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import forkserver, get_context, parent_process
 from multiprocessing.connection import wait
 from typing import TypeVar
 
 from diffusemix_pipeline.devices import usable_cores
+from diffusemix_pipeline.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -28,27 +31,45 @@ def get_ready(module: str) -> None:
         forkserver.ensure_running()
 
 
-def in_processes(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Give `work(item)` for each item, in order; both can be pickled, and so can what it returns.
+@contextmanager
+def in_processes(
+    work: Callable[[Item], Result], items: Iterable[Item]
+) -> Iterator[Iterator[Result]]:
+    """Give an iterator over `work(item)`, in order; both can be pickled, and what it returns.
 
     Items are asked for a little ahead of what is given, so there may be more than memory holds.
+    Raises UserError where a process is killed.
     """
     cores = usable_cores()
     if cores == 1:
-        yield from map(work, items)
+        yield map(work, items)
         return
     get_ready(getattr(work, "func", work).__module__)
     pool = ProcessPoolExecutor(cores, get_context("forkserver"), end_with_parent)
-    pending: deque[Future[Result]] = deque()
     try:
-        for item in items:
-            pending.append(pool.submit(work, item))
-            if len(pending) == cores * _AHEAD:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
+        yield _in_order(pool, work, items, cores * _AHEAD)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "A process that worked on images was killed, as the system does where memory runs out: "
+            "free memory and run again, which goes on where it was."
+        ) from error
+    finally:  # now: a process that ends while another is left waits for that one, for ever
         pool.shutdown(cancel_futures=True)
+
+
+def _in_order(
+    pool: ProcessPoolExecutor,
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    ahead: int,
+) -> Iterator[Result]:
+    pending: deque[Future[Result]] = deque()
+    for item in items:
+        pending.append(pool.submit(work, item))
+        if len(pending) == ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def end_with_parent() -> None:

@@ -5,6 +5,7 @@ import os
 import sqlite3
 import subprocess
 import threading
+import time
 from contextlib import chdir
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -266,6 +267,35 @@ def test_a_failed_run_is_told_in_the_log_and_to_the_webhook(project, monkeypatch
     assert told["run_id"] == failed.run_id
     assert "raw_dataset" in told["text"]
     assert "/nowhere" in told["text"]
+
+
+def test_a_run_that_tells_nothing_for_an_hour_is_told_of_once(project, capfd):
+    def started(instance: dg.DagsterInstance, *hours_ago: float) -> str:
+        run = dg.DagsterRun(job_name="diffusemix")
+        instance.add_run(run)
+        kinds = [dg.DagsterEventType.RUN_START] + [dg.DagsterEventType.ENGINE_EVENT] * 9
+        for kind, hours in zip(kinds, hours_ago, strict=False):
+            data = EngineEventData() if kind == dg.DagsterEventType.ENGINE_EVENT else None
+            event = dg.DagsterEvent(kind.value, "diffusemix", event_specific_data=data)
+            logged = dg.EventLogEntry(
+                None, "info", "", run.run_id, time.time() - 3600 * hours, dagster_event=event
+            )
+            instance.handle_new_event(logged)
+        return run.run_id
+
+    sensor = build_definitions(project, quick_settings()).resolve_sensor_def("silent_runs")
+    with dg.DagsterInstance.ephemeral() as instance:
+        hangs = started(instance, 10, 2)
+        started(instance, 10, 0.5)
+        started(instance, 100, 4)  # a hundred hours of work are told of each two
+        cursor = None
+        for logged in (1, 0):
+            context = dg.build_sensor_context(instance=instance, cursor=cursor)
+            tick = sensor.evaluate_tick(context)
+            assert tick.skip_message == f"Silent: {hangs}."
+            said = capfd.readouterr().err
+            assert said.count(f"run {hangs} of diffusemix has told nothing for 2.0 h") == logged
+            cursor = tick.cursor
 
 
 @pytest.mark.slow

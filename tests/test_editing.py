@@ -301,13 +301,16 @@ def test_edits_that_are_no_numbers_are_no_black_images(weights):
 # Batches
 
 
-def test_where_memory_does_not_suffice_the_batch_is_halved_and_the_run_says_so(weights, tmp_path):
+@pytest.mark.parametrize("told", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
+def test_where_memory_does_not_suffice_the_batch_is_halved_and_the_run_says_so(
+    told, weights, tmp_path
+):
     edits = editor(weights)
     real = edits._unet.forward
 
     def small_device(sample: torch.Tensor, *arguments, **more):
         if len(sample) > 3 * 2:  # three branches of two edits
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise told
         return real(sample, *arguments, **more)
 
     edits._unet.forward = small_device

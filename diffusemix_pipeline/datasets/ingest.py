@@ -4,6 +4,7 @@ import hashlib
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -172,15 +173,16 @@ def _checked(
     look, done = partial(_looked_at, max_pixels), len(rows) - len(new)
     reasons: dict[int, str] = {}
     tables = []
-    looked = (map if len(new) <= _WORTH_PROCESSES else in_processes)(look, chunks())
-    for chunk, found in zip(chunks(), looked, strict=True):
-        named = dict(zip(values(chunk.rows["sha256"]), found, strict=True))
-        usable = {sha256: of for sha256, of in named.items() if not isinstance(of, str)}
-        tables.append(told(usable, max_pixels, begun))
-        pairs = zip(chunk.rows.index, found, strict=True)
-        reasons |= {number: of for number, of in pairs if isinstance(of, str)}
-        done += len(found)
-        progress("Checking images", done, len(rows))
+    few = len(new) <= _WORTH_PROCESSES
+    with nullcontext(map(look, chunks())) if few else in_processes(look, chunks()) as looked:
+        for chunk, found in zip(chunks(), looked, strict=True):
+            named = dict(zip(values(chunk.rows["sha256"]), found, strict=True))
+            usable = {sha256: of for sha256, of in named.items() if not isinstance(of, str)}
+            tables.append(told(usable, max_pixels, begun))
+            pairs = zip(chunk.rows.index, found, strict=True)
+            reasons |= {number: of for number, of in pairs if isinstance(of, str)}
+            done += len(found)
+            progress("Checking images", done, len(rows))
     return checked.joined(tables).of(rows["sha256"]), reasons
 
 

@@ -98,8 +98,9 @@ class StageWriter:
                 break
             first.append(part)
         else:
-            for images in in_processes(maker, chain(first, missing)):
-                tell(images)
+            with in_processes(maker, chain(first, missing)) as made:
+                for images in made:
+                    tell(images)
             return
         for part in first:
             maker.make_here(part, tell)

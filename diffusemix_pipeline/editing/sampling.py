@@ -99,7 +99,7 @@ class Sampler:
         try:
             parts = [slice(start, start + shape) for start in range(0, len(batch), shape)]
             return [(self._edit_padded(batch[part], images[part], shape), shape) for part in parts]
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
         # Here, and not among the handlers: an exception holds on to the tensors of its frames.
@@ -147,7 +147,8 @@ def _one_thread_each(workers: int) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(threads)  # threads that start later would take theirs from the pool's
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    """Tell what torch raises on CUDA by type, and its libraries, MPS and CPUs by text alone."""
+def _out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Tell what Python, and torch on CUDA, raise by type, its libraries, MPS and CPUs by text."""
     said = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in said)
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or any(text in str(error) for text in said)

@@ -1,10 +1,11 @@
 """When runs start by themselves, and who hears of those that fail.
 
-All but the failure sensor are off until someone turns them on.
+All but those that start nothing are off until someone turns them on.
 """
 
 import json
 import os
+import time
 import urllib.request
 from typing import Any
 
@@ -19,6 +20,9 @@ from diffusemix_pipeline.settings import Settings
 WEBHOOK = "FAILURE_WEBHOOK_URL"
 """The environment variable with the address that hears of failed runs: it is a secret."""
 _EVERY_SECONDS = 30
+_LOOK_FOR_SILENCE_EVERY_SECONDS = 300
+_SILENT_SECONDS = 3600.0
+_SILENT_SHARE = 0.05  # progress is told more seldom the longer work goes, see `log_progress`
 _TIMEOUT_SECONDS = 10
 
 
@@ -128,6 +132,38 @@ def failed_runs(context: dg.RunFailureSensorContext) -> None:
     context.log.error(message)
     if address := os.environ.get(WEBHOOK):
         _post(address, {"text": message, "run_id": run.run_id, "job": run.job_name})
+
+
+@dg.sensor(
+    name="silent_runs",
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    minimum_interval_seconds=_LOOK_FOR_SILENCE_EVERY_SECONDS,
+    description="Starts nothing: tells of a run that has told nothing for an hour, and for a "
+    f"twentieth of its time, in the log, and posts it to ${WEBHOOK} where that is set.",
+)
+def silent_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
+    """Tell once of each; the cursor holds those that were told of."""
+    told, silent = json.loads(context.cursor or "[]"), []
+    for run in context.instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED])):
+        newest = context.instance.get_records_for_run(run.run_id, limit=1, ascending=False).records
+        began = context.instance.get_run_stats(run.run_id).start_time
+        if not newest or not began:
+            continue
+        last, now = newest[0].timestamp, time.time()
+        if now - last < max(_SILENT_SECONDS, _SILENT_SHARE * (now - began)):
+            continue
+        silent.append(run.run_id)
+        if run.run_id not in told:
+            message = (
+                f"diffusemix: run {run.run_id} of {run.job_name} has told nothing for "
+                f"{(now - last) / 3600:.1f} h. If it hangs, terminate it, and start another, which "
+                "goes on where it was; that one names the process to end, should it be left."
+            )
+            context.log.error(message)
+            if address := os.environ.get(WEBHOOK):
+                _post(address, {"text": message, "run_id": run.run_id, "job": run.job_name})
+    context.update_cursor(json.dumps(silent))
+    return dg.SkipReason(f"Silent: {', '.join(silent)}." if silent else "No run is silent.")
 
 
 def _post(address: str, content: dict[str, Any]) -> None:

@@ -58,6 +58,7 @@ def build_definitions(
             automation.new_images_sensor(project, settings),
             automation.new_data_sensor(project, settings),
             automation.failed_runs,
+            automation.silent_runs,
             lost_runs,
         ],
         executor=executor_of(settings.executor, project),

@@ -3,7 +3,7 @@
 import dagster as dg
 from dagster._utils.error import SerializableErrorInfo
 
-from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.errors import UserError, of_the_machine
 
 _WRAPPERS = {"DagsterExecutionStepExecutionError", "DagsterResourceFunctionError"}
 _TOLD = {UserError.__name__, dg.Failure.__name__}
@@ -14,7 +14,7 @@ def told_to_user(error: SerializableErrorInfo) -> str | None:
     cause = innermost(error)
     if cause.cls_name in _TOLD:
         return cause.message.split(": ", 1)[1].strip()
-    return None
+    return of_the_machine(cause.message)
 
 
 def innermost(error: SerializableErrorInfo) -> SerializableErrorInfo:

@@ -19,7 +19,7 @@ from diffusemix_pipeline.orchestration.jobs import MAIN_JOB
 from diffusemix_pipeline.orchestration.lost_runs import PROCESS_TAG
 from diffusemix_pipeline.processes import this_process
 from diffusemix_pipeline.progress import Progress
-from diffusemix_pipeline.project import Project
+from diffusemix_pipeline.project import Project, without_runs
 from diffusemix_pipeline.settings import Executor, Settings
 
 
@@ -60,9 +60,10 @@ def run_here(project: Project, settings: Settings, progress: Progress) -> Outcom
     Relative paths, those of dagster.yaml among them, are the project's. `progress` is told where
     all steps run in this process; those that are processes or jobs of their own write it to the
     run's log, which under multiprocess comes to the terminal. UserError where there is no such
-    executor.
+    executor, and where another run is at work.
     """
-    prepare_instance(project)
+    with without_runs(project):  # or one that hangs, and holds Dagster's database, is waited for
+        prepare_instance(project)
     apart = settings.executor != "in_process"
     how: dict[str, Any] = {
         "run_config": {

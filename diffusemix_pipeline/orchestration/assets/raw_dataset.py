@@ -30,12 +30,16 @@ def raw_dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
     from diffusemix_pipeline.datasets.manifest import without_images
     from diffusemix_pipeline.pictures import class_histogram
     from diffusemix_pipeline.preflight import check_outputs, check_run
+    from diffusemix_pipeline.tracking import open_tracking
 
-    check_run(context.resources.project, context.resources.settings)
+    project, settings = context.resources.project, context.resources.settings
+    check_run(project, settings)
+    if settings.tracking.uri:
+        open_tracking(project, settings.tracking)  # which training needs, after hours perhaps
     started = time.monotonic()
     stage, origin = _bring(context)
     record_source(context, stage)
-    check_outputs(context.resources.project)  # DVC may have had to mend them first
+    check_outputs(project)  # DVC may have had to mend them first
     shown = stage_metadata(stage, time.monotonic() - started)
     set_aside = stage.notes["set_aside"]
     for item in set_aside[:20]:

@@ -1,0 +1,100 @@
+"""Each fault of docs/faults.md: what a person sees, and that a plain run afterwards ends the same.
+
+One fault a row, drawn once; `python -m benchmarks.soak` strikes a hundred.
+"""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import soak
+
+pytestmark = pytest.mark.slow
+PAGE = Path(__file__).parents[1] / "docs" / "faults.md"
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> soak.Bench:
+    made = soak.Bench(tmp_path_factory.mktemp("soak"), latest=True)
+    soak.prepare(made)
+    return made
+
+
+def struck(bench: soak.Bench, kind: str, seed: int = 0) -> dict[str, Any]:
+    """Let a fault strike; a plain run afterwards has to end as if nothing had been."""
+    bench.rng = random.Random(seed)
+    done = soak.one_round(bench, kind)
+    assert done["again"] == 0, done["said_again"]
+    assert done["differs"] == []
+    return done
+
+
+def test_a_killed_worker(bench):
+    done = struck(bench, "worker killed")
+    assert done["code"] == 2
+    assert "process was killed, as the system does where memory runs out" in done["seen"]
+
+
+def test_everything_killed(bench):
+    assert struck(bench, "everything killed")["code"] == -9
+
+
+def test_a_killed_daemon(bench):
+    assert struck(bench, "daemon killed")["seen"] in ("diffusemix: SUCCESS",)
+
+
+def test_a_full_disk(bench):
+    done = struck(bench, "disk full")
+    assert done["code"] == 2
+    assert "make room on the disk and run again" in done["seen"]
+
+
+def test_a_read_only_folder(bench):
+    done = struck(bench, "folder read-only", seed=1)
+    assert done["code"] == 2
+    assert "Permission denied: 'PROJECT/" in done["seen"]
+    assert "make it writable and run again" in done["seen"]
+
+
+def test_a_clock_that_goes_back(bench):
+    assert struck(bench, "clock back")["code"] == 0
+
+
+def test_mlflow_down_at_the_start(bench):
+    done = struck(bench, "MLflow down at start")
+    assert done["code"] == 2
+    assert "(tracking.uri) cannot be used" in done["seen"]
+
+
+def test_mlflow_down_in_training(bench):
+    done = struck(bench, "MLflow down in training")
+    assert done["code"] == 2
+    assert "start MLflow's server and run again" in done["seen"]
+
+
+def test_mlflow_down_at_the_end(bench):
+    done = struck(bench, "MLflow down at the end")
+    assert done["code"] == 2
+    assert "MLflow's server" in done["seen"]
+
+
+def test_a_dvc_remote_that_is_gone(bench):
+    done = struck(bench, "DVC remote gone")
+    assert done["code"] == 2
+    assert "failed with the DVC remote 'store'" in done["seen"]
+
+
+def test_dagsters_database_locked(bench):
+    done = struck(bench, "Dagster's database locked")
+    assert done["code"] == 0
+
+
+def test_too_little_memory_in_the_editor(bench):
+    struck(bench, "out of memory")
+
+
+def test_a_step_that_hangs(bench):
+    done = struck(bench, "step hangs")
+    assert "if it hangs, `kill -9 N` ends it" in done["seen"]
