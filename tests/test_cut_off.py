@@ -238,6 +238,19 @@ def run_and_tell(project: Project, settings: Settings, told: SimpleQueue) -> Non
         told.put(str(refused))
 
 
+@pytest.mark.timeout(1800)
+def test_a_run_that_is_stopped_says_that_it_can_go_on(undisturbed, weights, tmp_path):
+    project, told = Project(tmp_path), FORKED.SimpleQueue()
+    run = FORKED.Process(target=run_and_tell, args=(project, wanted(weights), told))
+    run.start()
+    wait_for(lambda: len(list(EditStore(project.edits))) > BATCH or not run.is_alive())
+    os.kill(run.pid, signal.SIGINT)
+    assert told.get() == "Stopped before its end: run again, which goes on where it was."
+    run.join()
+    assert run_here(project, wanted(weights), silent).success
+    assert made(project) == undisturbed
+
+
 def events_of(instance: dg.DagsterInstance, run_id: str) -> list[dg.DagsterEvent]:
     logs = instance.all_logs(run_id, of_type=dg.DagsterEventType.STEP_START)
     return [log.dagster_event for log in logs if log.dagster_event]

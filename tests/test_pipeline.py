@@ -202,7 +202,8 @@ def test_a_failing_check_fails_the_run(weights, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "png_bytes", with_a_stray_file)
     outcome = run(project, weights)
     assert not outcome.success
-    assert any("files_match_manifest on hybrid_images" in problem for problem in outcome.problems)
+    [problem] = outcome.problems
+    assert "files_match_manifest on hybrid_images" in problem
     assert "trained_classifier" not in outcome.metadata
 
 
