@@ -108,6 +108,8 @@ class How(NamedTuple):
     """A process whose user and mount namespaces are entered."""
     by: Sequence[str] = ()
     """A program, with arguments, that starts it; without one, it is forked, which is quicker."""
+    memory: int | None = None
+    """Bytes that a batch of edits may map beside what is mapped; None: all that there is."""
 
     def enter(self) -> None:
         """Let this process be in it."""
@@ -127,7 +129,7 @@ AS_IT_IS = How()
 class Command:
     """`diffusemix run` in a project, in a session of its own, which prints into a file."""
 
-    def __init__(self, root: Path, said: Path, how: "How") -> None:
+    def __init__(self, root: Path, said: Path, how: How) -> None:
         self._said = said
         self._said.write_bytes(b"")
         self._process = _forked(_diffusemix, root, self._said, how)
@@ -180,7 +182,26 @@ def _diffusemix(root: Path, said: Path, how: How) -> None:
         os.execvp(command[0], command)
     from diffusemix_pipeline.cli import main
 
+    if how.memory is not None:
+        _limit_edits(how.memory)
     main(["run"])
+
+
+def _limit_edits(more: int) -> None:
+    """Let the process map no more than so many bytes while it edits: allocations really fail."""
+    from diffusemix_pipeline.editing.instruct_pix2pix import InstructPix2PixEditor
+
+    edit, (_, most) = InstructPix2PixEditor.edit, resource.getrlimit(resource.RLIMIT_AS)
+
+    def edit_with_little(self: Any, *batch: Any) -> Any:
+        mapped = psutil.Process().memory_info().vms
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + more, most))
+        try:
+            return edit(self, *batch)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+    setattr(InstructPix2PixEditor, "edit", edit_with_little)  # noqa: B010 (mypy refuses the other)
 
 
 class Struck(NamedTuple):
@@ -240,7 +261,11 @@ class Bench:
         return among[-1] if self.latest else self.rng.choice(among)
 
     def put_back(self, state: str) -> None:
-        """Make project and remote what they are in a state."""
+        """Make project and remote what they are in a state; what is left of others there ends."""
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.cwd().startswith(f"{self.place}/"):
+                    process.kill()
         shutil.rmtree(self.place, ignore_errors=True)
         subprocess.run(["cp", "-a", self.folder / "states" / state, self.place], check=True)
 
@@ -250,9 +275,9 @@ class Bench:
         how = how._replace(environment={**caches, **how.environment})
         return Command(self.project.root, self.folder / f"{uuid.uuid4().hex}.said", how)
 
-    def some_seconds_into(self, state: str, command: Command, most: float = 1.0) -> str:
-        """Wait for a random moment of a run from a state, up to a share of it; return when."""
-        moment = self.rng.uniform(0.2, most * self.known["seconds"][state])
+    def some_seconds_into(self, state: str, command: Command) -> str:
+        """Wait for a random moment of a run from a state; return when it is."""
+        moment = self.rng.uniform(0.2, self.known["seconds"][state])
         command.wait(moment)
         if not command.runs():
             raise MissedError
@@ -697,24 +722,10 @@ def dagster_locked(bench: Bench) -> Iterator[Struck]:
 
 @contextmanager
 def out_of_memory(bench: Bench) -> Iterator[Struck]:
-    """Memory runs out while edits are made, for a moment or for good: no more may be mapped."""
-    state = bench.state(NOTHING, "raw_dataset")
-    command = bench.start()
-    _until(lambda: "Training fold teacher" in command.said or not command.runs())
-    after = bench.rng.uniform(0, 3)
-    command.wait(after)
-    if not command.runs():
-        raise MissedError
-    seconds = bench.rng.choice([0.5, 2.0, _PATIENCE])
-    mapped = psutil.Process(command.pid).memory_info().vms
-    limits = resource.prlimit(command.pid, resource.RLIMIT_AS)
-    resource.prlimit(command.pid, resource.RLIMIT_AS, (mapped, limits[1]))
-    command.wait(seconds)
-    if command.runs():
-        resource.prlimit(command.pid, resource.RLIMIT_AS, limits)
-    how_long = "till its end" if seconds == _PATIENCE else f"for {seconds} s"
-    moment = f"{how_long}, {after:.1f} s after the gate's first teacher, from {state}"
-    yield Struck(moment, command.ended(), command.said)
+    """The editor gets little memory beside what the process has, or none."""
+    state, more = bench.state(NOTHING, "raw_dataset"), bench.rng.choice([28, 24, 4, 0])
+    command = bench.start(How(memory=more << 20))
+    yield Struck(f"{more} MB, from {state}", command.ended(), command.said)
 
 
 @contextmanager
@@ -770,7 +781,7 @@ def one_round(bench: Bench, kind: str) -> dict[str, Any]:
             "kind": kind,
             "moment": struck.moment,
             "code": struck.code,
-            "seen": seen(struck.said),
+            "seen": seen(struck.said, struck.code),
             "again": code,
             "seconds": round(seconds, 1),
             "differs": differences(made, bench.known["made"])[:20] if code == 0 else ["all"],
@@ -779,7 +790,7 @@ def one_round(bench: Bench, kind: str) -> dict[str, Any]:
         }
 
 
-def seen(said: str) -> str:
+def seen(said: str, code: int | None) -> str:
     """Return the message in what a run printed, without what differs from run to run."""
     other = r"(?!diffusemix: |.*: \d+ done$)"  # the next message, or progress
     told = re.findall(rf"^diffusemix: .*(?:\n{other}.*)*", said, re.MULTILINE)
@@ -789,7 +800,7 @@ def seen(said: str) -> str:
         raised = [line for line in more if re.match(r"[\w.]+(Error|Exception)\b", line)]
         trace = any(line.startswith("Stack Trace") for line in more)
         lines.append(" ".join([first, *(raised[-1:] if trace else more[:1])]))
-    if not told and "Traceback" in said:
+    if not told and code and "Traceback" in said:
         lines = [f"Traceback … {said.strip().splitlines()[-1]}"]
     text = " | ".join(dict.fromkeys(lines)) or "nothing"
     text = re.sub(r"[^\s']*/place/project", "PROJECT", text)
@@ -809,46 +820,27 @@ def soak(bench: Bench, faults: int, seed: int, only: str | None) -> pd.DataFrame
         done = {"round": number, **one_round(bench, kind)}
         with path.open("a") as file:
             file.write(json.dumps(done) + "\n")
-        print(
-            {
-                name: done[name]
-                for name in (
-                    "round",
-                    "kind",
-                    "moment",
-                    "code",
-                    "seen",
-                    "again",
-                    "seconds",
-                    "differs",
-                )
-            },
-            flush=True,
-        )
+        print({name: done[name] for name in done if not name.startswith("said")}, flush=True)
         rounds.append(done)
     return pd.DataFrame(rounds)
 
 
 def table(rounds: pd.DataFrame) -> str:
     """Return the figures by kind and message, as Markdown."""
-    rows = []
-    for (kind, seen, code), of in rounds.groupby(["kind", "seen", "code"], dropna=False):
-        same = sum(
-            again == 0 and not differs
-            for again, differs in zip(of["again"], of["differs"], strict=True)
-        )
-        rows.append(
-            [
-                kind,
-                len(of),
-                seen.replace("|", "/"),
-                "" if pd.isna(code) else int(code),
-                f"{same} of {len(of)}",
-                f"{of['seconds'].median():.0f}",
-            ]
-        )
-    names = ["fault", "times", "seen", "exit code", "rerun ended the same", "seconds of the rerun"]
-    return pd.DataFrame(rows, columns=names).to_markdown(index=False, disable_numparse=True)
+    same = (rounds["again"] == 0) & (rounds["differs"].str.len() == 0)
+    rows = [
+        {
+            "fault": kind,
+            "times": len(of),
+            "seen": seen.replace("|", "/"),
+            "exit code": "" if pd.isna(code) else int(code),
+            "rerun ended the same": f"{same[of.index].sum()} of {len(of)}",
+            "seconds of the rerun": f"{of['seconds'].median():.0f}",
+        }
+        for (kind, seen, code), of in rounds.groupby(["kind", "seen", "code"], dropna=False)
+    ]
+    whole = f"{len(rounds)} faults; after {same.sum()} of them the rerun ended the same."
+    return f"{pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)}\n\n{whole}"
 
 
 if __name__ == "__main__":
