@@ -1,9 +1,10 @@
 # `make help` lists what there is. The first call of any target sets .venv up; later ones cost seconds.
 
 PYTHON ?= python3
-UV_VERSION := 0.13.9
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --upgrade \
+	--generate-hashes --no-emit-index-url --no-emit-find-links --no-header
 IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: help install demo test test-slow lint ui lock
@@ -18,7 +19,8 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else \
 		"Python %d.%d will not do: name one of 3.11 to 3.13, e.g. make PYTHON=python3.12 $(MAKECMDGOALS)" % v)'
 	$(PYTHON) -m venv --clear .venv  # packages that the lock no longer names go
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@awk '/^[^ ]/ { wanted = /^uv==/ } wanted' requirements.lock > .venv/uv.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement .venv/uv.txt
 	@# Where Python keeps no bytecode, as in many containers, each process would compile it all anew.
 	$(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode --require-hashes --requirements requirements.lock
 	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation --editable .
@@ -42,7 +44,6 @@ lint: $(INSTALLED)  ## check style, types and the direction of imports
 ui: $(INSTALLED)  ## open Dagster on 127.0.0.1:3000
 	$(BIN)/diffusemix ui
 
-lock: $(INSTALLED)  ## compile requirements.lock from pyproject.toml anew
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --upgrade --extra dev \
-		--generate-hashes --no-emit-index-url --no-emit-find-links --no-header \
-		pyproject.toml --output-file requirements.lock
+lock: $(INSTALLED)  ## compile requirements.lock from pyproject.toml anew, and what audits it
+	$(COMPILE) --extra dev pyproject.toml --output-file requirements.lock
+	echo pip-audit | $(COMPILE) - --output-file .github/audit.lock

@@ -39,7 +39,7 @@ SAME_SCHEDULE = {"sampler": "euler_ancestral", "steps": 100}
 def main() -> None:
     """Read the command line, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--editor", default="bundled", help="a folder or hub id (default: bundled)")
+    parser.add_argument("--editor", default="bundled", help="a folder (default: bundled)")
     parser.add_argument("--images", type=Path, help="class folders (default: made pictures)")
     parser.add_argument("--size", type=int, default=32, help="px (default: 32, the demo's)")
     parser.add_argument("--device", default="auto")

@@ -136,6 +136,7 @@ def directly(preset: str) -> None:
             images["train"],
             raw,
             stages["augmented"],
+            pictured=True,
             device=device,
         ),
         stages=stages_picture(stages),

@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20, help="timed, all of them guided")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--editor", help="a folder or hub id (default: the real size)")
+    parser.add_argument("--editor", help="a folder (default: the real size)")
     options = parser.parse_args()
     device = choose_device(options.device)
     with tempfile.TemporaryDirectory() as folder:

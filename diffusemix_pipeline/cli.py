@@ -9,6 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -361,29 +362,56 @@ def report(compare: tuple[str, str] | None) -> None:
         click.echo(changes(*(read_document(place) for place in places)), nl=False)
 
 
+_host_option = click.option(
+    "--host", default=_LOOPBACK, show_default=True, help="The address to listen on."
+)
+
+
+def _warn_of_others(host: str) -> None:
+    """Say who reaches a server that listens on `host`, where that is not this machine alone."""
+    if not _is_loopback(host):
+        click.echo(
+            f"WARNING: {host} may be reached from other machines, and the server asks nobody who "
+            "they are: whoever reaches it can launch runs with any settings, or change runs and "
+            "models. Leave --host out, or put a proxy that asks before it (docs/security.md).",
+            err=True,
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 @main.command()
+@_host_option
 @click.option("--port", default=3000, show_default=True)
-def ui(port: int) -> None:
+def ui(host: str, port: int) -> None:
     """Open Dagster's web UI on this machine, with its daemon for schedules."""
     from diffusemix_pipeline.orchestration.launch import prepare_instance
 
     prepare_instance(Project(Path.cwd()))
     # A sensor reads all that is new in the source, which may take longer than Dagster's minute.
     os.environ.setdefault("DAGSTER_SENSOR_GRPC_TIMEOUT_SECONDS", "3600")
-    click.echo(f"Dagster: http://{_LOOPBACK}:{port}")
-    command = ["-m", "dagster", "dev", "-h", _LOOPBACK, "-p", str(port), "-w", "workspace.yaml"]
+    _warn_of_others(host)
+    click.echo(f"Dagster: http://{host}:{port}")
+    command = ["-m", "dagster", "dev", "-h", host, "-p", str(port), "-w", "workspace.yaml"]
     _become([sys.executable, *command])
 
 
 @main.command()
+@_host_option
 @click.option("--port", default=5000, show_default=True)
-def mlflow(port: int) -> None:
+def mlflow(host: str, port: int) -> None:
     """Open MLflow's web UI on this machine."""
     from diffusemix_pipeline.tracking import mlflow_ui_command
 
-    settings = load_settings(Path.cwd())
-    click.echo(f"MLflow: http://{_LOOPBACK}:{port}")
-    _become(mlflow_ui_command(Project(Path.cwd()), settings.tracking, port))
+    command = mlflow_ui_command(Project(Path.cwd()), load_settings(Path.cwd()).tracking, port, host)
+    _warn_of_others(host)
+    click.echo(f"MLflow: http://{host}:{port}")
+    _become(command)
 
 
 @main.command()
@@ -441,11 +469,13 @@ def train(out: Path, images: Sequence[Path], seed: int) -> None:
 
 @editor.command()
 @click.option("--editor", "location", default="bundled", show_default=True, help="As in a setting.")
+@click.option("--revision", help="The commit of a hub id, as in a setting.")
 @click.option("--train", type=_NAMED_FOLDER, multiple=True, help="NAME=FOLDER to train judges on.")
 @click.option("--test", type=_NAMED_FOLDER, multiple=True, help="NAME=FOLDER to judge edits of.")
 @click.option("--sheet", type=_FOLDER, default=Path("editor.png"), show_default=True)
 def evaluate(
     location: str,
+    revision: str | None,
     train: Sequence[tuple[str, Path]],
     test: Sequence[tuple[str, Path]],
     sheet: Path,
@@ -463,7 +493,7 @@ def evaluate(
         raise UserError("--train and --test must name the same sets, e.g. cifar10=FOLDER in both.")
     with progress_bars() as progress:
         figures = evaluate_editor(
-            locate_editor(location, None),
+            locate_editor(location, revision),
             image_folders=dict(test),
             train_folders=dict(train),
             sheet=sheet,
@@ -683,7 +713,7 @@ def predict(images: Sequence[Path], alias: str) -> None:
     failed = 0
     for path in asked:
         try:
-            [answer] = model.predict([str(path)]).to_dict("records")
+            [answer] = model.predict([path]).to_dict("records")
         except UnreadableImageError as error:
             failed += 1
             click.echo(f"{path}: {error}", err=True)

@@ -73,6 +73,23 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (text + "\n").encode())
 
 
+@contextmanager
+def undamaged(path: Path, repair: str) -> Iterator[None]:
+    """Read a file that only this project writes: UserError names one that is damaged, and `repair`.
+
+    A file that is not there, or that the system does not let us read, is no damaged one.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # Arrow, PIL and safetensors raise dozens of types for broken files
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{path} is damaged ({why}). {repair}") from error
+
+
 class Ledger:
     """Facts that are only ever added, by several processes at once: each appends to its own file.
 

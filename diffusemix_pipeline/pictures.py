@@ -31,6 +31,8 @@ _MARKERS = "osD^vPX"
 _LINES = ("-", "--", "-.", ":")
 _NAMED_CLASSES = 60  # more bars than these are drawn without names
 _LEVEL_LABEL = 3  # letters: longer names of columns are turned
+_LONGEST_LABEL = 28  # characters
+_TURNED_INCHES = 0.05  # that a character of a turned label takes below the cells
 _LARGE_NUMBERS = 8  # columns: more have no room for decimals
 _NUMBERED_PROMPTS = 12  # narrower cells have no room for a number
 
@@ -186,7 +188,7 @@ def class_histogram(counts: Mapping[str, Mapping[str, int]], *, theme: Theme = L
         start = start + images
     axes.set_yticks(range(len(classes)) if named else [])
     if named:
-        axes.set_yticklabels([_escaped(_shortened(name, 28)) for name in classes])
+        axes.set_yticklabels([_named(name) for name in classes])
     else:
         axes.set_ylabel(f"{len(classes)} classes, by size", color=theme.muted)
     axes.invert_yaxis()
@@ -260,7 +262,10 @@ def heat_map(
     from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 
     rows, columns = values.shape
-    figure, axes = _figure(theme, height=0.95 + 0.36 * rows)
+    longest = min(_LONGEST_LABEL, max(len(name) for name in column_labels))
+    turned = longest > _LEVEL_LABEL
+    below = _TURNED_INCHES * longest if turned else 0
+    figure, axes = _figure(theme, height=0.95 + 0.36 * rows + below)
     digits = 1 if columns <= _LARGE_NUMBERS else 0
     size = 9 if columns <= _LARGE_NUMBERS else 6.5
     if reach is not None:
@@ -278,10 +283,9 @@ def heat_map(
         axes.text(
             column, row, text.replace("-", "−"), color=ink, ha="center", va="center", size=size
         )
-    long = any(len(name) > _LEVEL_LABEL for name in column_labels)
-    turned: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    how: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(
-        range(columns), [_named(name) for name in column_labels], **(turned if long else {})
+        range(columns), [_named(name) for name in column_labels], **(how if turned else {})
     )
     axes.set_yticks(range(rows), [_named(name) for name in row_labels])
     axes.set_xticks(np.arange(1, columns) - 0.5, minor=True)
@@ -291,7 +295,8 @@ def heat_map(
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
     axes.set_xlabel(label, color=theme.muted)
-    axes.set_title(_escaped(title), color=theme.ink, size=10, loc="left", weight="bold")
+    # Over the whole picture, as long names of rows leave little room over the cells.
+    figure.suptitle(_escaped(title), color=theme.ink, size=10, weight="bold", x=0.01, ha="left")
     return _png(figure)
 
 
@@ -458,7 +463,7 @@ def _escaped(text: str) -> str:
 
 
 def _named(text: str) -> str:
-    return _escaped(_shortened(text, 28))
+    return _escaped(_shortened(text, _LONGEST_LABEL))
 
 
 def _shortened(text: str, length: int) -> str:

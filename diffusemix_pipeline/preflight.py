@@ -14,6 +14,8 @@ from diffusemix_pipeline.mixing.fractals import fractals_version
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings
 
+_SQLITE = b"SQLite format 3\0"  # what such a file begins with
+
 
 def check_run(project: Project, settings: Settings) -> None:
     """Raise UserError for what would end a run after hours of work, or cost a person files."""
@@ -26,7 +28,8 @@ def check_run(project: Project, settings: Settings) -> None:
     elif source.path not in ("", DIGITS):
         _check_source(Path(source.path), project)
     _check_data(project)
-    check_model(settings.training.model, settings.size, settings.training.pretrained)
+    check_databases(project)
+    check_model(settings.training.model, settings.size, settings.training.pretrained_at)
     check_corrupted_sets(settings.evaluation.corrupted_sets)
     _check_edits_and_mixing(settings)
     if settings.executor != "ray":
@@ -38,6 +41,20 @@ def check_run(project: Project, settings: Settings) -> None:
             f"device: Ray gives each step a GPU of its own, so there is no {settings.device}. "
             "Use auto, cuda or cpu."
         )
+
+
+def check_databases(project: Project) -> None:
+    """Raise UserError where what Dagster or MLflow keeps here is no SQLite database any more."""
+    of_dagster = (project.state / "dagster" / "storage").rglob("*.db")
+    for path in (project.state / "mlflow.db", *of_dagster):
+        if path.exists() and path.stat().st_size:
+            with path.open("rb") as file:
+                if file.read(len(_SQLITE)) != _SQLITE:
+                    raise UserError(
+                        f"{path} is damaged: it is no database. Restore it from a backup, or "
+                        "remove it: its runs are forgotten then; images, edits and classifiers "
+                        "stay."
+                    )
 
 
 def check_device(settings: Settings) -> None:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
 
@@ -67,7 +68,7 @@ class Project:
 
     @property
     def run_lock(self) -> Path:
-        """Locked by the run that is at work, whose id it holds."""
+        """Locked by the run that is at work, whose name it holds: see `note_holder`."""
         return self.state / "run.lock"
 
     @property
@@ -120,8 +121,29 @@ def without_runs(project: Project) -> Iterator[None]:
     """Let no step of a run be at work meanwhile; UserError where one is."""
     with _opened(project.run_lock) as lock:
         if not taken_alone(lock):
-            raise UserError(f"A run is at work in {project.root}. {how_to_end(project)}")
+            raise UserError(at_work(project, lock))
+        note_holder(lock, f"process {os.getpid()}")
         yield
+
+
+def note_holder(lock: TextIO, name: str) -> None:
+    """Write into a lock that was taken who holds it, for whoever finds it taken."""
+    lock.truncate(0)
+    lock.write(f"{name}\n{socket.gethostname()}, since {datetime.now(UTC):%Y-%m-%d %H:%M} UTC")
+    lock.flush()
+
+
+def holder(lock: TextIO) -> tuple[str, str]:
+    """Return the name of who holds a lock, or held it last, and where and since when."""
+    lock.seek(0)
+    name, _, where = lock.read().partition("\n")
+    return name, where
+
+
+def at_work(project: Project, lock: TextIO) -> str:
+    """Say who holds the project."""
+    name, where = holder(lock)
+    return f"Another is at work in {project.root}: {name} on {where}. {how_to_end(project)}"
 
 
 @contextmanager

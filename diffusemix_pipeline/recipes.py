@@ -57,6 +57,7 @@ def training_identity(training: Training) -> dict[str, Any]:
     Without what is asked of several trainings: which arms, seeds and numbers of images. How a batch
     is divided counts, for batch norm sees one part at a time.
     """
-    undivided = {name for name in ("processes", "accumulate") if getattr(training, name) == 1}
-    said = training.model_dump(exclude={"arms", "seeds", "few_images", *undivided})
+    unsaid = {name for name in ("processes", "accumulate") if getattr(training, name) == 1}
+    unsaid |= set() if training.pretrained else {"revision"}
+    said = training.model_dump(exclude={"arms", "seeds", "few_images", *unsaid})
     return {**said, **recipe_of(training)._asdict()}

@@ -9,7 +9,9 @@ the project (`project.py`), and anything that needs torch.
 import difflib
 import math
 import os
+import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -24,15 +26,17 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.errors import UserError, without_secrets
 
 SETTINGS_FILE = "diffusemix.yaml"
 NO_PRESET = "none"
 ENVIRONMENT_PREFIX = "DIFFUSEMIX_"
+_SHOWN = 200  # characters of a wrong value
 PAPER_PROMPTS = [
     "autumn",
     "snowy",
@@ -46,6 +50,7 @@ PAPER_PROMPTS = [
 ]
 
 Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
+Commit = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
 Owner = Annotated[str, StringConstraints(pattern=r"^(team:.+|[^@\s]+@[^@\s]+\.[^@\s]+)$")]
 Mask = Literal["left", "right", "top", "bottom"]
 Arm = Literal[
@@ -145,7 +150,8 @@ class Storage(Section):
     def _is_a_bucket(cls, edits: str) -> str:
         if urlsplit(edits).password:
             raise ValueError("holds a password: give secrets by the environment")
-        if edits and urlsplit(edits).scheme in ("", "file", "local"):
+        # fsspec takes a::b for one storage over another, which may be a folder.
+        if edits and (urlsplit(edits).scheme in ("", "file", "local") or "::" in edits):
             raise ValueError("is no bucket's URL, such as s3://bucket/edits")
         return edits
 
@@ -193,11 +199,15 @@ class Editing(Section):
         description="'bundled' (a small stand-in), a folder, or a hub id such as "
         "timbrooks/instruct-pix2pix, in diffusers' format: `diffusemix editor list`.",
     )
-    revision: str | None = Field(None, description="Commit, tag or branch of a hub id.")
+    revision: Commit | None = Field(
+        None,
+        description="The commit of a hub id, 40 hex digits: without it nothing of the hub is "
+        "loaded, as a name or a branch may hold other files tomorrow.",
+    )
     lora: str = Field(
         "",
         description="Low-rank weights to add to the editor's: a .safetensors file, or "
-        "owner/name/FILE.safetensors on the hub; empty: none.",
+        "owner/name@COMMIT/FILE.safetensors on the hub; empty: none.",
     )
     prompts: list[Prompt] = Field(
         PAPER_PROMPTS, min_length=1, description="What an image may be turned into."
@@ -272,9 +282,12 @@ class Editing(Section):
     @field_validator("prompts")
     @classmethod
     def _prompts_differ(cls, prompts: list[str]) -> list[str]:
-        twice = sorted({prompt for prompt in prompts if prompts.count(prompt) > 1})
+        twice = sorted(prompt for prompt, times in Counter(prompts).items() if times > 1)
         if twice:
             raise ValueError(f"named twice: {', '.join(twice)}")
+        for prompt in prompts:
+            if any(unicodedata.category(character) == "Cc" for character in prompt):
+                raise ValueError(f"a line break or another control character is in {prompt!r}")
         return prompts
 
     @field_validator("template")
@@ -316,6 +329,11 @@ class Training(Section):
         description="A timm model's name, or preact_resnet18, which is for images of 32 to 64 px.",
     )
     pretrained: bool = Field(False, description="Start from timm's pretrained weights.")
+    revision: Commit | None = Field(
+        None,
+        validate_default=True,
+        description="The commit of these weights on the hub, 40 hex digits.",
+    )
     seeds: list[Annotated[int, Field(ge=0)]] = Field(
         [0], min_length=1, description="One classifier an arm and seed."
     )
@@ -347,6 +365,23 @@ class Training(Section):
     )
     crop_padding: int = Field(4, ge=0, description="Random crop after reflecting so many px.")
     flip: bool = Field(True, description="Mirror half of the training images.")
+
+    @property
+    def pretrained_at(self) -> str | None:
+        """The commit whose weights a classifier starts from; None: it starts from nothing."""
+        return self.revision if self.pretrained else None
+
+    @field_validator("revision")
+    @classmethod
+    def _pretrained_weights_are_pinned(
+        cls, revision: str | None, info: ValidationInfo
+    ) -> str | None:
+        if info.data.get("pretrained") and revision is None:
+            raise ValueError(
+                "pretrained weights are loaded by their commit alone: name it, 40 hex digits, from "
+                "the page of timm/MODEL on the hub, under Files, History"
+            )
+        return revision
 
     @field_validator("arms", "seeds")
     @classmethod
@@ -415,6 +450,16 @@ class Tracking(Section):
         "diffusemix-classifier", min_length=1, description="The registered model's name."
     )
 
+    @field_validator("uri", "address")
+    @classmethod
+    def _holds_no_secret(cls, url: str) -> str:
+        if urlsplit(url).username is not None:  # it may be a token; links and logs show the rest
+            raise ValueError(
+                "holds a name or password: give them by the environment, as "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+            )
+        return url
+
 
 class Checks(Section):
     """What a run must reach to go on, and a new model to take the champion's place."""
@@ -472,6 +517,11 @@ class Settings(Section):
     keep_runs_days: int = Field(
         90, ge=1, description="How long the job `maintenance` keeps runs; read on loading."
     )
+    thumbnails: bool = Field(
+        False,
+        description="Show some of the images in the report, in MLflow and on the assets' pages; "
+        "without, plots and numbers alone leave data/.",
+    )
     source: Source = Source()
     storage: Storage = Storage()
     editing: Editing = Editing()
@@ -504,7 +554,7 @@ def data_settings(settings: Settings) -> str:
     What was asked of the source is in the notes of `data/raw`, the editor's identity in those of
     `data/generated`: both may come from elsewhere than these settings say.
     """
-    elsewhere = {"device", "source", "training", "evaluation"} | _OF_RUNNING
+    elsewhere = {"device", "thumbnails", "source", "training", "evaluation"} | _OF_RUNNING
     values = settings.model_dump(exclude=elsewhere)
     for name in PLACE_OR_SPEED:
         del values["editing"][name]
@@ -633,12 +683,29 @@ def _brings_images(preset: str) -> bool:
     return preset != NO_PRESET and "path" in _read_preset(preset).values.get("source", {})
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain values alone, and each key once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key} is set twice", node.value[place][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _parsed(text: str) -> Any:
+    return _Loader(text).get_single_data()
+
+
 def _read_yaml(path: Path) -> Layer:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _parsed(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"The settings file {path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"The settings file {path} is not YAML: {error}") from None
     if not isinstance(content or {}, dict):
         raise UserError(f"The settings file {path} must hold 'key: value' lines.")
@@ -669,8 +736,8 @@ def nested_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _parse(text: str, name: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return _parsed(text)
+    except (yaml.YAMLError, RecursionError):
         raise UserError(f"{name}: '{text}' is not a YAML value; put text in quotes.") from None
 
 
@@ -739,7 +806,9 @@ def _explain(error: ValidationError, layers: Sequence[Layer]) -> str:
             lines.append(f"{key}{where}: there is no such setting. Did you mean {near}?")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{key} = {problem['input']!r}{where}: {message[0].lower()}{message[1:]}.")
+            value = without_secrets(repr(problem["input"]))
+            value = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}…"
+            lines.append(f"{key} = {value}{where}: {message[0].lower()}{message[1:]}.")
     return "\n".join(lines)
 
 

@@ -5,7 +5,8 @@ What does not: what is trained and measured, and which model is promoted.
 
 Runs lie in a SQLite database under `.diffusemix/` with their files beside it, or on the server that
 `tracking.uri` names. Nothing is pickled: a model is safetensors and a copy of this package, whose
-`training/served_classifier.py` MLflow calls.
+`training/served_classifier.py` MLflow calls. We ourselves read the safetensors and run none of the
+code that a store of models gives.
 MLflow takes seconds to import, so functions import it when they need it.
 """
 
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import DatasetInput
     from mlflow.entities import Run as MlflowRun
-    from mlflow.pyfunc import PyFuncModel
+
+    from diffusemix_pipeline.training.served_classifier import ServedClassifier
 
 # Read when MLflow is imported, by this process and by the server that it starts.
 for _name, _value in {
@@ -45,6 +47,7 @@ for _name, _value in {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight workers that outlive the server
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # the default waits minutes on a mistyped address
 }.items():
     os.environ.setdefault(_name, _value)
@@ -55,6 +58,7 @@ _LONGEST_RUN_DAYS = 7  # as dagster.yaml has it
 _MODEL_NAME = "diffusemix.model_name"
 _MODEL_ID = "diffusemix.model_id"
 _MODEL_VERSION = "diffusemix.model_version"
+_REPORT = "report"
 _PACKAGE = Path(__file__).parent
 _NOT_CODE = shutil.ignore_patterns("__pycache__", "*.safetensors")
 _CLASSIFIER_NEEDS = ("mlflow", "torch", "timm", "safetensors", "numpy", "pandas", "pillow")
@@ -205,15 +209,19 @@ class Tracker:
     ) -> None:
         """Add what a model scored on `dataset` to its run and to the model, with a report's files.
 
-        Logged again, the newer values are the ones shown.
+        Logged again, the newer values are the ones shown, and the newer files the only ones.
         """
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
         self._client.log_inputs(logged.run_id, [_dataset_input(dataset, "evaluation")])
         _log_metrics(self._client, logged.run_id, metrics, model_id=logged.model_id, on=dataset)
-        self._client.log_artifacts(logged.run_id, str(folder), "report")
+        files = self._client.get_run(logged.run_id).info.artifact_uri
+        get_artifact_repository(files, tracking_uri=self.uri).delete_artifacts(_REPORT)
+        self._client.log_artifacts(logged.run_id, str(folder), _REPORT)
 
     def report(self, run_id: str, folder: Path) -> Path:
         """Bring a run's report into `folder`; UserError for a run that is not here or has none."""
-        return self._download(run_id, "report/report.json", folder)
+        return self._download(run_id, f"{_REPORT}/report.json", folder)
 
     def _download(self, run_id: str, name: str, folder: Path) -> Path:
         from mlflow.exceptions import MlflowException
@@ -292,9 +300,10 @@ class Tracker:
         found = self._client.get_model_version(self.model_name, version_there)
         return Registered(version_there, found.tags)
 
-    def load(self, alias: str) -> "PyFuncModel":
+    def load(self, alias: str) -> "ServedClassifier":
         """Load the model that has the alias; UserError where none has."""
-        import mlflow
+        from diffusemix_pipeline.training.classifier import load_classifier
+        from diffusemix_pipeline.training.served_classifier import ServedClassifier
 
         found = self.registered(alias)
         if found is None:
@@ -302,8 +311,8 @@ class Tracker:
                 f"No version of {self.model_name} is {alias} at {self.uri}: a run that promotes "
                 "its model makes one."
             )
-        mlflow.set_tracking_uri(self.uri)
-        return mlflow.pyfunc.load_model(f"models:/{self.model_name}/{found.version}")
+        with tempfile.TemporaryDirectory() as there:
+            return ServedClassifier(load_classifier(self.classifier_of(found.version, Path(there))))
 
     def set_alias(self, alias: str, version: str) -> None:
         """Give a version the alias, which another may have had."""
@@ -319,7 +328,10 @@ class Tracker:
             self._client.set_model_version_tag(self.model_name, version, key, value)
 
     def classifier_of(self, version: str, folder: Path) -> Path:
-        """Bring a version's files into `folder`; return where `training.load_classifier` reads."""
+        """Bring a version's files into `folder`; return where `training.load_classifier` reads.
+
+        UserError where there is no classifier of ours among them.
+        """
         import mlflow
 
         from diffusemix_pipeline.training.classifier import DESCRIPTION
@@ -328,8 +340,14 @@ class Tracker:
         there = mlflow.artifacts.download_artifacts(
             uri, dst_path=str(folder), tracking_uri=self.uri
         )
-        [description] = Path(there).rglob(DESCRIPTION)
-        return description.parent
+        found = list(Path(there).rglob(DESCRIPTION))
+        if len(found) != 1:
+            raise UserError(
+                f"Version {version} of {self.model_name} at {self.uri} holds no {DESCRIPTION}, as "
+                "the models of this pipeline do. No other kind is loaded, as it may run code: give "
+                "the alias to another version."
+            )
+        return found[0].parent
 
     def unfinished(self, days: int, *, remove: bool) -> list[str]:
         """Find the runs of so long ago that never finished; remove them, as MLflow does.
@@ -381,6 +399,7 @@ def open_tracking(project: Project, tracking: settings.Tracking) -> Tracker:
     """
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import DatabaseError
 
     project.state.mkdir(parents=True, exist_ok=True)
     uri = tracking.uri or _database(project)
@@ -400,6 +419,13 @@ def open_tracking(project: Project, tracking: settings.Tracking) -> Tracker:
                 f"MLflow at {uri} (tracking.uri) cannot be used: {error}. Start its server, or "
                 "name another, and run again."
             ) from error
+        except DatabaseError as error:
+            if "not a database" not in str(error) and "malformed" not in str(error):
+                raise
+            raise UserError(
+                f"MLflow's database {uri} is damaged ({error.orig}). Restore it from a backup, or "
+                "move it elsewhere: runs and models are then registered anew."
+            ) from error
     if experiment.lifecycle_stage == "deleted":
         raise UserError(
             f"The MLflow experiment '{tracking.experiment}' at {uri} is deleted. Restore it with "
@@ -417,9 +443,12 @@ def open_tracking(project: Project, tracking: settings.Tracking) -> Tracker:
 
 
 def mlflow_ui_command(
-    project: Project, tracking: settings.Tracking, port: int = DEFAULT_PORT
+    project: Project,
+    tracking: settings.Tracking,
+    port: int = DEFAULT_PORT,
+    host: str = "127.0.0.1",
 ) -> list[str]:
-    """Return the command that shows the project's runs on the loopback address.
+    """Return the command that shows the project's runs.
 
     Raises UserError where `tracking.uri` names a server, which shows them itself.
     """
@@ -429,7 +458,7 @@ def mlflow_ui_command(
     return [
         *(sys.executable, "-m", "mlflow", "server"),
         *("--backend-store-uri", _database(project), "--default-artifact-root", _files(project)),
-        *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+        *("--host", host, "--port", str(port), "--workers", "1"),
     ]
 
 

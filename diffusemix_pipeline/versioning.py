@@ -9,8 +9,10 @@ keeps stable, and importing DVC would put handlers on stdout, wrap `sys.stdout` 
 It costs about a second a command.
 """
 
+import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from configparser import ParsingError, RawConfigParser
@@ -28,6 +30,7 @@ from diffusemix_pipeline.identity import digest
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.project import Project
 
+_DIGEST = re.compile(r"[0-9a-f]{32}\.dir")
 # No file is sent anywhere but to a remote that the user names. Hard links let edit store, data/ and
 # cache share bytes; across file systems DVC copies.
 _CONFIG = """\
@@ -216,6 +219,7 @@ def pull(root: Path, *, afresh: bool = False) -> bool:
             )
         if remote is None and not _is_cached(root, pinned):
             return False
+        _check_listing(_cached(root, pinned), pinned)
         done = _dvc(root, "checkout", "data.dvc")
         if done.returncode:
             raise UserError(
@@ -311,11 +315,39 @@ def _default_remote(root: Path) -> str | None:
 
 
 def _md5_of(pin: str, name: str) -> str:
-    """Return the digest in the text of a `data.dvc`; UserError, with `name`, where it is none."""
+    """Return the digest in the text of a `data.dvc`; UserError, with `name`, where it is none.
+
+    It may come from MLflow or from a commit: one that pins anything but `data/` would have DVC
+    write elsewhere.
+    """
     try:
-        return str(yaml.safe_load(pin)["outs"][0]["md5"])
-    except (yaml.YAMLError, LookupError, TypeError):
+        content = yaml.safe_load(pin)
+        [out] = content["outs"]
+        md5, path = out["md5"], out["path"]
+    except (yaml.YAMLError, LookupError, TypeError, ValueError):
         raise _damaged(name) from None
+    if content.keys() != {"outs"} or path != "data" or not _DIGEST.fullmatch(str(md5)):
+        raise _damaged(name)
+    return str(md5)
+
+
+def _check_listing(listing: Path, pinned: str) -> None:
+    """Raise UserError for a version's list of files that is another's or leads out of `data/`.
+
+    DVC believes what a remote gives it, and would write wherever the list says.
+    """
+    content = listing.read_bytes()
+    if f"{hashlib.md5(content, usedforsecurity=False).hexdigest()}.dir" != pinned:
+        raise UserError(
+            f"{listing} is not the list of files of the version {pinned}, whose name it has: the "
+            "DVC remote or the cache was changed. Delete it, and pull from a remote you trust."
+        )
+    for name in (file["relpath"] for file in json.loads(content)):
+        if not {"", ".", ".."}.isdisjoint(name.split("/")):
+            raise UserError(
+                f"The version {pinned} holds the file {name!r}, which would lie outside of data/: "
+                "the pipeline never made it. Pull another version."
+            )
 
 
 def _damaged(name: str) -> UserError:
@@ -337,10 +369,14 @@ def _cached(root: Path, md5: str) -> Path:
 def _configured(root: Path, section: str, option: str) -> str | None:
     """Return a value of the project's DVC configuration, the machine's own file over the shared."""
     parser = RawConfigParser(strict=False)
-    try:
-        parser.read([root / ".dvc" / name for name in ("config", "config.local")], "utf-8")
-    except ParsingError as error:
-        raise UserError(f"The DVC configuration cannot be read: {error}") from None
+    for path in (root / ".dvc" / "config", root / ".dvc" / "config.local"):
+        try:
+            parser.read(path, "utf-8")
+        except (ParsingError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{path} is damaged ({error}). Restore it, or remove it and name the DVC remote "
+                "anew, if there was one (`dvc remote add`)."
+            ) from None
     return parser.get(section, option, fallback="").strip("\"'") or None
 
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import chdir, closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import numpy as np
@@ -26,6 +28,9 @@ from diffusemix_pipeline.datasets.parts import Part, write_stage
 from diffusemix_pipeline.datasets.storage import Layout
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 # Two threads on small tensors wait for each other more than they compute.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -41,6 +46,7 @@ ASSETS = [
 ]
 QUICK = [
     "size=32",
+    "thumbnails=true",
     "source.path=digits",
     "source.train_per_class=2",
     "source.val_fraction=0.02",
@@ -81,6 +87,42 @@ def pytest_runtest_makereport(item: pytest.Item):
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     return Project(tmp_path)
+
+
+class Trap:
+    """Whoever unpickles it makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+@pytest.fixture
+def trap(tmp_path_factory) -> Iterator[Trap]:
+    """Give what is to be refused wherever it lies; fail where it was unpickled."""
+    trap = Trap(tmp_path_factory.mktemp("trap") / "unpickled")
+    yield trap
+    assert not trap.mark.exists()
+    pickle.loads(pickle.dumps(trap))
+    assert trap.mark.exists()  # so it would have told
+
+
+@pytest.fixture(scope="module")
+def browser() -> "Iterator[Browser]":
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("Chromium is not installed")
+    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu", *quiet]
+        )
+        yield started
+        started.close()
 
 
 def quick_settings(*overrides: str) -> Settings:
@@ -291,12 +333,15 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(project: Project, command: str) -> Iterator[str]:
-    """Run `diffusemix COMMAND` on a free port; end it with all its children."""
+def serving(project: Project, command: str, *options: str) -> Iterator[str]:
+    """Run `diffusemix COMMAND` on a free port; end it with all its children.
+
+    What it says is in COMMAND.log of the project.
+    """
     port = free_port()
     log = (project.root / f"{command}.log").open("w")
     server = subprocess.Popen(
-        [sys.executable, "-m", "diffusemix_pipeline.cli", command, "--port", str(port)],
+        [sys.executable, "-m", "diffusemix_pipeline.cli", command, "--port", str(port), *options],
         cwd=project.root,
         env={k: v for k, v in os.environ.items() if k != "DAGSTER_HOME"},
         stdout=log,

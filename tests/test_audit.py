@@ -33,7 +33,7 @@ def judged(tmp_path_factory):
 
 def test_the_surest_wrong_answers_come_first_with_what_was_made_of_their_neighbours(judged):
     classifier, answers, test, _, raw, made = judged
-    found = audit(*judged, device="cpu")
+    found = audit(*judged, pictured=True, device="cpu")
     assert [case["confidence"] for case in found.cases] == [0.95, 0.7]
     rows = raw.manifest().set_index("image_id")
     of_source = made.manifest().groupby("source_id")["image_id"].agg(list)
@@ -52,7 +52,7 @@ def test_neighbours_are_nearest_by_the_cosine_of_the_last_features(judged):
     features = [classifier.features(images) for images in (test.images[5:6], train.images[:])]
     one, all_ = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in features)
     cosines = (one @ all_.T)[0]
-    case = audit(*judged, device="cpu").cases[0]
+    case = audit(*judged, pictured=True, device="cpu").cases[0]
     assert [n["similarity"] for n in case["nearest"]] == pytest.approx(
         sorted(cosines, reverse=True)[:3], abs=1e-5
     )
@@ -67,7 +67,9 @@ def test_neighbours_are_nearest_by_the_cosine_of_the_last_features(judged):
 
 def test_where_all_is_right_there_is_nothing_to_trace(judged):
     classifier, _, test, *rest = judged
-    assert audit(classifier, np.eye(2)[test.labels], test, *rest, device="cpu") is None
+    assert (
+        audit(classifier, np.eye(2)[test.labels], test, *rest, pictured=True, device="cpu") is None
+    )
 
 
 @pytest.mark.parametrize("model", ["resnet10t", "vit_tiny_patch16_224", "preact_resnet18"])

@@ -194,7 +194,7 @@ def test_another_data_dvc_in_git_asks_for_one_run(project):
     [request] = sensor.tick()
     assert "1" * 32 in request.tags["diffusemix/why"]
     assert "was made from" in sensor.tick()
-    pin.write_text("outs:\n- md5: another\n  path: data\n")  # as a run leaves it
+    pin.write_text("outs:\n- md5: " + "3" * 32 + ".dir\n  path: data\n")  # as a run leaves it
     assert "not as it is committed" in sensor.tick()
     commit("2" * 32 + ".dir")
     assert len(sensor.tick()) == 1

@@ -1,6 +1,5 @@
 """Promise: the UI shows the pipeline, "Materialize all" runs it, and the report reads well."""
 
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ASSETS, quick_settings, runs, serving, wait_for
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.tracking import open_tracking
@@ -16,20 +15,6 @@ from diffusemix_pipeline.tracking import open_tracking
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("Chromium is not installed")
-    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(
-            executable_path=chromium, args=["--no-sandbox", "--disable-gpu", *quiet]
-        )
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,13 @@
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 from collections import Counter
 from contextlib import chdir
 from itertools import pairwise
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from threading import Timer
 
@@ -16,6 +18,7 @@ import pytest
 from conftest import ASSETS, quick_settings, tiny_editor, wait_for
 
 from diffusemix_pipeline.editing.store import EditStore
+from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.orchestration.launch import prepare_instance, run_here
 from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.project import Project, taken_alone
@@ -209,6 +212,42 @@ def test_steps_end_with_their_run_that_is_killed(undisturbed, weights, tmp_path)
     outcome = run_here(project, asked, silent)
     assert outcome.success, outcome.problems
     assert stored < set(EditStore(project.edits)), "it was killed at work"
+    assert made(project) == undisturbed
+
+
+@pytest.mark.timeout(1800)
+def test_of_two_runs_at_once_one_is_told_who_is_at_work(undisturbed, weights, tmp_path):
+    project, told = Project(tmp_path), FORKED.SimpleQueue()
+    both = [
+        FORKED.Process(target=run_and_tell, args=(project, wanted(weights), told)) for _ in range(2)
+    ]
+    for run in both:
+        run.start()
+    found = sorted(told.get() for _ in both)
+    for run in both:
+        run.join()
+    assert found[0] == ""
+    assert re.match(rf"Another is at work in {project.root}: (run|process) \S+ on ", found[1])
+    assert made(project) == undisturbed
+
+
+def run_and_tell(project: Project, settings: Settings, told: SimpleQueue) -> None:
+    try:
+        told.put("".join(run_here(project, settings, silent).problems))
+    except UserError as refused:
+        told.put(str(refused))
+
+
+@pytest.mark.timeout(1800)
+def test_a_run_that_is_stopped_says_that_it_can_go_on(undisturbed, weights, tmp_path):
+    project, told = Project(tmp_path), FORKED.SimpleQueue()
+    run = FORKED.Process(target=run_and_tell, args=(project, wanted(weights), told))
+    run.start()
+    wait_for(lambda: len(list(EditStore(project.edits))) > BATCH or not run.is_alive())
+    os.kill(run.pid, signal.SIGINT)
+    assert told.get() == "Stopped before its end: run again, which goes on where it was."
+    run.join()
+    assert run_here(project, wanted(weights), silent).success
     assert made(project) == undisturbed
 
 

@@ -123,7 +123,7 @@ def test_a_checkout_undoes_what_a_killed_run_left_and_waits_for_none(project, we
         for command in (["checkout", version], ["pull"]):
             refused = call(project, "data", *command)
             assert refused.exit_code == 2
-            assert "A run is at work" in refused.output
+            assert "Another is at work" in refused.output
 
 
 def test_a_version_that_taught_no_classifier_anything_new_is_found(project, weights, source):

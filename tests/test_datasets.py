@@ -1,6 +1,7 @@
 """Promise: a user's images are only read, bad ones are set aside by name, splits never mix."""
 
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -346,6 +347,15 @@ def test_among_many_pictures_every_near_copy_is_told_and_nothing_else(seed, tmp_
     checked = Checked(told(facts, 0, Ledger(tmp_path / "begun")))
     found = copies_across_splits(images, checked)
     assert {(copy["image"], copy["held_out"]) for copy in found} == near
+
+
+def test_pickles_among_the_images_are_set_aside_unread(tmp_path, trap):
+    source = write_classes(tmp_path / "data", ["cat", "dog"], 6)
+    names = ["cat/evil.png", "cat/evil.pt", "dog/evil.npy"]
+    for name in names:
+        (source / name).write_bytes(pickle.dumps(trap))
+    stage = ingested(source, tmp_path)
+    assert [item["source_id"] for item in stage.notes["set_aside"]] == names
 
 
 def test_names_that_are_no_text_are_escaped(tmp_path):

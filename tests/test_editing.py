@@ -17,6 +17,7 @@ from diffusers import UNet2DConditionModel
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file
 
 from diffusemix_pipeline.datasets.dropped import Dropped
 from diffusemix_pipeline.datasets.images import read_square, to_square
@@ -54,7 +55,7 @@ from diffusemix_pipeline.files import Ledger
 from diffusemix_pipeline.identity import file_sha256
 from diffusemix_pipeline.mixing.stages import make_augmented, make_hybrids
 from diffusemix_pipeline.progress import silent
-from diffusemix_pipeline.settings import Settings
+from diffusemix_pipeline.settings import Settings, load_settings, preset_names
 
 IMAGES = np.stack([to_square(picture(seed), 32) for seed in range(3)])
 PROMPTS = ["sunset", "mosaic", "sunset"]
@@ -219,7 +220,17 @@ def test_a_folder_that_holds_no_editor_is_named(content, tmp_path):
 def test_a_hub_id_that_cannot_be_had_is_named(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="nobody/nothing is neither a folder here nor a model"):
+        locate_editor("nobody/nothing", "0" * 40)
+
+
+def test_a_hub_id_without_its_commit_is_refused():
+    with pytest.raises(UserError, match=r"nobody/nothing is no folder.*by its commit.*revision"):
         locate_editor("nobody/nothing", None)
+    with pytest.raises(UserError, match=r"editing\.revision = 'main'"):
+        quick_settings("editing.revision=main")
+    for preset in preset_names():
+        editing = load_settings(Path("/nonexistent"), preset=preset, environment={}).editing
+        assert editing.editor == "bundled" or editing.revision, preset
 
 
 def test_the_fingerprint_leaves_out_what_other_programs_put_there(weights, tmp_path):
@@ -242,6 +253,42 @@ def test_pickled_weights_are_never_read(weights, tmp_path):
     torch.save({}, tmp_path / "editor" / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(UserError, match=r"holds no unet/\*.safetensors"):
         locate_editor(str(tmp_path / "editor"), None)
+
+
+@pytest.mark.parametrize(
+    ("part", "name"), [("unet", "diffusion_pytorch_model"), ("text_encoder", "model")]
+)
+def test_weights_in_several_files_are_safetensors_too(part, name, weights, trap, tmp_path):
+    folder = Path(shutil.copytree(weights, tmp_path / "editor")) / part
+    torch.save(trap, folder / "part.bin")
+    (safe,) = folder.glob("*.safetensors")
+    for shard in ("part.bin", f"../unet/{safe.name}"):
+        index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(safe), shard)}
+        (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(UserError, match=f"names {shard}, which is no safetensors file"):
+            locate_editor(str(tmp_path / "editor"), None)
+
+
+@pytest.mark.parametrize("part", ["unet", "_class_name"])
+def test_code_that_lies_with_a_checkpoint_is_never_run(part, weights, tmp_path):
+    folder = Path(shutil.copytree(weights, tmp_path / "editor"))
+    named = json.loads((folder / "model_index.json").read_text())
+    named[part] = ["mine", "UNet2DConditionModel"]
+    (folder / "model_index.json").write_text(json.dumps(named))
+    for place in (folder, folder / "unet"):
+        (place / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(UserError, match="code of its own, mine, for its unet|no editor that is"):
+        locate_editor(str(folder), None)
+    with pytest.raises((ValueError, UserError)):  # nor where nobody looked before
+        load_editor(folder, quick_settings().editing, "cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickled_lora_is_never_read(weights, trap, tmp_path):
+    torch.save(trap, tmp_path / "lora.safetensors")
+    editing = quick_settings(f"editing.lora={tmp_path / 'lora.safetensors'}").editing
+    with pytest.raises(UserError, match="fits no part"):
+        load_editor(weights, editing, "cpu")
 
 
 def test_edits_that_are_no_numbers_are_no_black_images(weights):

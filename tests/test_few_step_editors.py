@@ -268,8 +268,11 @@ def test_a_lora_of_another_model_is_refused(klein, tmp_path):
 
 def test_a_lora_that_cannot_be_had_is_named_before_any_work(klein, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for name in ("nobody/nothing/lora.safetensors", "lora.safetensors"):
-        with pytest.raises(UserError, match=f"{name} is neither a file here nor one that the hub"):
+    pinned = f"nobody/nothing@{'0' * 40}/lora.safetensors"
+    with pytest.raises(UserError, match=f"{pinned} is neither a file here nor one that the hub"):
+        check_augmentation(few_steps(klein, f"editing.lora={pinned}"))
+    for name in ("nobody/nothing/l.safetensors", "a/b@main/l.safetensors", "l.safetensors"):
+        with pytest.raises(UserError, match=f"{name} is no file here.*by its commit alone"):
             check_augmentation(few_steps(klein, f"editing.lora={name}"))
     with pytest.raises(UserError, match=r"is no .safetensors file"):
         locate_lora("lora.bin")

@@ -20,7 +20,7 @@ from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.orchestration.launch import Outcome, prepare_instance, run_here
 from diffusemix_pipeline.orchestration.lost_runs import PROCESS_TAG
 from diffusemix_pipeline.progress import silent
-from diffusemix_pipeline.project import Project
+from diffusemix_pipeline.project import Project, note_holder
 from diffusemix_pipeline.training import arms, fold_teachers
 from diffusemix_pipeline.versioning import pinned_digest
 
@@ -202,7 +202,8 @@ def test_a_failing_check_fails_the_run(weights, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "png_bytes", with_a_stray_file)
     outcome = run(project, weights)
     assert not outcome.success
-    assert any("files_match_manifest on hybrid_images" in problem for problem in outcome.problems)
+    [problem] = outcome.problems
+    assert "files_match_manifest on hybrid_images" in problem
     assert "trained_classifier" not in outcome.metadata
 
 
@@ -239,10 +240,12 @@ def test_a_second_run_at_the_same_time_is_refused(weights, project):
 
     project.state.mkdir()
     with (project.state / "run.lock").open("w") as lock:
-        lock.write("another run")
-        lock.flush()
+        note_holder(lock, "run 1234")
         fcntl.flock(lock, fcntl.LOCK_SH)
-        with pytest.raises(UserError, match="A run is at work"):
+        with pytest.raises(
+            UserError,
+            match=rf"Another is at work in \S+: run 1234 on {socket.gethostname()}, since 20",
+        ):
             run(project, weights)
     assert not project.data.exists()
 

@@ -181,8 +181,10 @@ def test_what_is_unfair_or_leaks_is_named(tmp_path):
         steps={"vanilla": 900, "diffusemix": 1800},
         copies=[{"split": "train", "image": "train/a/1.png", "held_out": "test/a/9.png"}],
         set_aside=[{"source_id": "a/broken.png", "reason": "not an image"}],
+        counts={"train": dict.fromkeys("abcd", 30), "test": {"a": 150}},
     )
     text = words(written(tmp_path, given))
+    assert "No test image shows b, c and d: this report says nothing of that." in text
     assert "no fair comparison: Vanilla 900, DiffuseMix 1,800" in text
     assert "1 picture lies in two splits" in text
     for name in ("train/a/1.png", "test/a/9.png", "a/broken.png", "not an image"):

@@ -6,10 +6,13 @@ from typing import get_args
 import pytest
 
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.evaluation.evidence import asked_of
 from diffusemix_pipeline.settings import (
     Corruption,
     Settings,
+    data_settings,
     describe,
+    flatten,
     load_layers,
     load_settings,
     preset_names,
@@ -198,3 +201,37 @@ def test_an_unknown_environment_key_is_not_passed_over(tmp_path):
 def test_every_setting_is_documented(tmp_path):
     for setting in describe(load_layers(tmp_path)):
         assert setting.description.endswith("."), setting.key
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "tracking.uri=http://me:hidden@host",
+        "tracking.uri=https://hidden@host/mlflow",
+        "tracking.uri=https://me:hid@den@host/mlflow",
+        "tracking.uri=postgresql://me:hidden@host/mlflow",
+        "tracking.address=http://me:hidden@host",
+        "storage.edits=ftp://me:hidden@host/edits",
+    ],
+)
+def test_a_secret_in_a_setting_is_refused_and_not_repeated(setting, tmp_path):
+    with pytest.raises(UserError, match="holds a .*by the environment") as refused:
+        load(tmp_path, setting)
+    assert "://…@host" in str(refused.value)
+    assert "hidden" not in str(refused.value) and "den@" not in str(refused.value)
+
+
+@pytest.mark.parametrize("url", ["/tmp/edits", "file:///tmp/e", "simplecache::file:///tmp/e"])
+def test_edits_are_shared_through_a_bucket_alone(url, tmp_path):
+    with pytest.raises(UserError, match="no bucket's URL"):
+        load(tmp_path, f"storage.edits={url}")
+
+
+def test_pictures_are_shown_where_somebody_said_so(tmp_path):
+    assert load(tmp_path, preset="demo").thumbnails
+    others = [name for name in preset_names() if name != "demo"]
+    assert not any(load(tmp_path, preset=name).thumbnails for name in [*others, "none"])
+    shown, hidden = (load(tmp_path, f"thumbnails={value}") for value in ("true", "false"))
+    assert data_settings(shown) == data_settings(hidden)
+    assert asked_of(shown.evaluation) == asked_of(hidden.evaluation)
+    assert flatten(shown) != flatten(hidden)  # so the report is written anew

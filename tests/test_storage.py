@@ -21,7 +21,7 @@ from diffusemix_pipeline.datasets.dropped import Dropped
 from diffusemix_pipeline.datasets.ingest import ingest, leave_out
 from diffusemix_pipeline.datasets.manifest import Stage, read_stage
 from diffusemix_pipeline.datasets.parts import Part, write_stage
-from diffusemix_pipeline.datasets.storage import INDEX, Layout, StoredFiles, member_name
+from diffusemix_pipeline.datasets.storage import INDEX, Layout, StoredFiles, member_name, read_index
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import clear_aside
 from diffusemix_pipeline.mixing.stages import make_augmented, make_hybrids
@@ -209,6 +209,18 @@ def test_an_index_of_another_shard_is_noticed(source, tmp_path):
     index["offset"] += 512
     index.to_parquet(raw.folder / INDEX, index=False)
     assert len(read_stage(raw.folder).differences().changed) == len(raw.manifest())
+
+
+@pytest.mark.parametrize("shard", ["../train-000000.tar", "/etc/passwd", "a/train-000000.tar"])
+def test_an_index_names_no_file_outside_of_its_folder(shard, source, tmp_path):
+    settings = asked("storage.format=tar")
+    raw = ingest(str(source), settings, tmp_path / "raw", aside=tmp_path / "aside")
+    index = pd.read_parquet(raw.folder / INDEX)
+    index["shard"] = index["shard"].cat.rename_categories({"train-000000.tar": shard})
+    index.to_parquet(raw.folder / INDEX, index=False)
+    for read in (lambda: StoredFiles(raw.folder).packed, lambda: read_index(raw.folder)):
+        with pytest.raises(UserError, match=f"names {shard}, which is no shard beside it"):
+            read()
 
 
 def test_bytes_that_their_row_does_not_tell_of_are_not_packed(made, tmp_path):

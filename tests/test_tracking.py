@@ -9,9 +9,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Trap
 from PIL import Image
 
 from diffusemix_pipeline import tracking
@@ -185,8 +187,51 @@ assert len(answer) == 3
     assert done.returncode == 0, done.stderr
 
 
+def registered(tracker: Tracker, alias: str, **how: Any) -> None:
+    """Register a model that we did not write, as whoever can write to the store could."""
+    import mlflow
+
+    mlflow.set_tracking_uri(tracker.uri)
+    with tracker.training_run(alias, {}, DATA, {}):
+        made = mlflow.pyfunc.log_model(
+            name=alias, registered_model_name=tracker.model_name, pip_requirements=[], **how
+        )
+    version = str(made.registered_model_version)
+    tracker._client.set_registered_model_alias(tracker.model_name, alias, version)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_code_of_the_store_of_models_is_run(
+    tracker: Tracker, classifier_folder: Path, trap: Trap, images: np.ndarray, tmp_path: Path
+) -> None:
+    import mlflow
+
+    class Pickled(mlflow.pyfunc.PythonModel):
+        def predict(self, context: Any, model_input: Any, params: Any = None) -> Any: ...
+
+        def __reduce__(self) -> Any:
+            return trap.__reduce__()
+
+    registered(tracker, "pickled", python_model=Pickled())
+    with pytest.raises(UserError, match=r"holds no classifier\.json.*may run code"):
+        tracker.load("pickled")
+
+    (tmp_path / "beside.py").write_text(f"open({str(trap.mark)!r}, 'w')\n")
+    registered(
+        tracker,
+        "code",
+        loader_module="beside",
+        data_path=str(classifier_folder),
+        code_paths=[str(tmp_path / "beside.py")],
+    )
+    answer = tracker.load("code").predict(images)
+    assert set(answer["label"]) <= {"cat", "dog", "label"}
+
+
 def test_nothing_is_pickled(project: Project, logged: LoggedRun) -> None:
-    files = [file for file in (project.state / "mlflow").rglob("*") if file.is_file()]
+    kept = project.state / "mlflow"
+    ours = (kept / logged.run_id, kept / "models" / str(logged.model_id))
+    files = [file for folder in ours for file in folder.rglob("*") if file.is_file()]
     known = {".py", ".json", ".safetensors", ".png", ".yaml", ".yml", ".txt", ".jinja", ".md", ""}
     assert {file.suffix for file in files} <= known
     assert {file.name for file in files if not file.suffix} == {"MLmodel", "registered_model_meta"}
@@ -213,15 +258,18 @@ def test_an_evaluation_lies_with_the_run_and_the_model(
     tracker: Tracker, project: Project, logged: LoggedRun, tmp_path: Path
 ) -> None:
     (tmp_path / "report.html").write_text("<p>")
+    (tmp_path / "stages.png").write_bytes(b"of an earlier report")
     test = Dataset("test", "data/raw/test", "e" * 36)
     for accuracy in (0.5, 0.75):
         tracker.log_evaluation(logged, {"test/accuracy": accuracy}, test, tmp_path)
+        (tmp_path / "stages.png").unlink(missing_ok=True)
     assert tracker._client.get_run(logged.run_id).data.metrics["test/accuracy"] == 0.75
     model = tracker._client.get_logged_model(logged.model_id)
     metric = max((m for m in model.metrics if m.key == "test/accuracy"), key=lambda m: m.timestamp)
     assert (metric.value, metric.dataset_name, metric.dataset_digest) == (0.75, "test", "e" * 36)
     report = project.state / "mlflow" / logged.run_id / "artifacts" / "report" / "report.html"
     assert report.read_text() == "<p>"
+    assert [path.name for path in report.parent.iterdir()] == ["report.html"]
 
 
 def test_an_exception_fails_the_run_and_goes_on(tracker: Tracker) -> None:

@@ -1,5 +1,6 @@
 """Promises: training repeats from its seed, is chosen on val, with equal steps for all arms."""
 
+import json
 import multiprocessing
 import shutil
 import tracemalloc
@@ -9,10 +10,13 @@ from typing import Any, get_args
 import numpy as np
 import psutil
 import pytest
+import timm
 import torch
 from conftest import quick_settings, write_classes, write_edits
+from safetensors.torch import save_file
 
 from diffusemix_pipeline import recipes, settings
+from diffusemix_pipeline.datasets import storage
 from diffusemix_pipeline.datasets.images import read_square
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import Stage
@@ -40,6 +44,8 @@ from diffusemix_pipeline.training.classifier import (
 )
 from diffusemix_pipeline.training.data import DecodedImages, LabelledImages, load_images
 from diffusemix_pipeline.training.processes import train_together
+
+PRETRAINED = ("training.pretrained=true", f"training.revision={'a' * 40}")
 
 
 @pytest.fixture(scope="module")
@@ -251,8 +257,8 @@ def test_what_a_disk_is_too_small_for_is_decoded_when_it_is_used(raw, tmp_path, 
 
 def test_arms_share_what_was_decoded_for_the_one_before(raw, generated, tmp_path, monkeypatch):
     load, read = data.loading_once(), []
-    told = data.decode_square
-    monkeypatch.setattr(data, "decode_square", lambda *a: read.append(a) or told(*a))
+    told = storage.decode_square
+    monkeypatch.setattr(storage, "decode_square", lambda *a: read.append(a) or told(*a))
     asked = ["train", ["cat", "dog", "emu"], 32]
     first = load([raw], *asked, aside=tmp_path)
     assert load([raw], *asked, aside=tmp_path) is first
@@ -290,13 +296,58 @@ def test_a_classifier_reads_back_as_it_was_saved(raw, tmp_path):
 
 def test_an_unknown_model_is_named_with_its_neighbours():
     with pytest.raises(UserError, match=r"no model 'resnet10s'.*resnet10t"):
-        check_model("resnet10s", 32, pretrained=False)
+        check_model("resnet10s", 32, pretrained=None)
 
 
 def test_a_model_that_does_not_take_the_size_is_told_before_training():
     with pytest.raises(UserError, match="inception_v3 does not take images of 32 px"):
-        check_model("inception_v3", 32, pretrained=False)
-    check_model("vit_tiny_patch16_224", 64, pretrained=False)
+        check_model("inception_v3", 32, pretrained=None)
+    check_model("vit_tiny_patch16_224", 64, pretrained=None)
+
+
+def test_pretrained_weights_are_safetensors_of_one_commit(tmp_path, monkeypatch, trap):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    snapshots, commit = tmp_path / "models--timm--test_resnet.r160_in1k" / "snapshots", "1" * 40
+    (snapshots / commit).mkdir(parents=True)
+    torch.save(trap, snapshots / commit / "pytorch_model.bin")
+    with pytest.raises(
+        UserError, match=f"test_resnet cannot be had as model.safetensors at .*{commit}"
+    ):
+        check_model("test_resnet", 64, pretrained=commit)
+    weights = timm.create_model("test_resnet").state_dict()
+    save_file(weights, snapshots / commit / "model.safetensors")
+    check_model("test_resnet", 64, pretrained=commit)
+    backbone = build_classifier("test_resnet", ["a", "b"], 64, pretrained=commit).model.backbone
+    assert torch.equal(backbone.state_dict()["conv1.0.weight"], weights["conv1.0.weight"])
+    with pytest.raises(UserError, match="training.revision 2222"):
+        check_model("test_resnet", 64, pretrained="2" * 40)
+    with pytest.raises(UserError, match=r"training.revision = None .*by their commit alone"):
+        quick_settings("training.pretrained=true")
+
+
+def test_a_commit_of_weights_that_are_not_used_trains_nothing_anew(raw):
+    known = {
+        fit_fingerprint(Wanted("vanilla", 0), {"raw": raw}, quick_settings(*asked))
+        for asked in ([], ["training.revision=" + "a" * 40], ["thumbnails=false"])
+    }
+    assert len(known) == 1
+
+
+@pytest.mark.parametrize("model", ["hf-hub:nobody/nothing", "local-dir:/tmp/nothing"])
+def test_a_classifier_is_built_from_code_that_is_installed(model, tmp_path):
+    save_classifier(build_classifier("test_resnet", ["a", "b"], 32), tmp_path)
+    description = json.loads((tmp_path / "classifier.json").read_text())
+    (tmp_path / "classifier.json").write_text(json.dumps({**description, "model": model}))
+    with pytest.raises(UserError, match=f"a model '{model}', which timm does not know"):
+        load_classifier(tmp_path)
+
+
+def test_pickled_weights_of_a_classifier_are_never_read(tmp_path, trap):
+    save_classifier(build_classifier("test_resnet", ["a", "b"], 32), tmp_path)
+    torch.save(trap, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged \(SafetensorError"):
+        load_classifier(tmp_path)
 
 
 def test_each_epoch_shows_every_image_once():
@@ -317,9 +368,9 @@ def test_crops_shift_and_flips_mirror():
 
 
 def test_preact_resnet18_keeps_the_size_of_small_images(tmp_path):
-    check_model("preact_resnet18", 32, pretrained=False)
+    check_model("preact_resnet18", 32, pretrained=None)
     with pytest.raises(UserError, match="no weights of preact_resnet18 exist"):
-        check_model("preact_resnet18", 32, pretrained=True)
+        check_model("preact_resnet18", 32, pretrained="0" * 40)
     classifier = build_classifier("preact_resnet18", ["a", "b", "c"], 32)
     features = classifier.model.backbone.forward_features(torch.zeros(1, 3, 32, 32))
     assert features.shape == (1, 512, 4, 4)  # three strides of two, as in the paper
@@ -337,7 +388,7 @@ def test_preact_resnet18_keeps_the_size_of_small_images(tmp_path):
         (["training.model=preact_resnet18", "training.batch_size=128"], ("sgd", 0.1, 1e-4)),
         (["training.model=resnet50", "training.batch_size=64"], ("sgd", 0.025, 5e-4)),
         (["training.model=vit_small_patch16_224"], ("adamw", 5e-4, 0.05)),
-        (["training.model=resnet50", "training.pretrained=true"], ("sgd", 0.1 * 8 / 2560, 5e-4)),
+        (["training.model=resnet50", *PRETRAINED], ("sgd", 0.1 * 8 / 2560, 5e-4)),
         (["training.model=resnet50", "training.learning_rate=1"], ("sgd", 1, 5e-4)),
         (["training.optimizer=sgd", "training.weight_decay=0"], ("sgd", 0.1 * 8 / 256, 0)),
         (["training.model=resnet50.a1_in1k"], ("sgd", 0.1 * 8 / 256, 5e-4)),

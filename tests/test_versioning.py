@@ -1,5 +1,6 @@
 """Versions of data/, on real DVC repositories with git, below a git tree's top, without git."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -233,3 +234,76 @@ def test_the_own_repository_is_what_ensure_repository_makes(tmp_path: Path) -> N
     for name in (".dvc/config", ".dvc/.gitignore", ".dvcignore"):
         assert (TOP / name).read_text() == (tmp_path / name).read_text()
     assert dvc(tmp_path, "config", "core.analytics") == "false"
+
+
+# What others wrote
+
+
+def planted(root: Path, remote: Path, files: dict[str, bytes]) -> str:
+    """Put a version with files of these names on a remote, as whoever can write there could."""
+    listing = []
+    for name, content in files.items():
+        md5 = put(remote, content, "")
+        listing.append({"md5": md5, "relpath": name})
+    md5 = put(remote, json.dumps(listing).encode(), ".dir")
+    return f"outs:\n- md5: {md5}.dir\n  size: 1\n  nfiles: 1\n  hash: md5\n  path: data\n"
+
+
+def put(remote: Path, content: bytes, suffix: str) -> str:
+    md5 = hashlib.md5(content).hexdigest()
+    path = remote / "files" / "md5" / md5[:2] / f"{md5[2:]}{suffix}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return md5
+
+
+@pytest.fixture
+def remote(tmp_path: Path) -> Path:
+    root = tmp_path / "project"
+    git(tmp_path, "init", "--quiet", "project")
+    versioning.ensure_repository(root)
+    dvc(root, "remote", "add", "-d", "store", str(tmp_path / "remote"))
+    return tmp_path / "remote"
+
+
+def test_a_version_writes_nothing_outside_of_data(remote: Path) -> None:
+    root = remote.with_name("project")
+    pin = planted(root, remote, {"raw/cat.png": b"cat"})
+    (root / "data.dvc").write_text(pin)
+    assert versioning.pull(root) and content(root) == {"raw/cat.png": b"cat"}
+    for name in ("raw/../../../evil", "/evil"):
+        (root / "data.dvc").write_text(planted(root, remote, {name: b"evil"}))
+        with pytest.raises(UserError, match="evil', which would lie outside of data/"):
+            versioning.pull(root)
+        assert not list(remote.parent.rglob("evil"))
+        assert content(root) == {"raw/cat.png": b"cat"}
+
+
+def test_a_list_of_files_that_was_changed_on_the_remote_is_refused(remote: Path) -> None:
+    root = remote.with_name("project")
+    (root / "data.dvc").write_text(planted(root, remote, {"raw/cat.png": b"cat"}))
+    [listing] = remote.rglob("*.dir")
+    listing.write_text(json.dumps([{"md5": put(remote, b"dog", ""), "relpath": "raw/dog.png"}]))
+    with pytest.raises(UserError, match="is not the list of files of the version"):
+        versioning.pull(root)
+    assert content(root) == {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("path: data", "path: ../data"),
+        ("path: data", "path: /tmp/data"),
+        ("outs:", "wdir: ..\nouts:"),
+        (".dir", ""),
+        ("md5: ", "md5: ../../"),
+        ("outs:", "outs:\n- {md5: 0, path: other}"),
+    ],
+)
+def test_a_pin_of_anything_but_data_is_refused(change: tuple[str, str], remote: Path) -> None:
+    root = remote.with_name("project")
+    pin = planted(root, remote, {"raw/cat.png": b"cat"})
+    digest = versioning._md5_of(pin, "data.dvc")
+    with pytest.raises(UserError, match="is damaged"):  # as it would come from MLflow
+        versioning.restore(root, digest, pin=pin.replace(*change).encode())
+    assert content(root) == {} and not (root / "data.dvc").exists()

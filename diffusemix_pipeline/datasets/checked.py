@@ -16,10 +16,11 @@ import pyarrow.compute as pc
 from pyarrow import parquet
 
 from diffusemix_pipeline.datasets.columns import places_in
-from diffusemix_pipeline.files import Ledger
+from diffusemix_pipeline.datasets.storage import made_anew
+from diffusemix_pipeline.files import Ledger, undamaged
 
 CHECKED = "checked.parquet"
-CODE_VERSION = 2  # of what is found
+CODE_VERSION = 3  # of what is found
 _OUTLINE = 64  # numbers
 _SCHEMA = pa.schema(
     {
@@ -61,8 +62,10 @@ class Checked:
         What was found for another is of no use.
         """
         tables, path = [_SCHEMA.empty_table(), *_told(begun)], folder / CHECKED
-        if path.exists() and parquet.read_schema(path).equals(_SCHEMA):
-            tables.append(parquet.ParquetFile(path).read(use_threads=False))
+        if path.exists():
+            with undamaged(path, made_anew(folder)):
+                if parquet.read_schema(path).equals(_SCHEMA):
+                    tables.append(parquet.ParquetFile(path).read(use_threads=False))
         table = pa.concat_tables(tables)
         same_limit = pc.equal(table["max_pixels"], max_pixels)
         return cls(table.filter(pc.and_(same_limit, pc.equal(table["version"], CODE_VERSION))))

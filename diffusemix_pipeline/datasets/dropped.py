@@ -80,5 +80,9 @@ def drop(path: Path, image_ids: Iterable[str], stages: Iterable[Path]) -> list[s
 def _lines(path: Path) -> list[str]:
     if not path.exists():
         return []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is no UTF-8 text. Save it as such, or restore it.") from None
     # Not by splitlines: a class's name may hold what that takes for the end of a line.
-    return [line.strip() for line in path.read_text(encoding="utf-8").split("\n")]
+    return [line.strip() for line in text.split("\n")]

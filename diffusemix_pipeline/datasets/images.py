@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 64_000_000  # of one image: a small file may decode to gigabytes
 Image.init()
@@ -46,12 +46,18 @@ def read_rgb(path: Path, max_pixels: int) -> Image.Image:
 
 def plain_rgb_suffix(path: Path) -> str | None:
     """Return .jpg or .png for a file whose bytes already are the upright RGB picture, else None."""
-    with Image.open(path) as image:
-        upright = image.getexif().get(0x0112, 1) == 1
-        still = getattr(image, "n_frames", 1) == 1
-        plain = image.mode == "RGB" and "transparency" not in image.info
-        suffix = {"JPEG": ".jpg", "PNG": ".png"}.get(image.format or "")
-        return suffix if plain and upright and still else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            opened = Image.open(path, formats=["JPEG", "PNG"])
+        except UnidentifiedImageError:
+            return None
+        with opened as image:
+            upright = image.getexif().get(0x0112, 1) == 1
+            still = getattr(image, "n_frames", 1) == 1
+            plain = image.mode == "RGB" and "transparency" not in image.info
+            suffix = {"JPEG": ".jpg", "PNG": ".png"}.get(image.format or "")
+            return suffix if plain and upright and still else None
 
 
 def to_square(image: Image.Image, size: int) -> np.ndarray:
@@ -85,9 +91,14 @@ def png_bytes(pixels: np.ndarray) -> bytes:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        values = np.asarray(image, dtype=np.float64)
-        scale = 257.0 if values.max() > 255 else 1.0
-        return Image.fromarray(np.clip(values / scale, 0, 255).astype(np.uint8)).convert("RGB")
+        with np.errstate(invalid="ignore"):  # a NaN that signals
+            values = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise UnreadableImageError("it holds values that are no finite numbers")
+        top = values.max()
+        most = 65535 if top > 255 else 1 if image.mode == "F" and top <= 1 else 255
+        values = np.clip(values / most * 255, 0, 255).round()
+        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layers = image.convert("RGBA")
         white = Image.new("RGBA", layers.size, "white")

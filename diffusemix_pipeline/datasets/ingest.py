@@ -38,7 +38,7 @@ from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings, Storage
 from diffusemix_pipeline.workers import get_ready, in_processes
 
-CODE_VERSION = "9"
+CODE_VERSION = "10"
 _CHECKED_AT_ONCE = 64  # images
 _WORTH_PROCESSES = 500  # images: they start as fast as so few are checked
 

@@ -5,6 +5,7 @@ What does not belong here: which images a source has.
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,12 @@ import pandas as pd
 from PIL import Image
 
 from diffusemix_pipeline.datasets.columns import tuples
-from diffusemix_pipeline.datasets.images import plain_rgb_suffix, png_bytes, read_rgb
+from diffusemix_pipeline.datasets.images import (
+    UnreadableImageError,
+    plain_rgb_suffix,
+    png_bytes,
+    read_rgb,
+)
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import file_sha256
 
@@ -73,16 +79,17 @@ class Listing:
         return map(self.kind._make, tuples(self.rows[list(self.kind._fields)]))
 
 
-def file_item(root: Path, path: Path, label: str, split: str | None) -> Item:
-    """Return the item of an image file below `root`."""
-    try:
-        sha256 = file_sha256(path)
-    except OSError:  # reading it will fail as well, and say why
-        sha256 = ""
+def file_item(root: Path, path: Path, label: str, split: str | None, unusable: str = "") -> Item:
+    """Return the item of an image file below `root`, or of what is `unusable` as one, and why."""
+    sha256 = ""
+    if not unusable:
+        with suppress(OSError):  # reading it will fail as well, and say why
+            sha256 = file_sha256(path)
     name = "/".join(path.parts[len(root.parts) :])
     source_id = written(name)
     encoded = "" if source_id == name else quote_from_bytes(os.fsencode(name))
-    return Item(source_id, label, split, sha256, File(str(root), encoded or name, bool(encoded)))
+    picture = File(str(root), encoded or name, bool(encoded), unusable)
+    return Item(source_id, label, split, sha256, picture)
 
 
 class File(NamedTuple):
@@ -91,6 +98,8 @@ class File(NamedTuple):
     root: str
     name: str
     encoded: bool
+    unusable: str
+    """Why it cannot be an image file; empty where it may be one."""
 
     @property
     def path(self) -> Path:
@@ -100,6 +109,8 @@ class File(NamedTuple):
 
     def read(self, max_pixels: int) -> Image.Image:
         """Return the upright RGB picture, or raise UnreadableImageError."""
+        if self.unusable:
+            raise UnreadableImageError(self.unusable)
         return read_rgb(self.path, max_pixels)
 
     def stored(self, max_pixels: int) -> tuple[bytes, str]:
@@ -116,24 +127,49 @@ def written(name: str) -> str:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """List the files below a class folder; what is hidden, as editors' thumbnails are, is not.
+    """List the files below a folder, without what `visible_entries` says to be none."""
+    return [path for path, unusable in visible_entries(folder) if not unusable]
 
-    Raises UserError for a folder that cannot be read. Links to folders are not followed.
+
+def visible_entries(folder: Path) -> list[tuple[Path, str]]:
+    """List all that lies below a folder but folders, each with why it can be no image file, if so.
+
+    What is hidden, as editors' thumbnails are, is not listed; links to folders are not followed.
+    Raises UserError for a folder that cannot be read.
     """
     # By parts as paths are, which takes less than half the time by a key.
-    return sorted(map(Path, _visible(os.fspath(folder))), key=lambda path: path.parts)
+    entries = ((Path(path), unusable) for path, unusable in _visible(os.fspath(folder)))
+    return sorted(entries, key=lambda entry: entry[0].parts)
 
 
-def _visible(folder: str) -> Iterator[str]:
-    try:
-        entries = os.scandir(folder)
-    except PermissionError:
-        raise UserError(f"{folder} cannot be read: allow it, or move it elsewhere.") from None
-    with entries:
+def _visible(folder: str) -> Iterator[tuple[str, str]]:
+    with scanned(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir(follow_symlinks=False):
                 yield from _visible(entry.path)
-            elif entry.is_file():
-                yield entry.path
+            else:
+                yield entry.path, why_unusable(entry)
+
+
+def why_unusable(entry: "os.DirEntry[str]") -> str:
+    """Say why something that is no folder can be no image file; empty where it may be one."""
+    if entry.is_file(follow_symlinks=False) or Path(entry.path).is_file():
+        return ""
+    if not entry.is_symlink():
+        return "neither a file nor a folder"
+    if Path(entry.path).is_dir():
+        return "a link to a folder, which is not followed within a class"
+    return "a link that leads to no file"
+
+
+@contextmanager
+def scanned(folder: str | Path) -> Iterator[Iterator["os.DirEntry[str]"]]:
+    """Look into a folder; UserError for one that cannot be read."""
+    try:
+        entries = os.scandir(folder)
+    except PermissionError:
+        raise UserError(f"{folder} cannot be read: allow it, or move it elsewhere.") from None
+    with entries:
+        yield entries

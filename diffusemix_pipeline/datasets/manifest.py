@@ -27,9 +27,10 @@ from diffusemix_pipeline.datasets.storage import (
     Layout,
     StoredFiles,
     differences,
+    made_anew,
 )
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.files import write_json
+from diffusemix_pipeline.files import undamaged, write_json
 from diffusemix_pipeline.settings import Storage
 
 MANIFEST = "manifest.parquet"
@@ -107,7 +108,8 @@ class Stage:
 
     def rows_of(self, part: str, columns: list[str] | None = None) -> pd.DataFrame:
         """Read the rows of one part, or some columns of them."""
-        with parquet.ParquetFile(self.folder / MANIFEST) as file:
+        path = self.folder / MANIFEST
+        with undamaged(path, made_anew(self.folder)), parquet.ParquetFile(path) as file:
             number = list(self.parts).index(part)
             rows = file.read_row_group(number, columns=columns, use_threads=False)
         return _checked(rows.to_pandas(), columns)
@@ -137,8 +139,9 @@ def read_manifest(folder: Path, columns: list[str] | None = None) -> pd.DataFram
     if not path.exists():
         raise UserError(f"{folder} holds no {MANIFEST}: run the stage that makes it first.")
     names = None if columns is None else list(dict.fromkeys([*columns, "file_name"]))
-    with parquet.ParquetFile(path) as file:
-        rows = _checked(file.read(names, use_threads=False).to_pandas(), names)
+    with undamaged(path, made_anew(folder)), parquet.ParquetFile(path) as file:
+        read = file.read(names, use_threads=False).to_pandas()
+    rows = _checked(read, names)
     return rows.sort_values("file_name", ignore_index=True)[columns or list(_DTYPES)]
 
 
@@ -154,20 +157,21 @@ def read_stage(folder: Path) -> Stage:
     path = folder / STAGE
     if not path.exists():
         raise UserError(f"{folder} holds no {STAGE}: run the stage that makes it first.")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return Stage(
-        folder,
-        content["stage"],
-        content["fingerprint"],
-        content["version"],
-        content["counts"],
-        content["notes"],
-        *(
-            (content["layout"], {name: PartFacts(**of) for name, of in content["parts"].items()})
-            if content.get("format") == _FORMAT
-            else ()
-        ),
-    )
+    with undamaged(path, made_anew(folder)):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        layout = {}
+        if content.get("format") == _FORMAT:
+            parts = {name: PartFacts(**of) for name, of in content["parts"].items()}
+            layout = {"layout": content["layout"], "parts": parts}
+        return Stage(
+            folder,
+            content["stage"],
+            content["fingerprint"],
+            content["version"],
+            content["counts"],
+            content["notes"],
+            **layout,
+        )
 
 
 def layout_of(raw: Stage, storage: Storage) -> Layout:
@@ -189,6 +193,10 @@ def whole_stage(folder: Path, layout: Layout) -> Stage | None:
     stage = read_stage(folder)
     if stage.layout != layout.document():
         return None
+    for table in (CHECKED, REJECTED, INDEX):
+        if (folder / table).exists():
+            with undamaged(folder / table, made_anew(folder)):
+                parquet.read_metadata(folder / table)
     names = [*stage.image_files(), *([INDEX] if layout.packed else [])]
     whole = all((folder / name).exists() for name in names)
     return replace(stage, reused=True) if whole else None
@@ -271,6 +279,11 @@ def _sum(digests: Iterable[int]) -> str:
 def class_names(counts: Mapping[str, Any]) -> list[str]:
     """Return the sorted class names of a stage's counts; a label's index is its place here."""
     return sorted({label for labels in counts["by_split"].values() for label in labels})
+
+
+def without_images(by_split: Mapping[str, Mapping[str, int]], split: str) -> list[str]:
+    """Return the classes of train that a split has no image of."""
+    return sorted(set(by_split["train"]) - set(by_split.get(split, {})))
 
 
 @cache

@@ -1,7 +1,7 @@
 """Sources of labelled images: scikit-learn's digits, published datasets, and a user's folder."""
 
 import hashlib
-import os
+import unicodedata
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,14 @@ from PIL import Image
 
 from diffusemix_pipeline.datasets.columns import tuples
 from diffusemix_pipeline.datasets.images import png_bytes
-from diffusemix_pipeline.datasets.items import Item, Listing, file_item, visible_files, written
+from diffusemix_pipeline.datasets.items import (
+    Item,
+    Listing,
+    file_item,
+    scanned,
+    visible_entries,
+    written,
+)
 from diffusemix_pipeline.datasets.published import PUBLISHED, published_items
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import digest, digest_of_text
@@ -23,6 +30,7 @@ DIGITS = "digits"
 NAMES = (DIGITS, *PUBLISHED)
 """Sources that are no folder; a folder of such a name is given as ./NAME."""
 _DIGIT_SIDE = 32
+_LONGEST_NAME = 255  # bytes, of a folder
 _SPLIT_FOLDERS = {
     "train": "train",
     "training": "train",
@@ -62,7 +70,10 @@ def listing_version(source: str) -> str:
     root = Path(source).expanduser()
     if not root.is_dir():
         raise UserError(f"The image folder {root} does not exist. Give a folder of class folders.")
-    stats = ((path, path.stat()) for path in sorted(visible_files(root)))
+    stats = (
+        (path, path.lstat() if unusable else path.stat())
+        for path, _, _, unusable in sorted(_found(root))
+    )
     return digest_of_text(digest(written(str(p)), s.st_size, s.st_mtime_ns) for p, s in stats)
 
 
@@ -109,29 +120,83 @@ class _Digit(NamedTuple):
 def _folder(root: Path) -> Iterator[Item]:
     if not root.is_dir():
         raise UserError(f"The image folder {root} does not exist. Give a folder of class folders.")
-    top = _subfolders(root)
-    splits = {name: _SPLIT_FOLDERS[name.lower()] for name in top if name.lower() in _SPLIT_FOLDERS}
-    classes: list[tuple[str | None, str, str]]
-    # A class may be called train: a split holds folders.
-    if any(split == "train" and _subfolders(root / name) for name, split in splits.items()):
-        classes = [
-            (split, f"{folder}/{label}", written(label))
-            for folder, split in sorted(splits.items())
-            for label in _subfolders(root / folder)
-        ]
-    else:
-        classes = [(None, label, written(label)) for label in top]
-    found = False
-    for split, folder, label in classes:
-        for path in visible_files(root / folder):
-            found = True
-            yield file_item(root, path, label, split)
-    if not found:
+    holds_classes = False
+    for found in _found(root):
+        holds_classes |= bool(found.label)
+        yield file_item(root, *found)
+    if not holds_classes:
         raise UserError(
             f"{root} holds no images in class folders. Lay them out as {root.name}/CLASS/IMAGE "
             f"or {root.name}/{{train,val,test}}/CLASS/IMAGE."
         )
 
 
+class _Found(NamedTuple):
+    """What lies in an image folder: an image file, or what is no image of a class, and why."""
+
+    path: Path
+    label: str
+    """Empty for what belongs to no class."""
+    split: str | None
+    unusable: str
+
+
+def _found(root: Path) -> Iterator[_Found]:
+    """Give what an image folder holds, by split and class; what cannot be used is named after."""
+    top = _subfolders(root)
+    splits = {name: _SPLIT_FOLDERS[name.lower()] for name in top if name.lower() in _SPLIT_FOLDERS}
+    # A class may be called train: a split holds folders.
+    if any(split == "train" and _subfolders(root / name) for name, split in splits.items()):
+        homes: dict[Path, str | None] = {root / name: splits[name] for name in sorted(splits)}
+        beside = [name for name in top if name not in splits]
+    else:
+        homes, beside = {root: None}, []
+    classes = [(home, name) for home in homes for name in _subfolders(home)]
+    _check_labels(root, {written(name) for _, name in classes})
+    here = root.resolve()
+    for home, name in classes:
+        folder, split = home / name, homes[home]
+        if here.is_relative_to(folder.resolve()):
+            yield _Found(folder, "", split, "a link to a folder that holds this one")
+            continue
+        entries = visible_entries(folder)
+        for path, unusable in entries:
+            yield _Found(path, written(name), split, unusable)
+        if not entries:
+            yield _Found(folder, "", split, "a class without a file")
+    for name in beside:
+        yield _Found(root / name, "", None, "a folder beside those of train, val and test")
+    for home in {root: None} | homes:
+        for path in _images_in(home):
+            yield _Found(path, "", homes.get(home), "it lies in no folder of a class")
+
+
+def _check_labels(root: Path, labels: set[str]) -> None:
+    """Raise UserError for names that could not be told apart, or written, elsewhere."""
+    alike: dict[str, str] = {}
+    for label in sorted(labels):
+        if any(unicodedata.category(character) == "Cc" for character in label):
+            raise UserError(f"{root}: rename the class {label!r}: it holds a control character.")
+        if len(label.encode()) > _LONGEST_NAME:
+            raise UserError(
+                f"{root}: give the class {label[:40]}… a shorter name: it takes more than "
+                f"{_LONGEST_NAME} bytes."
+            )
+        other = alike.setdefault(unicodedata.normalize("NFC", label).casefold(), label)
+        if other != label:
+            raise UserError(
+                f"{root}: the classes {other!a} and {label!a} differ in case or accents' encoding "
+                "alone, and on other systems not at all. Rename one, or put their images together."
+            )
+
+
+def _images_in(folder: Path) -> list[Path]:
+    with scanned(folder) as entries:
+        suffixes = Image.registered_extensions()
+        names = [e.name for e in entries if not e.name.startswith(".") and not e.is_dir()]
+    return sorted(folder / name for name in names if Path(name).suffix.lower() in suffixes)
+
+
 def _subfolders(folder: Path) -> list[str]:
-    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+    with scanned(folder) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))

@@ -12,6 +12,7 @@ lie, and `_info.json` tells timm's reader which shards a split has.
 import hashlib
 import io
 import os
+import re
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,12 +26,15 @@ import numpy as np
 import pandas as pd
 
 from diffusemix_pipeline.datasets.columns import tuples
-from diffusemix_pipeline.files import write_json
+from diffusemix_pipeline.datasets.images import decode_square
+from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.files import undamaged, write_json
 from diffusemix_pipeline.settings import Storage
 
 INDEX = "shards.parquet"
 INFO = "_info.json"
 _PACKED_FROM = 20_000  # images
+_SHARD = re.compile(r"[a-z]+-\d{6}\.tar")
 _BLOCK = tarfile.BLOCKSIZE
 _LABEL = ".cls"
 _INDEX_DTYPES = {"name_hash": "uint64", "offset": "int64", "size": "int32"}
@@ -67,6 +71,11 @@ def _hash(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
 
 
+def made_anew(folder: Path) -> str:
+    """Say what to do where a file of a stage folder is damaged."""
+    return f"Remove {folder} and run again: what is not there is made anew, or pulled."
+
+
 class StoredFiles:
     """The image files of a stage folder, by their names in the manifest."""
 
@@ -90,6 +99,12 @@ class StoredFiles:
         """Return a file's bytes; FileNotFoundError where there is none of that name."""
         with (self.folder / self.holder(name)).open("rb") as file:
             return self.read_from(file, name)
+
+    def pixels(self, name: str, size: int) -> np.ndarray:
+        """Return an image as uint8 (size, size, 3); UserError for a file that is damaged."""
+        content = self.read(name)
+        with undamaged(self.folder / name, made_anew(self.folder)):
+            return decode_square(content, size)
 
     def read_from(self, holder: BinaryIO, name: str) -> bytes:
         """Return a file's bytes from what holds it, opened anew or for files read before."""
@@ -199,7 +214,7 @@ class _Index:
 @lru_cache(maxsize=2)  # a part of a stage is made of two others
 def _read_index_once(path: Path, inode: int, changed: int) -> _Index:
     """Read an index, once for all that a process makes of it."""
-    return _Index(pd.read_parquet(path).astype({"shard": "category"}))
+    return _Index(_read_table(path))
 
 
 class ShardWriter:
@@ -256,5 +271,16 @@ def write_index(folder: Path, by_shard: Mapping[str, pd.DataFrame]) -> None:
 
 def read_index(folder: Path) -> dict[str, pd.DataFrame]:
     """Return the index of each shard of a folder."""
-    table = pd.read_parquet(folder / INDEX)
-    return {str(shard): rows.drop(columns="shard") for shard, rows in table.groupby("shard")}
+    table = _read_table(folder / INDEX)
+    by_shard = table.groupby("shard", observed=True)
+    return {str(shard): rows.drop(columns="shard") for shard, rows in by_shard}
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    """Read an index; UserError where it names no shard beside it, as one from elsewhere may."""
+    with undamaged(path, made_anew(path.parent)):
+        table = pd.read_parquet(path).astype({"shard": "category"})
+    for shard in table["shard"].cat.categories:
+        if not _SHARD.fullmatch(str(shard)):
+            raise UserError(f"{path} names {shard}, which is no shard beside it: pull another.")
+    return table

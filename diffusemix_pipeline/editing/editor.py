@@ -25,6 +25,10 @@ _LOADED = [["json"], ["safetensors"], ["txt"], ["jinja"], ["safetensors", "index
 """How files of weights and words end; jinja: chat templates."""
 _UNUSED = {"safety_checker", "feature_extractor", "image_encoder"}
 """Parts that a checkpoint may hold and no editor here loads."""
+_LIBRARIES = {"diffusers", "transformers", None}
+"""Whose classes the parts of a checkpoint may have: code of its own is never run."""
+_SHARD = re.compile(r"[^/\\]+\.safetensors")
+_HUB_FILE = re.compile(r"(?P<repository>[^/@]+/[^/@]+)@(?P<commit>[0-9a-f]{40})/(?P<file>.+)")
 _WITHOUT = {
     "guidance": 1,
     "image_guidance": 1,
@@ -110,7 +114,7 @@ def _transformer(
     )
 
 
-_LIGHTNING = "lightx2v/Qwen-Image-Lightning"
+_LIGHTNING = "lightx2v/Qwen-Image-Lightning@COMMIT"
 """LoRA on the hub, Apache-2.0."""
 FAMILIES = [
     Family(
@@ -202,7 +206,8 @@ def edits_at_once(folder: Path, editing: Editing) -> int:
 def locate_editor(editor: str, revision: str | None) -> Path:
     """Return the folder that holds an editor's files, downloading a hub id's safetensors once.
 
-    Raises UserError where the folder holds no pipeline of a known family or the hub gives none.
+    Raises UserError where the folder holds no pipeline of a known family or the hub gives none, for
+    a hub id without a commit, and for what is no safetensors or would run code.
     """
     if editor == BUNDLED:
         return BUNDLED_WEIGHTS
@@ -215,20 +220,33 @@ def locate_editor(editor: str, revision: str | None) -> Path:
                 f"editing.editor: {editor} holds no {part}/*.safetensors. Other formats are not "
                 "read, as they may run code: convert it, or have it downloaded again."
             )
+    for part, of in _parts(folder).items():
+        if of[0] not in _LIBRARIES:
+            raise UserError(
+                f"editing.editor: {editor} asks for code of its own, {of[0]}, for its {part}. "
+                "It is never run: name another checkpoint."
+            )
+    for index in sorted(folder.glob("*/*.safetensors.index.json")):
+        for shard in _json(index).get("weight_map", {}).values():
+            if not _SHARD.fullmatch(str(shard)):
+                raise UserError(
+                    f"editing.editor: {index} names {shard}, which is no safetensors file beside "
+                    "it. Other formats are not read, as they may run code: convert it."
+                )
     return folder
 
 
 def locate_lora(lora: str) -> Path | None:
     """Return the file that `editing.lora` names, downloading a hub's once; None for none.
 
-    Raises UserError for what is no safetensors file, here or on the hub.
+    Raises UserError for what is no safetensors file, here or at a commit on the hub.
     """
     if not lora:
         return None
     if not lora.endswith(".safetensors"):
         raise UserError(
             f"editing.lora: {lora} is no .safetensors file. Other formats are not read, as they "
-            "may run code: name a file, or owner/name/FILE.safetensors on the hub."
+            "may run code: name a file, or owner/name@COMMIT/FILE.safetensors on the hub."
         )
     path = Path(lora).expanduser()
     return path if path.is_file() else _download_lora(lora)
@@ -245,9 +263,12 @@ def _weights_fingerprint(folder: Path) -> str:
 
     What the pipeline does not load is left out: other programs may put variants (`.fp16.`) there.
     """
-    index = _index(folder)
-    parts = sorted(name for name in index if isinstance(index[name], list) and name not in _UNUSED)
-    files = [p for part in parts for p in sorted((folder / part).rglob("*")) if _is_loaded(p)]
+    files = [
+        p
+        for part in sorted(_parts(folder))
+        for p in sorted((folder / part).rglob("*"))
+        if _is_loaded(p)
+    ]
     files.append(folder / INDEX)
     return digest([[p.relative_to(folder).as_posix(), _sha256(p)] for p in files])
 
@@ -271,9 +292,19 @@ def _sha256_of(path: Path, size: int, mtime_ns: int) -> str:
     return file_sha256(path)
 
 
+def _parts(folder: Path) -> dict[str, list[Any]]:
+    """Return the library and the class of each part that an editor loads."""
+    index = _index(folder)
+    return {k: v for k, v in index.items() if isinstance(v, list) and k not in _UNUSED}
+
+
 def _index(folder: Path) -> dict[str, Any]:
+    return _json(folder / INDEX)
+
+
+def _json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((folder / INDEX).read_text("utf-8")))
+        return dict(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
 
@@ -292,6 +323,12 @@ def _family(folder: Path, editor: str) -> Family:
 def _download(hub_id: str, revision: str | None) -> Path:
     from diffusers import DiffusionPipeline
 
+    if revision is None:
+        raise UserError(
+            f"editing.editor: {hub_id} is no folder here, and a model of the hub is loaded by its "
+            "commit alone: name that too, 40 hex digits, as editing.revision (on the model's page, "
+            "under Files, History), or use 'bundled'."
+        )
     try:
         return Path(
             DiffusionPipeline.download(
@@ -301,20 +338,27 @@ def _download(hub_id: str, revision: str | None) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"editing.editor: {hub_id} is neither a folder here nor a model that the hub gives "
-            f"({reason}). Check the name and the network, or use 'bundled'."
+            f"editing.editor: {hub_id} is neither a folder here nor a model that the hub gives at "
+            f"{revision} ({reason}). Check the name, editing.revision and the network, or use "
+            "'bundled'."
         ) from None
 
 
 def _download_lora(lora: str) -> Path:
     from huggingface_hub import hf_hub_download
 
-    owner, name, file = (*lora.split("/", 2), "", "")[:3]
+    named = _HUB_FILE.fullmatch(lora)
+    if not named:
+        raise UserError(
+            f"editing.lora: {lora} is no file here, and one of the hub is loaded by its commit "
+            "alone: write owner/name@COMMIT/FILE.safetensors, with 40 hex digits (on the model's "
+            "page, under Files, History)."
+        )
     try:
-        return Path(hf_hub_download(f"{owner}/{name}", file))
+        return Path(hf_hub_download(named["repository"], named["file"], revision=named["commit"]))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"editing.lora: {lora} is neither a file here nor one that the hub gives ({reason}). "
-            "Check the name, owner/name/FILE.safetensors, and the network."
+            "Check the name, owner/name@COMMIT/FILE.safetensors, and the network."
         ) from None

@@ -31,6 +31,7 @@ from diffusemix_pipeline.datasets.manifest import (
     read_stage,
 )
 from diffusemix_pipeline.datasets.parts import Image, Part, write_stage
+from diffusemix_pipeline.datasets.storage import made_anew
 from diffusemix_pipeline.editing.editor import edits_at_once, load_editor
 from diffusemix_pipeline.editing.gate import ACCEPTED, Judge
 from diffusemix_pipeline.editing.planning import (
@@ -45,7 +46,7 @@ from diffusemix_pipeline.editing.planning import (
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.editing.verdicts import Verdicts
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.files import Ledger
+from diffusemix_pipeline.files import Ledger, undamaged
 from diffusemix_pipeline.identity import digest
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings
@@ -157,7 +158,8 @@ def adopt_verdicts(folder: Path, plan: Plan, verdicts: Ledger) -> None:
         return
     known = Verdicts(verdicts)
     columns = ["edit_key", "label", "verdict"]
-    rejected = pd.read_parquet(folder / REJECTED, columns=columns)
+    with undamaged(folder / REJECTED, made_anew(folder)):
+        rejected = pd.read_parquet(folder / REJECTED, columns=columns)
     for rows in (read_manifest(folder, columns), rejected):
         for key, label, verdict in tuples(rows):
             if case(key, label) not in known:
@@ -292,13 +294,21 @@ def _stored(store: EditStore, rows: Sequence[dict[str, Any]], threads: int) -> I
         yield row, store.path(row["edit_key"])
 
 
+def _read(store: EditStore, edit: PlannedEdit, size: int) -> np.ndarray:
+    """Return an edit's pixels as uint8 (size, size, 3)."""
+    path = store.path(edit.key)
+    with undamaged(path, "Run `diffusemix store verify`, which sets it aside, and run again."):
+        return read_square(path, size)
+
+
 def judged_edits(stage: Stage) -> pd.DataFrame:
     """Return label, prompt and verdict of every edit that the gate judged for a stage."""
     columns = ["label", "prompt", "verdict"]
     rejected = stage.folder / REJECTED
     rows = [stage.manifest(columns)]
     if rejected.exists():
-        rows.append(pd.read_parquet(rejected, columns=columns))
+        with undamaged(rejected, made_anew(stage.folder)):
+            rows.append(pd.read_parquet(rejected, columns=columns))
     return pd.concat(rows, ignore_index=True).dropna(subset="verdict")
 
 
@@ -368,7 +378,7 @@ def judge_edits(
         sources = [edit.source for edit in batch]
         size = plan.settings.size
         originals = np.stack([source.read(size) for source in sources])
-        edits = np.stack([read_square(store.path(edit.key), size) for edit in batch])
+        edits = np.stack([_read(store, edit, size) for edit in batch])
         for edit, verdict in zip(batch, gate.judge(sources, originals, edits), strict=True):
             if verdict != ACCEPTED:
                 rejected.append(edit)

@@ -15,7 +15,6 @@ import pandas as pd
 
 from diffusemix_pipeline.datasets.columns import mapped, rows_digest, tuples
 from diffusemix_pipeline.datasets.dropped import NOTHING, Dropped
-from diffusemix_pipeline.datasets.images import decode_square
 from diffusemix_pipeline.datasets.manifest import Stage, class_names, layout_of, whole_stage
 from diffusemix_pipeline.datasets.storage import Layout, StoredFiles
 from diffusemix_pipeline.editing.editor import editor_fingerprint, locate_editor, locate_lora
@@ -47,7 +46,7 @@ class Source(NamedTuple):
 
     def read(self, size: int) -> np.ndarray:
         """Return its pixels as uint8 (size, size, 3)."""
-        return decode_square(self.content(), size)
+        return self.files.pixels(self.file_name, size)
 
 
 def case(key: str, label: str) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from diffusemix_pipeline.datasets.images import decode_square
 from diffusemix_pipeline.datasets.manifest import Stage
 from diffusemix_pipeline.pictures import contact_sheet
 from diffusemix_pipeline.progress import Progress, silent
@@ -33,8 +32,9 @@ class Audit:
     cases: list[dict[str, Any]]
     """A case has image, label, answer and confidence, and under nearest, for each of the nearest
     training images: image, label, similarity (cosine, -1 to 1), and made: ids of its images."""
-    sheet: bytes
-    """A PNG: a row a case, of the test image, then each nearest image and some made of it."""
+    sheet: bytes | None
+    """A PNG: a row a case, of the test image, then each nearest image and some made of it; None
+    where there is to be no picture."""
 
 
 def audit(
@@ -45,10 +45,11 @@ def audit(
     raw: Stage,
     augmented: Stage,
     *,
+    pictured: bool,
     device: str,
     progress: Progress = silent,
 ) -> Audit | None:
-    """Trace the six surest wrong answers; None where all are right.
+    """Trace the six surest wrong answers, with a picture if `pictured`; None where all are right.
 
     `probabilities` float (N, C) are the classifier's on `test`; `train` holds the original training
     images, in the order of `load_images`. Nearness is the cosine of the features before the last
@@ -87,9 +88,10 @@ def audit(
     names_of_made = made["file_name"]
 
     def read(image_id: str, size: int) -> np.ndarray:
-        return decode_square(augmented.files.read(names_of_made[image_id]), size)
+        return augmented.files.pixels(names_of_made[image_id], size)
 
-    return Audit(cases, _sheet(cases, test.images[wrong], train, near, read))
+    sheet = _sheet(cases, test.images[wrong], train, near, read) if pictured else None
+    return Audit(cases, sheet)
 
 
 def _nearest(

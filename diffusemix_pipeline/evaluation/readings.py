@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffusemix_pipeline.datasets.columns import tuples
 from diffusemix_pipeline.datasets.manifest import Stage
-from diffusemix_pipeline.files import write_json
+from diffusemix_pipeline.files import undamaged, write_json
 from diffusemix_pipeline.identity import digest
 
 
@@ -35,4 +35,7 @@ def record_read(path: Path, version: str, reading: str) -> int:
 
 
 def _reads(path: Path) -> dict[str, list[str]]:
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    if not path.exists():
+        return {}
+    with undamaged(path, "Restore it, or remove it: readings are then counted from none."):
+        return dict(json.loads(path.read_text("utf-8")))

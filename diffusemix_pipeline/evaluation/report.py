@@ -22,6 +22,7 @@ from PIL import Image
 from scipy.special import fdtrc
 
 from diffusemix_pipeline import pictures
+from diffusemix_pipeline.datasets.manifest import without_images
 from diffusemix_pipeline.editing.editor import BUNDLED
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.evaluation.attacks import autoattack_attacks
@@ -51,7 +52,8 @@ DOCUMENT = "report.json"
 PAGE = "index.html"
 MARKDOWN = "report.md"
 SCHEMA_VERSION = 6
-CODE_VERSION = "8"
+CODE_VERSION = "9"
+_NAMED = 5  # classes, in a sentence
 MEASURES = ("clean", "corrupted", "fgsm", "ece")
 
 _CLASSES_SHOWN = 30
@@ -101,7 +103,7 @@ class ReportInputs:
     audit: Audit | None = None
     """The surest wrong answers of the subject's first seed, and what may have led to them."""
     stages: bytes | None = None
-    """A PNG of example images: original, edit, hybrid, augmented."""
+    """A PNG of example images: original, edit, hybrid, augmented; None: none are to be shown."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +148,7 @@ def write_report(inputs: ReportInputs, out: Path, *, aside: Path) -> Report:
         files = {name: plot.png for name, plot in light.items()}
         if inputs.stages is not None:
             files["stages"] = inputs.stages
-        if inputs.audit:
+        if inputs.audit and inputs.audit.sheet is not None:
             files["audit"] = inputs.audit.sheet
         for name, png in files.items():
             write_bytes(folder / f"{name}.png", png)
@@ -365,12 +367,14 @@ def _notes(document: Mapping[str, Any]) -> list[str]:
         _reads_note(document["data"]["test_reads"]),
         _steps_note({arm["arm"]: arm["steps"] for arm in document["arms"]}),
         _copies_note(document["data"]["copies_across_splits"]),
+        _untested_note(document["data"]["counts"]),
         _holm_note(document["arms"]),
         _masking_note(document),
         _attacks_note(document["attacks"]),
         _shared_note(document),
         _few_note(document),
         _editor_note(document),
+        _thumbnails_note(document["settings"]),
         "The corruptions' families are ImageNet-C's, but their constants are this project's own: "
         "these numbers cannot be compared with a published mCE.",
         "The calibration error of a finite sample errs upwards, as it cannot be below zero, and "
@@ -556,6 +560,24 @@ def _copies_note(copies: Sequence[Any]) -> str:
     return (
         f"{len(copies):,} {lie} in two splits {looked_for}: "
         "accuracy on such pictures says nothing about new images."
+    )
+
+
+def _untested_note(counts: Mapping[str, Mapping[str, int]]) -> str:
+    untested = without_images(counts, "test")
+    if not untested:
+        return ""
+    others = untested[_NAMED:]
+    names = [*untested[:_NAMED], *([f"{len(others):,} more"] if others else [])]
+    return f"No test image shows {_listed(names)}: this report says nothing of that."
+
+
+def _thumbnails_note(settings: Mapping[str, Any]) -> str:
+    if settings["thumbnails"]:
+        return ""
+    return (
+        "No picture of an image is shown, here, in MLflow or on the assets' pages: thumbnails is "
+        "false. Names of files and classes are."
     )
 
 

@@ -11,6 +11,7 @@ or of a parameter plane (Mandelbrot set, burning ship, tricorn) where that varie
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,6 @@ from diffusemix_pipeline.datasets.images import (
     UnreadableImageError,
     png_bytes,
     read_rgb,
-    read_square,
     to_square,
 )
 from diffusemix_pipeline.errors import UserError
@@ -79,14 +79,20 @@ def fractals_version(mixing: Mixing, seed: int) -> str:
     if not mixing.fractal_dir:
         return digest("made", CODE_VERSION, seed, mixing.fractal_count)
     files = _image_files(Path(mixing.fractal_dir).expanduser())
-    return digest(
-        "read", _READ_VERSION, [[name, file_sha256(file)] for name, file in files.items()]
-    )
+    try:
+        contents = [[name, file_sha256(file)] for name, file in files.items()]
+    except OSError as error:
+        raise UserError(
+            f"mixing.fractal_dir: {error.filename} cannot be read: {error.strerror}. Allow it, or "
+            "take it out."
+        ) from None
+    return digest("read", _READ_VERSION, contents)
 
 
 def _cached(file: Path, seed: int, size: int) -> Pixels:
     if file.exists():
-        return read_square(file, size)
+        with suppress(UnreadableImageError):  # what a disk damaged is made anew
+            return to_square(read_rgb(file, MAX_PIXELS), size)
     fractal = make_fractal(seed, size)
     write_bytes(file, png_bytes(fractal))
     return fractal

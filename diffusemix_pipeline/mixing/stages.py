@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffusemix_pipeline.datasets.images import decode_square, png_bytes
+from diffusemix_pipeline.datasets.images import png_bytes
 from diffusemix_pipeline.datasets.manifest import (
     Stage,
     class_names,
@@ -160,8 +160,8 @@ class Mixer:
 
         def mixed(row: dict[str, Any]) -> Image:
             mask = draw(names, self.settings.seed, "mask", row["edit_key"])
-            original = decode_square(originals.read(row.pop("original")), size)
-            edit = decode_square(edits.read(row["file_name"]), size)
+            original = originals.pixels(row.pop("original"), size)
+            edit = edits.pixels(row["file_name"], size)
             pixels, drawn = self.join(original, edit, masks[mask], row["edit_key"])
             content = png_bytes(pixels)
             sha256 = hashlib.sha256(content).hexdigest()

@@ -7,6 +7,7 @@ from diffusemix_pipeline.errors import UserError, of_the_machine
 
 _WRAPPERS = {"DagsterExecutionStepExecutionError", "DagsterResourceFunctionError"}
 _TOLD = {UserError.__name__, dg.Failure.__name__}
+_STOPPED = "DagsterExecutionInterruptedError"
 
 
 def told_to_user(error: SerializableErrorInfo, what: str = "") -> str | None:
@@ -17,6 +18,8 @@ def told_to_user(error: SerializableErrorInfo, what: str = "") -> str | None:
     cause = innermost(error)
     if cause.cls_name in _TOLD:
         return cause.message.split(": ", 1)[1].strip()
+    if cause.cls_name == _STOPPED:
+        return "Stopped before its end: run again, which goes on where it was."
     told = of_the_machine(cause.message)
     return f"{what}: {told}" if told and what else told
 

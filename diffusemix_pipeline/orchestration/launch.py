@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+from dagster._core.errors import DagsterAssetCheckFailedError
 from dagster._utils.error import SerializableErrorInfo
 
 from diffusemix_pipeline.errors import UserError
@@ -21,6 +22,8 @@ from diffusemix_pipeline.processes import this_process
 from diffusemix_pipeline.progress import Progress
 from diffusemix_pipeline.project import Project, without_runs
 from diffusemix_pipeline.settings import Executor, Settings
+
+_CHECK_FAILED = DagsterAssetCheckFailedError.__name__
 
 
 @dataclass
@@ -40,7 +43,13 @@ class Outcome:
 
 
 def prepare_instance(project: Project) -> None:
-    """Point Dagster at the project, with its two files made where they are missing."""
+    """Point Dagster at the project, with its two files made where they are missing.
+
+    UserError names a database that is none.
+    """
+    from diffusemix_pipeline.preflight import check_databases
+
+    check_databases(project)
     os.environ["DAGSTER_HOME"] = str(project.root)
     for name in ("dagster.yaml", "workspace.yaml"):
         if not (project.root / name).exists():
@@ -121,7 +130,7 @@ def _end_unstarted(instance: dg.DagsterInstance, why: str) -> None:
 
 def _explain(error: SerializableErrorInfo | None, what: str, outcome: Outcome) -> None:
     """Add what failed: a UserError as it was meant, anything else with its trace."""
-    if error is None:
+    if error is None or innermost(error).cls_name == _CHECK_FAILED:  # which is told by itself
         return
     message = told_to_user(error, what)
     outcome.user_error |= message is not None

@@ -185,7 +185,7 @@ def judge(project: Project, settings: Settings, progress: Progress) -> Judged:
         copies=raw.notes["copies_across_splits"],
         set_aside=raw.notes["set_aside"],
         audit=_audited(project, fits, evidence, stages, settings, progress),
-        stages=stages_picture(stages),
+        stages=stages_picture(stages) if settings.thumbnails else None,
     )
     report = write_report(inputs, project.report, aside=project.aside)
     for fit in (*fits, *few):
@@ -367,5 +367,14 @@ def _audited(
         for split in ("train", "test")
     )
     answers = evidence[fit.arm, fit.seed].probabilities
-    augmented = stages["augmented"]
-    return audit(classifier, answers, test, train, raw, augmented, device=device, progress=progress)
+    return audit(
+        classifier,
+        answers,
+        test,
+        train,
+        raw,
+        stages["augmented"],
+        pictured=settings.thumbnails,
+        device=device,
+        progress=progress,
+    )

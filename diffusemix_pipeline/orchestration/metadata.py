@@ -7,6 +7,7 @@ from typing import Any
 import dagster as dg
 
 from diffusemix_pipeline.datasets.manifest import Stage
+from diffusemix_pipeline.settings import Settings
 
 _SHEET_ROWS = 4
 _SHEET_COLUMNS = 6
@@ -35,17 +36,22 @@ def stage_metadata(stage: Stage, seconds: float | None) -> dict[str, Any]:
     }
 
 
-def stage_sheet(stage: Stage, by: str) -> dg.MarkdownMetadataValue:
-    """Show a few images of a stage, a row for each of some values of column `by`."""
-    from diffusemix_pipeline.datasets.images import decode_square
+def stage_sheet(stage: Stage, by: str, settings: Settings) -> dict[str, dg.MarkdownMetadataValue]:
+    """Show a few images of a stage, a row for each of some values of column `by`.
+
+    Nothing is shown where the settings say so.
+    """
+    if not settings.thumbnails:
+        return {}
     from diffusemix_pipeline.pictures import contact_sheet
 
     rows, labels = [], []
     for value, group in list(stage.manifest([by, "file_name"]).groupby(by))[:_SHEET_ROWS]:
         names = group["file_name"].head(_SHEET_COLUMNS)
-        rows.append([decode_square(stage.files.read(name), 64) for name in names])
+        rows.append([stage.files.pixels(name, 64) for name in names])
         labels.append(str(value))
-    return picture(contact_sheet(rows, row_labels=labels, cell=64), f"some {stage.name} images")
+    sheet = contact_sheet(rows, row_labels=labels, cell=64)
+    return {"contact_sheet": picture(sheet, f"some {stage.name} images")}
 
 
 def stages_picture(stages: Mapping[str, Stage], images: int = 4) -> bytes:
@@ -53,7 +59,6 @@ def stages_picture(stages: Mapping[str, Stage], images: int = 4) -> bytes:
 
     `stages` maps raw, generated, hybrid and augmented to their stages.
     """
-    from diffusemix_pipeline.datasets.images import decode_square
     from diffusemix_pipeline.pictures import contact_sheet
 
     columns = ["source_id", "label", "prompt", "file_name", "width"]
@@ -67,7 +72,7 @@ def stages_picture(stages: Mapping[str, Stage], images: int = 4) -> bytes:
         names = {"raw": originals[row.source_id]}
         rows.append(
             [
-                decode_square(stage.files.read(names.get(key, row.file_name)), row.width)
+                stage.files.pixels(names.get(key, row.file_name), row.width)
                 for key, stage in stages.items()
             ]
         )

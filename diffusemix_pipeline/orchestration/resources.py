@@ -15,7 +15,14 @@ from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import clear_aside, write_json
 from diffusemix_pipeline.orchestration.lost_runs import end_lost_runs
 from diffusemix_pipeline.progress import Progress
-from diffusemix_pipeline.project import Project, how_to_end, taken_alone, using_edits
+from diffusemix_pipeline.project import (
+    Project,
+    at_work,
+    holder,
+    note_holder,
+    taken_alone,
+    using_edits,
+)
 from diffusemix_pipeline.settings import Executor, Section, Settings, check
 from diffusemix_pipeline.workers import end_with_parent
 
@@ -58,29 +65,25 @@ def project_resource(project: Project, executor: Executor) -> dg.ResourceDefinit
             end_with_parent()
         project.state.mkdir(parents=True, exist_ok=True)
         with project.run_lock.open("a+") as lock:
-            if taken_alone(lock):
+            name = f"run {context.run_id}"
+            shared = not taken_alone(lock) and _shared(lock, name)
+            if not shared and taken_alone(lock):
                 clear_aside(project.aside, project.stages)  # of what killed runs left there
                 assert context.instance is not None  # every run has one
                 end_lost_runs(context.instance, on_server=False)
-                lock.truncate(0)
-                lock.write(str(context.run_id))
-                lock.flush()
-            if not _held(lock, str(context.run_id)):
-                raise dg.Failure(
-                    f"Another run is at work in {project.root}. {how_to_end(project)}",
-                    allow_retries=False,
-                )
+                note_holder(lock, name)
+            if not _shared(lock, name):
+                raise dg.Failure(at_work(project, lock), allow_retries=False)
             with using_edits(project):
                 yield project
 
     return dg.ResourceDefinition(hold, description="Where the project's files lie.")
 
 
-def _held(lock: TextIO, run_id: str) -> bool:
-    """Share a lock file, whose content is the holder's id, with the steps of the same run."""
-    fcntl.flock(lock, fcntl.LOCK_SH)  # waits for a step that is just writing its run's id
-    lock.seek(0)
-    return lock.read() == run_id
+def _shared(lock: TextIO, name: str) -> bool:
+    """Share the lock with others; say whether they, by what it holds, are steps of the same run."""
+    fcntl.flock(lock, fcntl.LOCK_SH)  # waits for whoever has it alone for a moment
+    return holder(lock)[0] == name
 
 
 class JsonValues(dg.IOManager):

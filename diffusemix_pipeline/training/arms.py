@@ -17,7 +17,7 @@ import torch
 
 from diffusemix_pipeline.datasets.columns import rows_digest
 from diffusemix_pipeline.datasets.manifest import Stage, class_names
-from diffusemix_pipeline.files import BEGUN, replaced_folder, write_json
+from diffusemix_pipeline.files import BEGUN, replaced_folder, undamaged, write_json
 from diffusemix_pipeline.identity import digest, seed_from
 from diffusemix_pipeline.mixing.fractals import fractals_version, load_fractals
 from diffusemix_pipeline.mixing.masks import half_mask
@@ -26,7 +26,7 @@ from diffusemix_pipeline.recipes import training_identity
 from diffusemix_pipeline.settings import Arm, Settings
 from diffusemix_pipeline.training import augmentations
 from diffusemix_pipeline.training.augmentations import Augmentation
-from diffusemix_pipeline.training.classifier import build_classifier, save_classifier
+from diffusemix_pipeline.training.classifier import build_classifier, save_classifier, trained_anew
 from diffusemix_pipeline.training.data import LabelledImages, LoadImages, load_images, ordered_rows
 from diffusemix_pipeline.training.loop import Kept, fit
 from diffusemix_pipeline.training.processes import Tell, train_together
@@ -115,8 +115,9 @@ def finished_fit(checkpoints: Path, fingerprint: str) -> Fit | None:
     folder = checkpoints / fingerprint
     if not (folder / _FIT).exists():
         return None
-    facts = json.loads((folder / _FIT).read_text(encoding="utf-8"))
-    return Fit(folder=folder, curve=pd.read_csv(folder / _CURVE), **facts)
+    with undamaged(folder / _FIT, trained_anew(folder)):
+        facts = json.loads((folder / _FIT).read_text(encoding="utf-8"))
+        return Fit(folder=folder, curve=pd.read_csv(folder / _CURVE), **facts)
 
 
 def fit_arm(
@@ -232,7 +233,7 @@ def _train(
     # Every arm of a seed starts from the same weights.
     torch.manual_seed(seed_from(settings.seed, "weights", wanted.seed))
     classifier = build_classifier(
-        training.model, images.classes, settings.size, pretrained=training.pretrained
+        training.model, images.classes, settings.size, pretrained=training.pretrained_at
     )
     curve = fit(
         classifier,

@@ -19,7 +19,7 @@ from torch import nn
 
 from diffusemix_pipeline.datasets.images import MAX_PIXELS, read_rgb, to_square
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.files import write_json
+from diffusemix_pipeline.files import undamaged, write_json
 
 if TYPE_CHECKING:  # serving needs no manifests
     from diffusemix_pipeline.training.data import Images
@@ -82,9 +82,12 @@ class Classifier:
         return np.concatenate(parts)
 
 
-def check_model(name: str, size: int, pretrained: bool) -> None:
-    """Raise UserError for a model that timm does not know, fetch, or build for `size`."""
-    if name not in _OWN and not timm.is_model(name):
+def check_model(name: str, size: int, pretrained: str | None) -> None:
+    """Raise UserError for a model that timm does not know, fetch, or build for `size`.
+
+    `pretrained` is the commit of its weights on the hub, if it starts from them.
+    """
+    if not _is_known(name):
         near = difflib.get_close_matches(name, [*_OWN, *timm.list_models()], n=3)
         hint = f"Did you mean {' or '.join(near)}?" if near else "See timm.list_models()."
         raise UserError(f"training.model: timm has no model '{name}'. {hint}")
@@ -101,27 +104,45 @@ def check_model(name: str, size: int, pretrained: bool) -> None:
         if name in _OWN:
             raise UserError(f"training.pretrained: no weights of {name} exist: set it to false.")
         try:
-            timm.create_model(name, pretrained=True)
+            build_classifier(name, ["a", "b"], size, pretrained=pretrained)
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"training.pretrained: the weights of {name} cannot be had ({error}). "
-                "Check the network, or set it to false."
+                f"training.pretrained: the weights of {name} cannot be had as {WEIGHTS} at "
+                f"training.revision {pretrained} ({error}). Check both and the network, or set "
+                "training.pretrained to false."
             ) from None
 
 
 def build_classifier(
-    name: str, classes: Sequence[str], size: int, *, pretrained: bool = False
+    name: str, classes: Sequence[str], size: int, *, pretrained: str | None = None
 ) -> Classifier:
-    """Build a model by name for `classes`; see `check_model` for what cannot be built."""
+    """Build a model by name for `classes`; see `check_model` for what cannot be built.
+
+    It starts from the weights of the commit `pretrained` on the hub, if that is given.
+    """
     backbone: Any
     if name in _OWN:
         backbone = _OWN[name](len(classes))
     else:
         fixed = {"img_size": size} if _takes_image_size(name) else {}
-        backbone = timm.create_model(name, pretrained=pretrained, num_classes=len(classes), **fixed)
+        pinned = _pinned(name, pretrained) if pretrained else {}
+        backbone = timm.create_model(name, num_classes=len(classes), **pinned, **fixed)
     config = backbone.pretrained_cfg
     model = NormalizedModel(backbone, config["mean"], config["std"])
     return Classifier(model, name, tuple(classes), size)
+
+
+def _pinned(name: str, commit: str) -> dict[str, Any]:
+    """Return how timm is told to take a model's weights from one commit, and as safetensors.
+
+    By itself it takes the newest, and where there are no safetensors it unpickles.
+    """
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.hf_hub_id:
+        raise OSError(f"timm knows no weights of {name} on the hub")
+    place = {"hf_hub_id": f"{config.hf_hub_id}@{commit}", "hf_hub_filename": WEIGHTS}
+    overlay = {"source": "hf-hub", "custom_load": False, **place}
+    return {"pretrained": True, "pretrained_cfg_overlay": overlay}
 
 
 def _preact_resnet18(classes: int) -> nn.Module:
@@ -139,6 +160,11 @@ def _preact_resnet18(classes: int) -> nn.Module:
 _OWN = {"preact_resnet18": _preact_resnet18}
 
 
+def _is_known(name: str) -> bool:
+    """Tell whether a model is built here, from code that is installed; hub ids are not."""
+    return name in _OWN or timm.is_model(name)
+
+
 def save_classifier(classifier: Classifier, folder: Path) -> None:
     """Write a classifier's files into an existing folder."""
     weights = {key: value.contiguous() for key, value in classifier.model.state_dict().items()}
@@ -153,19 +179,37 @@ def save_classifier(classifier: Classifier, folder: Path) -> None:
     write_json(folder / DESCRIPTION, description)
 
 
+def trained_anew(folder: Path) -> str:
+    """Say what to do where a file of a classifier's folder is damaged."""
+    return f"Remove {folder} and run again: it is trained anew."
+
+
 def load_classifier(folder: Path, device: str = "cpu") -> Classifier:
-    """Read a classifier's folder back, onto a device, in evaluation mode."""
-    description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    classifier = build_classifier(description["model"], description["classes"], description["size"])
-    model = NormalizedModel(classifier.model.backbone, description["mean"], description["std"])
-    model.load_state_dict(load_file(folder / WEIGHTS))
+    """Read a classifier's folder back, onto a device, in evaluation mode.
+
+    It may come from a store of models: UserError for weights that are no safetensors and for a
+    model that is not known here.
+    """
+    with undamaged(folder / DESCRIPTION, trained_anew(folder)):
+        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        name, classes = description["model"], description["classes"]
+        size, mean, std = (description[key] for key in ("size", "mean", "std"))
+    if not _is_known(name):
+        raise UserError(
+            f"{folder} holds a model '{name}', which timm does not know: train it anew."
+        )
+    classifier = build_classifier(name, classes, size)
+    model = NormalizedModel(classifier.model.backbone, mean, std)
+    with undamaged(folder / WEIGHTS, trained_anew(folder)):
+        model.load_state_dict(load_file(folder / WEIGHTS))
     model.eval().to(device)
     return Classifier(model, classifier.name, classifier.classes, classifier.size)
 
 
 def broken_weights(folder: Path) -> list[str]:
     """Name the weights of a classifier's folder that are not all finite."""
-    weights = load_file(folder / WEIGHTS)
+    with undamaged(folder / WEIGHTS, trained_anew(folder)):
+        weights = load_file(folder / WEIGHTS)
     return [name for name, values in weights.items() if not torch.isfinite(values).all()]
 
 

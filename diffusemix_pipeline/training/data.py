@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 
 from diffusemix_pipeline.datasets.columns import tuples
-from diffusemix_pipeline.datasets.images import decode_square
 from diffusemix_pipeline.datasets.manifest import Stage
 from diffusemix_pipeline.datasets.storage import StoredFiles
 from diffusemix_pipeline.progress import Progress, silent
@@ -86,7 +85,7 @@ class StoredImages:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         for stage, name in tuples(self._rows):
-            yield decode_square(self._files[stage].read(name), self._size)
+            yield self._files[stage].pixels(name, self._size)
 
     def subset(self, index: slice | np.ndarray) -> "StoredImages":
         """Return the images that a slice, an int or a bool array names."""

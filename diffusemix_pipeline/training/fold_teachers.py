@@ -237,7 +237,7 @@ def _fit_teacher(
     if not (target / DESCRIPTION).exists():
         torch.manual_seed(seed_from(fingerprint, "weights"))
         teacher = build_classifier(
-            training.model, classes, settings.size, pretrained=training.pretrained
+            training.model, classes, settings.size, pretrained=training.pretrained_at
         )
         fit(
             teacher,

@@ -53,6 +53,6 @@ def fractal_augmented_dataset(context: dg.AssetExecutionContext) -> dg.Materiali
             **shown,
             "dvc_digest": version.digest,
             "dvc_push": version.note,
-            "contact_sheet": stage_sheet(stage, "fractal_id"),
+            **stage_sheet(stage, "fractal_id", settings),
         },
     )

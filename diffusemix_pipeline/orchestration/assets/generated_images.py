@@ -142,7 +142,7 @@ def collect_edits(
             **({"edits_per_second": made / took} if made and took > 0 else {}),
             "numeric_profiles": generate.numeric_profiles(stage, store),
             **_yield_metadata(stage),
-            "contact_sheet": stage_sheet(stage, "prompt"),
+            **stage_sheet(stage, "prompt", settings),
         },
     )
 
@@ -208,16 +208,18 @@ def _yield_metadata(stage: "Stage") -> dict[str, Any]:
     """Return what the label gate let through, in all and by class and prompt."""
     from diffusemix_pipeline.editing.gate import ACCEPTED, yield_table
     from diffusemix_pipeline.editing.generate import judged_edits
+    from diffusemix_pipeline.evaluation.report import plain_markdown
     from diffusemix_pipeline.pictures import yield_map
 
     judged = judged_edits(stage)
     if judged.empty:
         return {}
     table = yield_table(judged)
+    shown = table.round(3).rename(index=plain_markdown, columns=plain_markdown)
     return {
         "gate_yield": float((judged["verdict"] == ACCEPTED).mean()),
         "gate_verdicts": judged["verdict"].value_counts().to_dict(),
-        "gate_yield_table": dg.MetadataValue.md(table.round(3).to_markdown()),
+        "gate_yield_table": dg.MetadataValue.md(shown.to_markdown()),
         "gate_yield_map": picture(yield_map(table), "share of accepted edits"),
     }
 

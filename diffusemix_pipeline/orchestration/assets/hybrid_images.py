@@ -38,6 +38,6 @@ def hybrid_images(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         data_version=dg.DataVersion(stage.version),
         metadata={
             **stage_metadata(stage, time.monotonic() - started),
-            "contact_sheet": stage_sheet(stage, "mask"),
+            **stage_sheet(stage, "mask", context.resources.settings),
         },
     )

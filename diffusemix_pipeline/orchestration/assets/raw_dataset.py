@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     "a picture that lies in two splits is told.",
 )
 def raw_dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+    from diffusemix_pipeline.datasets.manifest import without_images
     from diffusemix_pipeline.pictures import class_histogram
     from diffusemix_pipeline.preflight import check_outputs, check_run
     from diffusemix_pipeline.tracking import open_tracking
@@ -43,20 +44,26 @@ def raw_dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
     set_aside = stage.notes["set_aside"]
     for item in set_aside[:20]:
         context.log.warning(f"Set aside: {item['source_id']}: {item['reason']}")
-    histogram = class_histogram(stage.counts["by_split"])
+    by_split = stage.counts["by_split"]
+    missing = {split: without_images(by_split, split) for split in ("val", "test")}
+    for split, labels in missing.items():
+        if labels:
+            context.log.warning(f"No {split} image shows {', '.join(labels[:20])}")
+    histogram = class_histogram(by_split)
     return dg.MaterializeResult(
         data_version=dg.DataVersion(stage.version),
         metadata={
             **shown,
             "origin": origin,
-            "classes": len(stage.counts["by_split"]["train"]),
+            "classes": len(by_split["train"]),
             "set_aside": len(set_aside),
             "first_set_aside": "; ".join(f"{x['source_id']}: {x['reason']}" for x in set_aside[:3]),
+            **{f"classes_not_in_{split}": len(labels) for split, labels in missing.items()},
             "dropped": len(stage.notes.get("dropped", [])),
             "left_out_by_train_per_class": stage.notes["left_out_by_train_per_class"],
             "copies_across_splits": len(stage.notes["copies_across_splits"]),
             "class_histogram": picture(histogram, "images a class and split"),
-            "contact_sheet": stage_sheet(stage, "label"),
+            **stage_sheet(stage, "label", context.resources.settings),
         },
     )
 
