@@ -409,17 +409,23 @@ def worker_killed(bench: Bench) -> Iterator[Struck]:
     state = bench.state()
     command = bench.start(_STEPS_APART)
     moment = bench.some_seconds_into(state, command)
-    os.kill(_worker(bench, command), signal.SIGKILL)
-    yield Struck(moment, command.ended(), command.said)
+    with suppress(ProcessLookupError):
+        os.kill(_worker(bench, command, apart=True), signal.SIGKILL)
+    if (code := command.ended()) == 0:  # its step had ended
+        raise MissedError
+    yield Struck(moment, code, command.said)
 
 
 _STEPS_APART = How({"DIFFUSEMIX_EXECUTOR": "multiprocess"})
 
 
-def _worker(bench: Bench, command: Command) -> int:
+def _worker(bench: Bench, command: Command, *, apart: bool) -> int:
     """Return the process of a step that is at work; waits for one."""
     while command.runs():
-        if at_work := holders(bench.project.run_lock):
+        at_work = holders(bench.project.run_lock)
+        if apart and command.pid in at_work:  # it looks whether another run is at work
+            at_work.remove(command.pid)
+        if at_work:
             return at_work[0]
         time.sleep(0.05)
     raise MissedError
@@ -557,12 +563,14 @@ _WRITTEN = (
 )
 
 
+NAMESPACES = ["unshare", "--user", "--map-root-user", "--mount"]
+
+
 @contextmanager
 def _namespaces() -> Iterator[int]:
     """Give a process with user and mount namespaces of its own, in which anybody may mount."""
     ready = ["sh", "-c", "echo; exec sleep infinity"]
-    command = ["unshare", "--user", "--map-root-user", "--mount", *ready]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as sleeper:
+    with subprocess.Popen([*NAMESPACES, *ready], stdout=subprocess.PIPE) as sleeper:
         try:
             assert sleeper.stdout is not None
             assert sleeper.stdout.readline() == b"\n", "user namespaces are not allowed here"
@@ -738,7 +746,12 @@ def step_hangs(bench: Bench) -> Iterator[Struck]:
     how = bench.rng.choice([AS_IT_IS, _STEPS_APART])
     command = bench.start(how)
     moment = bench.some_seconds_into(state, command)
-    os.kill(_worker(bench, command), signal.SIGSTOP)
+    worker = _worker(bench, command, apart=how == _STEPS_APART)
+    with suppress(ProcessLookupError):
+        os.kill(worker, signal.SIGSTOP)
+    if worker not in holders(bench.project.run_lock):  # its step ended in this moment
+        command.signal_all(signal.SIGCONT)
+        raise MissedError
     second = bench.start()
     code = second.ended()
     if named := re.search(r"`(kill -9 [\d ]+)`", second.said):

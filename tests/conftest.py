@@ -378,4 +378,4 @@ def wait_for(what: Callable[[], bool], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline
-        time.sleep(2)
+        time.sleep(0.2)

@@ -20,7 +20,7 @@ from conftest import ASSETS, quick_settings, tiny_editor, wait_for
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.orchestration.launch import prepare_instance, run_here
-from diffusemix_pipeline.progress import silent
+from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.project import Project, taken_alone
 from diffusemix_pipeline.settings import Settings
 
@@ -50,6 +50,7 @@ MADE = {
     "report": [".diffusemix/evidence", "outputs/report"],
 }
 KILLS = 20
+STOPPED = "Stopped before its end: run again, which goes on where it was."
 # A run is a process of its own, forked where everything that it imports is there already.
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(
@@ -231,9 +232,11 @@ def test_of_two_runs_at_once_one_is_told_who_is_at_work(undisturbed, weights, tm
     assert made(project) == undisturbed
 
 
-def run_and_tell(project: Project, settings: Settings, told: SimpleQueue) -> None:
+def run_and_tell(
+    project: Project, settings: Settings, told: SimpleQueue, progress: Progress = silent
+) -> None:
     try:
-        told.put("".join(run_here(project, settings, silent).problems))
+        told.put("".join(run_here(project, settings, progress).problems))
     except UserError as refused:
         told.put(str(refused))
 
@@ -241,14 +244,33 @@ def run_and_tell(project: Project, settings: Settings, told: SimpleQueue) -> Non
 @pytest.mark.timeout(1800)
 def test_a_run_that_is_stopped_says_that_it_can_go_on(undisturbed, weights, tmp_path):
     project, told = Project(tmp_path), FORKED.SimpleQueue()
-    run = FORKED.Process(target=run_and_tell, args=(project, wanted(weights), told))
+    asked = wanted(weights, "editing.shards=2")
+    run = FORKED.Process(target=run_and_tell, args=(project, asked, told, stop_in_a_shard))
+    run.start()
+    assert told.get() == STOPPED
+    run.join()
+    assert len(list(EditStore(project.edits))) < 60, "the other shard was not begun"
+    assert run_here(project, wanted(weights), silent).success
+    assert made(project) == undisturbed
+
+
+@pytest.mark.timeout(1800)
+def test_a_run_of_processes_that_is_stopped_says_so_too(weights, tmp_path):
+    project, told = Project(tmp_path), FORKED.SimpleQueue()
+    asked = wanted(weights, "executor=multiprocess")
+    run = FORKED.Process(target=run_and_tell, args=(project, asked, told))
     run.start()
     wait_for(lambda: len(list(EditStore(project.edits))) > BATCH or not run.is_alive())
     os.kill(run.pid, signal.SIGINT)
-    assert told.get() == "Stopped before its end: run again, which goes on where it was."
+    assert told.get() == STOPPED
     run.join()
-    assert run_here(project, wanted(weights), silent).success
-    assert made(project) == undisturbed
+    assert not project.hybrid.exists()
+
+
+def stop_in_a_shard(description: str, done: int, total: int) -> None:
+    """Do what Ctrl-C does, once edits of a shard are made."""
+    if description.startswith("Editing images") and done:
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def events_of(instance: dg.DagsterInstance, run_id: str) -> list[dg.DagsterEvent]:

@@ -42,6 +42,7 @@ from diffusemix_pipeline.settings import Settings
 
 __all__ = ["inputs", "plain"]  # fixtures
 pytestmark = pytest.mark.slow
+SHARD = "generated_images.edit_shard["
 NODE = {"num_cpus": 1, "object_store_memory": 100_000_000}
 
 
@@ -112,9 +113,21 @@ def shard_at_work(client: JobSubmissionClient) -> JobDetails | None:
     """Return a job that edits a shard now, if there is one."""
     for job in client.list_jobs():
         step = (job.metadata or {}).get("dagster/op", "")
-        if job.status == JobStatus.RUNNING and step.startswith("generated_images.edit_shard"):
+        if job.status == JobStatus.RUNNING and step.startswith(SHARD):
             return job
     return None
+
+
+def shards(project: Project) -> list[psutil.Process]:
+    """Return the processes that edit shards of a project now, wherever on the cluster."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # gone by now
+            of = process.environ()
+            step = of.get("DAGSTER_RUN_STEP_KEY", "")
+            if of.get("DAGSTER_HOME") == str(project.root) and step.startswith(SHARD):
+                found.append(process)
+    return found
 
 
 def times_made(project: Project) -> Counter[str]:
@@ -164,7 +177,9 @@ def test_a_run_stops_what_a_killed_one_left_on_the_cluster(cluster, undisturbed,
     how = {"cwd": tmp_path, "env": os.environ | {"RAY_ADDRESS": cluster.dashboard}}
     killed = subprocess.Popen(command, **how)
     try:
-        wait_for(lambda: killed.poll() is not None or shard_at_work(client))
+        wait_for(lambda: killed.poll() is not None or bool(shards(project)))
+        for shard in shards(project):  # not one that has just ended
+            shard.suspend()
         left = shard_at_work(client)
         assert left is not None
     finally:
@@ -185,9 +200,12 @@ def test_a_lost_node_costs_its_unfinished_batches_alone(cluster, undisturbed, we
     store, client = EditStore(project.edits), JobSubmissionClient(cluster.dashboard)
     running = start_on_ray(project, wanted(weights, "executor=ray", "editing.shards=2"), cluster)
     try:
-        wait_for(lambda: running.poll() is not None or shard_at_work(client))
+        wait_for(lambda: running.poll() is not None or bool(shards(project)))
         by_pilot = len(set(store))
         wait_for(lambda: running.poll() is not None or len(set(store)) > by_pilot)
+        at_work = shards(project)
+        for shard in at_work:  # or it may have ended when Ray has said on which node it is
+            shard.suspend()
         job = shard_at_work(client)
         assert job is not None
         assert job.metadata is not None
@@ -195,6 +213,9 @@ def test_a_lost_node_costs_its_unfinished_batches_alone(cluster, undisturbed, we
         assert len(before) < 60
         [node] = [node for node in cluster.worker_nodes if node.node_id == job.driver_node_id]
         lose(cluster, node)
+        for shard in at_work:
+            with suppress(psutil.NoSuchProcess):
+                shard.resume()
         assert running.wait() == 0
     finally:
         running.kill()
@@ -208,8 +229,7 @@ def test_a_lost_node_costs_its_unfinished_batches_alone(cluster, undisturbed, we
         started_anew = instance.all_logs(run.run_id, of_type=dg.DagsterEventType.STEP_RESTARTED)
     assert [entry.step_key for entry in started_anew] == [job.metadata["dagster/op"]]
     gpus = reserved_gpus(client, cluster.dashboard, run.run_id)
-    shards = [f"generated_images.edit_shard[shard_{number}]" for number in range(2)]
-    for step in (*shards, "trained_classifier", "robustness_report"):
+    for step in (f"{SHARD}shard_0]", f"{SHARD}shard_1]", "trained_classifier", "robustness_report"):
         assert gpus[step] == {1}
     assert gpus["raw_dataset"] == gpus["hybrid_images"] == {0}
 

@@ -5,7 +5,11 @@ from dagster._utils.error import SerializableErrorInfo
 
 from diffusemix_pipeline.errors import UserError, of_the_machine
 
-_WRAPPERS = {"DagsterExecutionStepExecutionError", "DagsterResourceFunctionError"}
+_WRAPPERS = {
+    "DagsterExecutionStepExecutionError",
+    "DagsterResourceFunctionError",
+    "RetryRequested",  # once too often
+}
 _TOLD = {UserError.__name__, dg.Failure.__name__}
 _STOPPED = "DagsterExecutionInterruptedError"
 

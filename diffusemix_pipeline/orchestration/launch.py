@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from contextlib import chdir
+from contextlib import chdir, nullcontext
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -65,7 +65,9 @@ def run_here(project: Project, settings: Settings, progress: Progress) -> Outcom
     run's log, which under multiprocess comes to the terminal. UserError where there is no such
     executor, and where another run is at work.
     """
-    with without_runs(project):  # or one that hangs, and holds Dagster's database, is waited for
+    # One that hangs, and holds Dagster's database, would be waited for. Ray's executor first stops
+    # the jobs that a killed run left.
+    with nullcontext() if settings.executor == "ray" else without_runs(project):
         prepare_instance(project)
     apart = settings.executor != "in_process"
     how: dict[str, Any] = {

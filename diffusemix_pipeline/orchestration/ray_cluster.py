@@ -1,8 +1,8 @@
 """Steps as jobs of a Ray cluster, whose nodes see this machine's folders at the same paths.
 
 Which node a step gets is Ray's choice: each step takes a core, and a step of the pool "gpu" a GPU
-where one is there when it starts or `device` asks for it, or as many as train together. A step
-whose node is lost is tried again as its retry policy says.
+where one is there when it starts or `device` asks for it, or as many as train together. A shard
+whose node is lost is edited once more, on another.
 """
 
 import os
@@ -17,7 +17,9 @@ from typing import Any, TypeVar
 import dagster as dg
 import psutil
 from dagster._core.definitions.executor_definition import multiple_process_executor_requirements
-from dagster._core.events import DagsterEvent
+from dagster._core.events import DagsterEvent, StepRetryData
+from dagster._core.execution.context.system import IStepContext
+from dagster._core.execution.plan.state import KnownExecutionState
 from dagster._core.execution.retries import RetryMode
 from dagster._core.executor.base import Executor
 from dagster._core.executor.init import InitExecutorContext
@@ -27,8 +29,13 @@ from dagster._core.executor.step_delegating import (
     StepHandlerContext,
 )
 from dagster._core.system_config.objects import ResolvedRunConfig
+from dagster._utils.error import SerializableErrorInfo
 
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.orchestration.assets.generated_images import (
+    RETRY_AFTER_SECONDS,
+    edit_shard,
+)
 from diffusemix_pipeline.orchestration.lost_runs import end_lost_runs
 from diffusemix_pipeline.orchestration.storage import POSTGRES_URL
 from diffusemix_pipeline.project import Project
@@ -48,6 +55,7 @@ except ModuleNotFoundError as error:
 ADDRESS = "RAY_ADDRESS"
 """Names the environment variable with the address of the cluster's dashboard."""
 _THREADS = "OMP_NUM_THREADS"
+_SHARD = f"generated_images.{edit_shard.name}"
 _TRAINING = "trained_classifier"
 _RUN_OF_JOB = "dagster/run-id"  # as dagster-ray calls it
 _CORES = 1  # of the cluster, for each step that runs at once
@@ -86,7 +94,7 @@ def ray_executor(project: Project) -> dg.ExecutorDefinition:
                 allow_retries=False,
             )
         stop_left_behind(steps.client, init.instance)
-        return StepDelegatingExecutor(
+        return _Delegating(
             steps,
             retries=RetryMode.ENABLED,
             check_step_health_interval_seconds=_CHECK_EVERY_SECONDS,
@@ -94,6 +102,26 @@ def ray_executor(project: Project) -> dg.ExecutorDefinition:
         )
 
     return ray
+
+
+class _Delegating(StepDelegatingExecutor):
+    """Starts a step a job, and looks after them."""
+
+    def log_failure_or_retry_event_after_error(
+        self,
+        step_context: IStepContext,
+        err_info: SerializableErrorInfo,
+        known_state: KnownExecutionState,
+    ) -> DagsterEvent:
+        """Let a shard whose job was lost be tried once more; any other step has failed."""
+        step = step_context.step.key
+        tried = known_state.get_retry_state().get_attempt_count(step)
+        if tried or not step.startswith(_SHARD):
+            return super().log_failure_or_retry_event_after_error(
+                step_context, err_info, known_state
+            )
+        again = StepRetryData(error=err_info, seconds_to_wait=RETRY_AFTER_SECONDS)
+        return DagsterEvent.step_retry_event(step_context, again)
 
 
 class _Steps(RayStepHandler):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # The only way for an op to give its asset a data version; dagster is pinned, so it cannot change.
 warnings.filterwarnings("ignore", "Parameter `data_version`", dg.BetaWarning)
-_RETRY_AFTER_SECONDS = 5
+RETRY_AFTER_SECONDS = 5
 
 
 @dg.op(
@@ -71,7 +71,6 @@ def plan_edits(
 @dg.op(
     required_resource_keys=RESOURCE_KEYS,
     pool="gpu",
-    retry_policy=dg.RetryPolicy(max_retries=1, delay=_RETRY_AFTER_SECONDS),
     description="Makes those edits of a shard that the store lacks; tried twice, as a device may "
     "fail once; run again, it goes on.",
 )
@@ -100,6 +99,8 @@ def edit_shard(context: dg.OpExecutionContext, shard: dict[str, Any]) -> dict[st
             )
     except UserError as error:  # it would fail again
         raise dg.Failure(str(error), allow_retries=False) from error
+    except Exception as error:  # a policy would let Dagster try again when a person stops the run
+        raise dg.RetryRequested(max_retries=1, seconds_to_wait=RETRY_AFTER_SECONDS) from error
     return {"made": made, "began": began, "ended": time.time()}
 
 
