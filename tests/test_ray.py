@@ -125,9 +125,22 @@ def shards(project: Project) -> list[psutil.Process]:
         with suppress(psutil.Error):  # gone by now
             of = process.environ()
             step = of.get("DAGSTER_RUN_STEP_KEY", "")
-            if of.get("DAGSTER_HOME") == str(project.root) and step.startswith(SHARD):
+            of_project = of.get("DAGSTER_HOME") == str(project.root) and step.startswith(SHARD)
+            if of_project and "execute_step" in process.cmdline():  # Ray's has its environment
                 found.append(process)
     return found
+
+
+def suspended(project: Project, run: subprocess.Popen) -> list[psutil.Process]:
+    """Suspend what edits shards, once it has made edits, or it may end while Ray is asked of it."""
+    store = EditStore(project.edits)
+    wait_for(lambda: run.poll() is not None or bool(shards(project)))
+    by_pilot = len(set(store))
+    wait_for(lambda: run.poll() is not None or len(set(store)) > by_pilot)
+    at_work = shards(project)
+    for process in at_work:
+        process.suspend()
+    return at_work
 
 
 def times_made(project: Project) -> Counter[str]:
@@ -177,9 +190,7 @@ def test_a_run_stops_what_a_killed_one_left_on_the_cluster(cluster, undisturbed,
     how = {"cwd": tmp_path, "env": os.environ | {"RAY_ADDRESS": cluster.dashboard}}
     killed = subprocess.Popen(command, **how)
     try:
-        wait_for(lambda: killed.poll() is not None or bool(shards(project)))
-        for shard in shards(project):  # not one that has just ended
-            shard.suspend()
+        suspended(project, killed)
         left = shard_at_work(client)
         assert left is not None
     finally:
@@ -200,12 +211,7 @@ def test_a_lost_node_costs_its_unfinished_batches_alone(cluster, undisturbed, we
     store, client = EditStore(project.edits), JobSubmissionClient(cluster.dashboard)
     running = start_on_ray(project, wanted(weights, "executor=ray", "editing.shards=2"), cluster)
     try:
-        wait_for(lambda: running.poll() is not None or bool(shards(project)))
-        by_pilot = len(set(store))
-        wait_for(lambda: running.poll() is not None or len(set(store)) > by_pilot)
-        at_work = shards(project)
-        for shard in at_work:  # or it may have ended when Ray has said on which node it is
-            shard.suspend()
+        at_work = suspended(project, running)
         job = shard_at_work(client)
         assert job is not None
         assert job.metadata is not None
