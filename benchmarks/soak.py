@@ -544,6 +544,8 @@ def folder_read_only(bench: Bench) -> Iterator[Struck]:
     for path, mode in modes.items():
         if path.exists():
             path.chmod(mode)
+    if code == 0:  # it had nothing more to write there
+        raise MissedError
     yield Struck(f"{top.name}, {moment}", code, command.said)
 
 
@@ -736,7 +738,10 @@ def out_of_memory(bench: Bench) -> Iterator[Struck]:
     """The editor gets little memory beside what the process has, or none."""
     state, more = bench.state(NOTHING, "raw_dataset"), bench.rng.choice([28, 24, 4, 0])
     command = bench.start(How(memory=more << 20))
-    yield Struck(f"{more} MB, from {state}", command.ended(), command.said)
+    code = command.ended()
+    if code == 0 and "Memory does not suffice" not in command.said:  # it did
+        raise MissedError
+    yield Struck(f"{more} MB, from {state}", code, command.said)
 
 
 @contextmanager
