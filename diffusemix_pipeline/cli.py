@@ -21,7 +21,6 @@ from diffusemix_pipeline.project import (
     alone_with_edits,
     holders,
     using_edits,
-    without_runs,
 )
 from diffusemix_pipeline.settings import (
     NO_PRESET,
@@ -549,6 +548,7 @@ def data_push() -> None:
 @data.command("pull")
 def data_pull() -> None:
     """Make data/ what data.dvc pins."""
+    from diffusemix_pipeline.orchestration.holding import without_runs
     from diffusemix_pipeline.versioning import pinned_digest, pull
 
     project = Project(Path.cwd())
@@ -597,6 +597,7 @@ def data_history() -> None:
 def data_checkout(version: str) -> None:
     """Bring a version back, by the start of its digest or a commit that pins it."""
     from diffusemix_pipeline.orchestration.data_versions import checkout
+    from diffusemix_pipeline.orchestration.holding import without_runs
 
     project = Project(Path.cwd())
     with without_runs(project):

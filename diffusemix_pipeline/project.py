@@ -116,16 +116,6 @@ class Project:
         return self.root / "outputs" / "report"
 
 
-@contextmanager
-def without_runs(project: Project) -> Iterator[None]:
-    """Let no step of a run be at work meanwhile; UserError where one is."""
-    with _opened(project.run_lock) as lock:
-        if not taken_alone(lock):
-            raise UserError(at_work(project, lock))
-        note_holder(lock, f"process {os.getpid()}")
-        yield
-
-
 def note_holder(lock: TextIO, name: str) -> None:
     """Write into a lock that was taken who holds it, for whoever finds it taken."""
     lock.truncate(0)
@@ -149,7 +139,7 @@ def at_work(project: Project, lock: TextIO) -> str:
 @contextmanager
 def using_edits(project: Project) -> Iterator[None]:
     """Let nobody remove edits meanwhile; waits, and says so, while somebody does."""
-    with _opened(project.edits_lock) as lock:
+    with opened(project.edits_lock) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -161,7 +151,7 @@ def using_edits(project: Project) -> Iterator[None]:
 @contextmanager
 def alone_with_edits(project: Project) -> Iterator[None]:
     """Let nobody use the edit store meanwhile; UserError where somebody does."""
-    with _opened(project.edits_lock) as lock:
+    with opened(project.edits_lock) as lock:
         if not taken_alone(lock):
             raise UserError(
                 f"Edits are being made or used in {project.root}. Wait for that to end."
@@ -182,9 +172,9 @@ def own_device(project: Project, device: str) -> Iterator[str]:
         yield chosen
         return
     locks_here = project.state / "devices" / socket.gethostname()  # others share the folder
-    with ExitStack() as opened:
+    with ExitStack() as stack:
         locks = [
-            opened.enter_context(_opened(locks_here / f"cuda-{number}.lock"))
+            stack.enter_context(opened(locks_here / f"cuda-{number}.lock"))
             for number in range(gpus)
         ]
         told = False
@@ -203,7 +193,8 @@ def own_device(project: Project, device: str) -> Iterator[str]:
         yield f"cuda:{free}"
 
 
-def _opened(lock: Path) -> TextIO:
+def opened(lock: Path) -> TextIO:
+    """Open a lock file, made where it is missing; `flock` takes it, closing gives it back."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     return lock.open("a+")  # NFS shares a lock with readers alone
 

@@ -16,11 +16,12 @@ from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import write_bytes
 from diffusemix_pipeline.orchestration.build import build_definitions
 from diffusemix_pipeline.orchestration.failures import innermost, told_to_user
+from diffusemix_pipeline.orchestration.holding import without_runs
 from diffusemix_pipeline.orchestration.jobs import MAIN_JOB
 from diffusemix_pipeline.orchestration.lost_runs import PROCESS_TAG
 from diffusemix_pipeline.processes import this_process
 from diffusemix_pipeline.progress import Progress
-from diffusemix_pipeline.project import Project, without_runs
+from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Executor, Settings
 
 _CHECK_FAILED = DagsterAssetCheckFailedError.__name__

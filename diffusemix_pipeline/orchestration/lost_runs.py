@@ -6,7 +6,7 @@ number of its process, which means something on the server's machine alone.
 
 import dagster as dg
 
-from diffusemix_pipeline.processes import is_gone, lived_at
+from diffusemix_pipeline.processes import is_gone, is_of_this_host, lived_at
 
 PROCESS_TAG = "diffusemix/process"
 _EVERY_SECONDS = 30
@@ -21,8 +21,7 @@ def end_lost_runs(instance: dg.DagsterInstance, *, on_server: bool) -> list[str]
     """
     ended = []
     for run in instance.get_runs(dg.RunsFilter(statuses=_WITH_A_PROCESS)):
-        # Run again from the UI, a run keeps the tags, and has a parent.
-        process = None if run.parent_run_id else run.tags.get(PROCESS_TAG)
+        process = _process_of(run)
         lost = is_gone(process) if process else on_server and _has_lost(instance, run)
         # Its process may have written its end and gone since the runs were listed.
         now = instance.get_run_by_id(run.run_id) if lost else None
@@ -31,6 +30,24 @@ def end_lost_runs(instance: dg.DagsterInstance, *, on_server: bool) -> list[str]
             instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
             ended.append(run.run_id)
     return ended
+
+
+def lives(instance: dg.DagsterInstance, run_id: str, *, here: bool) -> bool:
+    """Tell whether a run is known to go on: not where its process is another machine's.
+
+    A server's run is of this machine if `here` says so.
+    """
+    run = instance.get_run_by_id(run_id)
+    if run is None or run.status not in _WITH_A_PROCESS:
+        return False
+    if process := _process_of(run):
+        return is_of_this_host(process) and not is_gone(process)
+    return here and not _has_lost(instance, run)
+
+
+def _process_of(run: dg.DagsterRun) -> str | None:
+    # Run again from the UI, a run keeps the tags, and has a parent.
+    return None if run.parent_run_id else run.tags.get(PROCESS_TAG)
 
 
 def _has_lost(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:

@@ -1,28 +1,20 @@
 """What every asset is given: typed settings, the project's paths, and who hears of progress."""
 
-import fcntl
 import json
 import time
 import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TextIO, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import dagster as dg
 
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.files import clear_aside, write_json
-from diffusemix_pipeline.orchestration.lost_runs import end_lost_runs
+from diffusemix_pipeline.files import write_json
+from diffusemix_pipeline.orchestration.holding import held_for_run
 from diffusemix_pipeline.progress import Progress
-from diffusemix_pipeline.project import (
-    Project,
-    at_work,
-    holder,
-    note_holder,
-    taken_alone,
-    using_edits,
-)
+from diffusemix_pipeline.project import Project, using_edits
 from diffusemix_pipeline.settings import Executor, Section, Settings, check
 from diffusemix_pipeline.workers import end_with_parent
 
@@ -63,27 +55,13 @@ def project_resource(project: Project, executor: Executor) -> dg.ResourceDefinit
     def hold(context: dg.InitResourceContext) -> Iterator[Project]:
         if executor == "multiprocess":
             end_with_parent()
-        project.state.mkdir(parents=True, exist_ok=True)
-        with project.run_lock.open("a+") as lock:
-            name = f"run {context.run_id}"
-            shared = not taken_alone(lock) and _shared(lock, name)
-            if not shared and taken_alone(lock):
-                clear_aside(project.aside, project.stages)  # of what killed runs left there
-                assert context.instance is not None  # every run has one
-                end_lost_runs(context.instance, on_server=False)
-                note_holder(lock, name)
-            if not _shared(lock, name):
-                raise dg.Failure(at_work(project, lock), allow_retries=False)
-            with using_edits(project):
-                yield project
+        assert context.instance is not None  # every run has one
+        assert context.run_id and context.log
+        held = held_for_run(project, context.run_id, executor, context.instance, context.log)
+        with held, using_edits(project):
+            yield project
 
     return dg.ResourceDefinition(hold, description="Where the project's files lie.")
-
-
-def _shared(lock: TextIO, name: str) -> bool:
-    """Share the lock with others; say whether they, by what it holds, are steps of the same run."""
-    fcntl.flock(lock, fcntl.LOCK_SH)  # waits for whoever has it alone for a moment
-    return holder(lock)[0] == name
 
 
 class JsonValues(dg.IOManager):

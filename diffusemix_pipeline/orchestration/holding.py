@@ -1,0 +1,93 @@
+"""Who holds a project: a run, from its first step to its last, or a command that changes data."""
+
+import fcntl
+import logging
+import os
+import random
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager
+from typing import TextIO
+
+import dagster as dg
+
+from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.files import clear_aside
+from diffusemix_pipeline.orchestration.lost_runs import end_lost_runs, lives
+from diffusemix_pipeline.project import Project, at_work, holder, note_holder, opened, taken_alone
+from diffusemix_pipeline.settings import Executor
+
+_RUN = "run "
+_MOMENT_SECONDS = 10  # in which steps that start at once agree who notes their run
+
+
+@contextmanager
+def without_runs(project: Project) -> Iterator[None]:
+    """Let no run be at work meanwhile; UserError where one is, be it between two of its steps."""
+    with opened(project.run_lock) as lock:
+        # What hangs may hold Dagster's database, too: it is asked last.
+        if not taken_alone(lock) or _goes_on_by_dagster(project, lock):
+            raise UserError(at_work(project, lock))
+        note_holder(lock, f"process {os.getpid()}")
+        yield
+
+
+@contextmanager
+def held_for_run(
+    project: Project,
+    run_id: str,
+    executor: Executor,
+    instance: dg.DagsterInstance,
+    log: logging.Logger,
+) -> Iterator[None]:
+    """Share the project with the other steps of a run; dg.Failure where another is at work.
+
+    Waits, and says so, while a command holds it alone.
+    """
+    name = _RUN + run_id
+    project.state.mkdir(parents=True, exist_ok=True)
+    with opened(project.run_lock) as lock:
+        until = time.monotonic() + _MOMENT_SECONDS
+        while not _shared(lock, name, log):
+            if taken_alone(lock):
+                if _goes_on(instance, lock, executor):
+                    raise dg.Failure(at_work(project, lock), allow_retries=False)
+                note_holder(lock, name)
+                clear_aside(project.aside, project.stages)  # of what killed runs left there
+                end_lost_runs(instance, on_server=False)
+            elif time.monotonic() > until:
+                raise dg.Failure(at_work(project, lock), allow_retries=False)
+            else:  # steps that start at once try it in turn
+                time.sleep(random.uniform(0, 0.1))
+        yield
+
+
+def _shared(lock: TextIO, name: str, log: logging.Logger) -> bool:
+    """Share the lock with others; say whether it is held in this name."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        held_by, where = holder(lock)
+        if held_by and not held_by.startswith(_RUN):
+            log.warning("Waiting for %s on %s, which holds the project.", held_by, where)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+    return holder(lock)[0] == name
+
+
+def _goes_on_by_dagster(project: Project, lock: TextIO) -> bool:
+    from diffusemix_pipeline.preflight import check_databases
+
+    if not holder(lock)[0].startswith(_RUN):
+        return False
+    check_databases(project)
+    with chdir(project.root), dg.DagsterInstance.from_config(str(project.root)) as instance:
+        return _goes_on(instance, lock, "in_process")
+
+
+def _goes_on(instance: dg.DagsterInstance, lock: TextIO, executor: Executor) -> bool:
+    """Tell whether the run that is noted is known to live, if one is."""
+    name, where = holder(lock)
+    # A cluster's steps are on other machines than the process of their run.
+    here = where.startswith(f"{socket.gethostname()},") and executor != "ray"
+    return name.startswith(_RUN) and lives(instance, name.removeprefix(_RUN), here=here)
