@@ -243,8 +243,12 @@ def planted(root: Path, remote: Path, files: dict[str, bytes]) -> str:
     """Put a version with files of these names on a remote, as whoever can write there could."""
     listing = []
     for name, content in files.items():
-        md5 = put(remote, content, "")
-        listing.append({"md5": md5, "relpath": name})
+        listing.append({"md5": put(remote, content, ""), "relpath": name})
+    return pinned(remote, listing)
+
+
+def pinned(remote: Path, listing: list[dict[str, str]]) -> str:
+    """Put a version's list of files on a remote; return a `data.dvc` that pins it."""
     md5 = put(remote, json.dumps(listing).encode(), ".dir")
     return f"outs:\n- md5: {md5}.dir\n  size: 1\n  nfiles: 1\n  hash: md5\n  path: data\n"
 
@@ -273,10 +277,21 @@ def test_a_version_writes_nothing_outside_of_data(remote: Path) -> None:
     assert versioning.pull(root) and content(root) == {"raw/cat.png": b"cat"}
     for name in ("raw/../../../evil", "/evil"):
         (root / "data.dvc").write_text(planted(root, remote, {name: b"evil"}))
-        with pytest.raises(UserError, match="evil', which would lie outside of data/"):
+        with pytest.raises(UserError, match="evil' with .*, which would be written elsewhere"):
             versioning.pull(root)
         assert not list(remote.parent.rglob("evil"))
         assert content(root) == {"raw/cat.png": b"cat"}
+
+
+def test_a_digest_that_leads_out_of_the_cache_is_not_fetched(remote: Path) -> None:
+    root, evil = remote.with_name("project"), remote.with_name("evil")
+    evil.write_bytes(b"evil")
+    (remote / "files" / "md5" / "ab" / "c").mkdir(parents=True)
+    listing = [{"md5": "abc/../../../../../evil", "relpath": "raw/cat.png"}]  # parted after two
+    (root / "data.dvc").write_text(pinned(remote, listing))
+    with pytest.raises(UserError, match="which would be written elsewhere"):
+        versioning.pull(root)
+    assert list(remote.parent.rglob("evil")) == [evil]
 
 
 def test_a_list_of_files_that_was_changed_on_the_remote_is_refused(remote: Path) -> None:
