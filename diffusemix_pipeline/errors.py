@@ -3,28 +3,26 @@
 Any other error is a defect and keeps its traceback.
 """
 
+import errno
 import re
 
-# By the words of the error.
+# By what the text of the error holds, as a regular expression.
 _REPAIRS = {
-    "No space left on device": "make room on the disk",
-    "Disk quota exceeded": "make room on the disk",
-    "database or disk is full": "make room on the disk",
-    "Read-only file system": "make it writable",
-    "Permission denied": "make it writable",
-    "readonly database": "make it writable",
-    "unable to open database file": "make it writable",
-    "database is locked": "end what holds Dagster's or MLflow's database (`kill PROCESS`)",
-    "disk I/O error": "see whether disk or memory are full",
-    "MlflowException: API request to": "start MLflow's server",
-    "MemoryError": "free memory",
-    "can't allocate memory": "free memory",
-    "can't start new thread": "free memory",
-    "ChildProcessCrashException": "a step's process was killed, as the system does where memory "
+    r"No space left on device|Dis[kc] quota exceeded|database or disk is full": "make room on the "
+    "disk",
+    r"Read-only file system|readonly database|unable to open database file": "make it writable",
+    rf"\[Errno {errno.EACCES}\]|\(os error {errno.EACCES}\)": "make it writable",
+    r"database is locked": "end what holds Dagster's or MLflow's database (`kill PROCESS`)",
+    r"disk I/O error": "see whether disk or memory are full",
+    r"MlflowException: API request to \S+ failed with (timeout )?exception": "start MLflow's "
+    "server",
+    r"MemoryError|an't allocate memory|annot allocate memory|can't start new thread": "free memory",
+    r"ChildProcessCrashException": "a step's process was killed, as the system does where memory "
     "runs out: free memory",
 }
-
-_SECRET_IN_URL = re.compile(r"(?<=://)[^/\s]+@")
+_SECRET_IN_URL = re.compile(
+    r"(://)\S+(?=@)|([?&][^=\s]*(?:token|password|secret|key)[^=\s]*=)[^&\s'\"]+", re.IGNORECASE
+)
 
 
 class UserError(Exception):
@@ -38,13 +36,13 @@ class UserError(Exception):
 
 
 def without_secrets(text: str) -> str:
-    """Return a text without the names and passwords of the addresses in it."""
-    return _SECRET_IN_URL.sub("…@", text)
+    """Return a text without the names, passwords and tokens of the addresses in it."""
+    return _SECRET_IN_URL.sub(r"\1\2…", text)
 
 
 def of_the_machine(said: str) -> str | None:
     """Return the first line of an error with its repair where a machine failed; else None."""
-    repair = next((repair for words, repair in _REPAIRS.items() if words in said), None)
-    first = said.strip().partition("\n")[0].partition(" with exception HTTPConnectionPool")[0]
+    repair = next((repair for words, repair in _REPAIRS.items() if re.search(words, said)), None)
+    first = re.sub(r" with (timeout )?exception .*", "", said.strip().partition("\n")[0])
     first = re.sub(r"^(\w+\.)+", "", first)  # of a package
     return repair and f"{first}: {repair} and run again, which goes on where it was."

@@ -1,5 +1,7 @@
 """Everything that can be known to be wrong before any work is done, each with one message."""
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 from diffusemix_pipeline.datasets.manifest import STAGE
@@ -13,8 +15,6 @@ from diffusemix_pipeline.files import check_replaceable
 from diffusemix_pipeline.mixing.fractals import fractals_version
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings
-
-_SQLITE = b"SQLite format 3\0"  # what such a file begins with
 
 
 def check_run(project: Project, settings: Settings) -> None:
@@ -44,17 +44,21 @@ def check_run(project: Project, settings: Settings) -> None:
 
 
 def check_databases(project: Project) -> None:
-    """Raise UserError where what Dagster or MLflow keeps here is no SQLite database any more."""
+    """Raise UserError where what Dagster or MLflow keeps here is no whole SQLite database."""
     of_dagster = (project.state / "dagster" / "storage").rglob("*.db")
     for path in (project.state / "mlflow.db", *of_dagster):
-        if path.exists() and path.stat().st_size:
-            with path.open("rb") as file:
-                if file.read(len(_SQLITE)) != _SQLITE:
-                    raise UserError(
-                        f"{path} is damaged: it is no database. Restore it from a backup, or "
-                        "remove it: its runs are forgotten then; images, edits and classifiers "
-                        "stay."
-                    )
+        if not path.exists():
+            continue
+        try:
+            with closing(sqlite3.connect(path, timeout=0)) as database:
+                database.execute("PRAGMA schema_version")
+        except sqlite3.OperationalError:
+            continue  # somebody else is in it, or it may not be opened, which its user tells
+        except sqlite3.DatabaseError as error:
+            raise UserError(
+                f"{path} is damaged ({error}). Restore it from a backup, or remove it: its runs "
+                "are forgotten then; images, edits and classifiers stay."
+            ) from None
 
 
 def check_device(settings: Settings) -> None:

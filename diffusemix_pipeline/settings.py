@@ -9,6 +9,8 @@ the project (`project.py`), and anything that needs torch.
 import difflib
 import math
 import os
+import re
+import reprlib
 import unicodedata
 import warnings
 from collections import Counter
@@ -37,6 +39,10 @@ SETTINGS_FILE = "diffusemix.yaml"
 NO_PRESET = "none"
 ENVIRONMENT_PREFIX = "DIFFUSEMIX_"
 _SHOWN = 200  # characters of a wrong value
+_REPR = reprlib.Repr()  # YAML's aliases make values of which a whole one would not fit in memory
+_REPR.maxlevel, _REPR.maxstring = 3, 2 * _SHOWN
+# Passwords may hold slashes; the names of a bucket hold no @, those of an sftp server's user may.
+_SECRET_OF_BUCKET = re.compile(r"^(s3a?|gcs?|gs)://.*@|://[^@]*:[^@]*@")
 PAPER_PROMPTS = [
     "autumn",
     "snowy",
@@ -148,8 +154,8 @@ class Storage(Section):
     @field_validator("edits")
     @classmethod
     def _is_a_bucket(cls, edits: str) -> str:
-        if urlsplit(edits).password:
-            raise ValueError("holds a password: give secrets by the environment")
+        if _SECRET_OF_BUCKET.search(edits):
+            raise ValueError("holds a key or password: give secrets by the environment")
         # fsspec takes a::b for one storage over another, which may be a folder.
         if edits and (urlsplit(edits).scheme in ("", "file", "local") or "::" in edits):
             raise ValueError("is no bucket's URL, such as s3://bucket/edits")
@@ -453,7 +459,7 @@ class Tracking(Section):
     @field_validator("uri", "address")
     @classmethod
     def _holds_no_secret(cls, url: str) -> str:
-        if urlsplit(url).username is not None:  # it may be a token; links and logs show the rest
+        if without_secrets(url) != url:  # it may be a token; links and logs show the rest
             raise ValueError(
                 "holds a name or password: give them by the environment, as "
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
@@ -806,7 +812,7 @@ def _explain(error: ValidationError, layers: Sequence[Layer]) -> str:
             lines.append(f"{key}{where}: there is no such setting. Did you mean {near}?")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            value = without_secrets(repr(problem["input"]))
+            value = without_secrets(_REPR.repr(problem["input"]))
             value = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}…"
             lines.append(f"{key} = {value}{where}: {message[0].lower()}{message[1:]}.")
     return "\n".join(lines)

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from mlflow.entities import DatasetInput
     from mlflow.entities import Run as MlflowRun
 
+    from diffusemix_pipeline.training.classifier import Classifier
     from diffusemix_pipeline.training.served_classifier import ServedClassifier
 
 # Read when MLflow is imported, by this process and by the server that it starts.
@@ -302,7 +303,6 @@ class Tracker:
 
     def load(self, alias: str) -> "ServedClassifier":
         """Load the model that has the alias; UserError where none has."""
-        from diffusemix_pipeline.training.classifier import load_classifier
         from diffusemix_pipeline.training.served_classifier import ServedClassifier
 
         found = self.registered(alias)
@@ -311,8 +311,7 @@ class Tracker:
                 f"No version of {self.model_name} is {alias} at {self.uri}: a run that promotes "
                 "its model makes one."
             )
-        with tempfile.TemporaryDirectory() as there:
-            return ServedClassifier(load_classifier(self.classifier_of(found.version, Path(there))))
+        return ServedClassifier(self.classifier_of(found.version))
 
     def set_alias(self, alias: str, version: str) -> None:
         """Give a version the alias, which another may have had."""
@@ -327,27 +326,24 @@ class Tracker:
         for key, value in tags.items():
             self._client.set_model_version_tag(self.model_name, version, key, value)
 
-    def classifier_of(self, version: str, folder: Path) -> Path:
-        """Bring a version's files into `folder`; return where `training.load_classifier` reads.
-
-        UserError where there is no classifier of ours among them.
-        """
+    def classifier_of(self, version: str, device: str = "cpu") -> "Classifier":
+        """Load a version; UserError where its files are damaged, or no classifier of ours."""
         import mlflow
 
-        from diffusemix_pipeline.training.classifier import DESCRIPTION
+        from diffusemix_pipeline.training.classifier import DESCRIPTION, load_classifier
 
         uri = f"models:/{self.model_name}/{version}"
-        there = mlflow.artifacts.download_artifacts(
-            uri, dst_path=str(folder), tracking_uri=self.uri
-        )
-        found = list(Path(there).rglob(DESCRIPTION))
-        if len(found) != 1:
-            raise UserError(
-                f"Version {version} of {self.model_name} at {self.uri} holds no {DESCRIPTION}, as "
-                "the models of this pipeline do. No other kind is loaded, as it may run code: give "
-                "the alias to another version."
-            )
-        return found[0].parent
+        told = f"ersion {version} of {self.model_name} at {self.uri}"
+        repair = "Give the alias to another version, or take it away."
+        with tempfile.TemporaryDirectory() as folder:
+            there = mlflow.artifacts.download_artifacts(uri, dst_path=folder, tracking_uri=self.uri)
+            found = list(Path(there).rglob(DESCRIPTION))
+            if len(found) != 1:
+                raise UserError(
+                    f"V{told} holds no {DESCRIPTION}, as the models of this pipeline do. No other "
+                    f"kind is loaded, as it may run code. {repair}"
+                )
+            return load_classifier(found[0].parent, device, f"It is of v{told}. {repair}")
 
     def unfinished(self, days: int, *, remove: bool) -> list[str]:
         """Find the runs of so long ago that never finished; remove them, as MLflow does.

@@ -392,6 +392,9 @@ YAML: dict[str, bytes] = {
     "YAML tag that calls Python": b"size: !!python/object/apply:os.mkdir ['called']",
     "broken YAML": b"size: [1",
     "YAML nested without end": b"size: " + b"[" * 100_000,
+    "YAML whose aliases multiply": b"size: [&a0 [x, x]"
+    + b"".join(b", &a%d [%s]" % (n, b"*a%d, " % (n - 1) * 9) for n in range(1, 12))
+    + b"]",
     "no UTF-8": b"source: {path: caf\xe9}",
     "a list of settings": b"- size",
     "empty file": b"",
@@ -592,7 +595,7 @@ DAMAGE: dict[str, Make] = {
     "lock of a run that was killed": lambda root: overwrite(root, ".diffusemix/run.lock"),
     "`dropped.txt`": lambda root: (root / "dropped.txt").write_bytes(b"\xff\xfe"),
     "MLflow's database": lambda root: overwrite(root, ".diffusemix/mlflow.db"),
-    "Dagster's databases": lambda root: overwrite(root, ".diffusemix/dagster/storage/**/*.db"),
+    "Dagster's databases": lambda root: cut(root, ".diffusemix/dagster/storage/**/*.db"),
 }
 # Of each group, no damage hides another.
 TOGETHER = [

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+from contextlib import chdir
 from pathlib import Path
 
 import numpy as np
@@ -582,3 +584,18 @@ def test_rows_are_identified_whatever_their_order():
         assert rows_digest(changed) != rows_digest(rows)
     lines = pd.DataFrame({"label": ['a", "b', "a"], "sha256": ["c", 'b", "c']})
     assert rows_digest(lines[:1]) != rows_digest(lines[1:])
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "said"),
+    [("n", 1200, ""), ("n" * 240, 25, "a folder whose path is longer than the system takes")],
+)
+def test_folders_may_be_nested_however_deep(name, depth, said, tmp_path):
+    with chdir(tmp_path):
+        for _ in range(depth):
+            Path(name).mkdir()
+            os.chdir(name)
+        Path("odd.png").touch()
+    [(path, unusable)] = items.visible_entries(tmp_path)
+    assert (path.name == "odd.png", unusable) == (not said, said)
+    subprocess.run(["rm", "-r", tmp_path / name], check=True)  # pytest's own way has an end

@@ -6,6 +6,7 @@ import sqlite3
 from contextlib import closing
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from diffusemix_pipeline.errors import of_the_machine
 
@@ -21,6 +22,7 @@ def told(error: Exception) -> str | None:
         (errno.EDQUOT, "make room on the disk"),
         (errno.EROFS, "make it writable"),
         (errno.EACCES, "make it writable"),
+        (errno.ENOMEM, "free memory"),
     ],
 )
 def test_a_file_that_cannot_be_written_is_named_with_the_repair(number, repair):
@@ -41,5 +43,19 @@ def test_a_locked_database_is_told_with_the_repair(tmp_path):
     assert "`kill PROCESS`" in told(refused.value)
 
 
-def test_a_defect_keeps_its_traceback():
-    assert told(KeyError("prompt")) is None
+@pytest.mark.parametrize("how", ["exception HTTPSConnectionPool(…)", "timeout exception …"])
+def test_a_server_that_does_not_answer_is_named_with_the_repair(how):
+    message = told(MlflowException(f"API request to https://host/api failed with {how}"))
+    assert message.startswith("MlflowException: API request to https://host/api failed: start")
+
+
+@pytest.mark.parametrize(
+    "defect",
+    [
+        KeyError("prompt"),
+        KeyError("Permission denied"),
+        MlflowException("API request to endpoint /api failed with error code 403 != 200"),
+    ],
+)
+def test_a_defect_keeps_its_traceback(defect):
+    assert told(defect) is None

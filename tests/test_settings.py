@@ -211,7 +211,10 @@ def test_every_setting_is_documented(tmp_path):
         "tracking.uri=https://me:hid@den@host/mlflow",
         "tracking.uri=postgresql://me:hidden@host/mlflow",
         "tracking.address=http://me:hidden@host",
+        "tracking.uri=https://me:hid/den@host/mlflow",
         "storage.edits=ftp://me:hidden@host/edits",
+        "storage.edits=s3://me:hid/den@host/edits",
+        "storage.edits=s3://hidden@host/edits",
     ],
 )
 def test_a_secret_in_a_setting_is_refused_and_not_repeated(setting, tmp_path):
@@ -219,6 +222,16 @@ def test_a_secret_in_a_setting_is_refused_and_not_repeated(setting, tmp_path):
         load(tmp_path, setting)
     assert "://…@host" in str(refused.value)
     assert "hidden" not in str(refused.value) and "den@" not in str(refused.value)
+
+
+def test_a_token_in_an_address_is_refused_and_not_repeated(tmp_path):
+    with pytest.raises(UserError, match="by the environment") as refused:
+        load(tmp_path, "tracking.uri=https://host/mlflow?api_token=hidden&x=1")
+    assert "?api_token=…&x=1" in str(refused.value)
+
+
+def test_a_server_may_be_told_whose_folder_the_edits_are_in(tmp_path):
+    assert load(tmp_path, "storage.edits=sftp://me@host/edits").storage.edits
 
 
 @pytest.mark.parametrize("url", ["/tmp/edits", "file:///tmp/e", "simplecache::file:///tmp/e"])

@@ -142,15 +142,19 @@ def visible_entries(folder: Path) -> list[tuple[Path, str]]:
     return sorted(entries, key=lambda entry: entry[0].parts)
 
 
-def _visible(folder: str) -> Iterator[tuple[str, str]]:
-    with scanned(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from _visible(entry.path)
-            else:
-                yield entry.path, why_unusable(entry)
+def _visible(top: str) -> Iterator[tuple[str, str]]:
+    folders, longest = [top], os.pathconf(top, "PC_PATH_MAX")
+    while folders:
+        with scanned(folders.pop()) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if not entry.is_dir(follow_symlinks=False):
+                    yield entry.path, why_unusable(entry)
+                elif len(os.fsencode(entry.path)) < longest:
+                    folders.append(entry.path)
+                else:
+                    yield entry.path, "a folder whose path is longer than the system takes"
 
 
 def why_unusable(entry: "os.DirEntry[str]") -> str:

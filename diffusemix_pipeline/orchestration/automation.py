@@ -143,7 +143,7 @@ def failed_runs(context: dg.RunFailureSensorContext) -> None:
 )
 def silent_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
     """Tell once of each; the cursor holds those that were told of."""
-    told, silent = json.loads(context.cursor or "[]"), []
+    told, silent, messages = json.loads(context.cursor or "[]"), [], []
     for run in context.instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED])):
         newest = context.instance.get_records_for_run(run.run_id, limit=1, ascending=False).records
         began = context.instance.get_run_stats(run.run_id).start_time
@@ -160,8 +160,10 @@ def silent_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
                 "goes on where it was; that one names the process to end, should it be left."
             )
             context.log.error(message)
-            if address := os.environ.get(WEBHOOK):
-                _post(address, {"text": message, "run_id": run.run_id, "job": run.job_name})
+            messages.append({"text": message, "run_id": run.run_id, "job": run.job_name})
+    if address := os.environ.get(WEBHOOK):
+        for content in messages:  # all were told of in the log, whether it takes them or not
+            _post(address, content)
     context.update_cursor(json.dumps(silent))
     return dg.SkipReason(f"Silent: {', '.join(silent)}." if silent else "No run is silent.")
 

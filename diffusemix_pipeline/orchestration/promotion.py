@@ -5,10 +5,8 @@ decision on the model. What does not: the rule itself (evaluation/promotion.py).
 """
 
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from diffusemix_pipeline.datasets.manifest import Stage, class_names, read_stage
 from diffusemix_pipeline.devices import choose_device
@@ -31,7 +29,6 @@ from diffusemix_pipeline.progress import Progress
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings
 from diffusemix_pipeline.tracking import Registered, Tracker, open_tracking
-from diffusemix_pipeline.training.classifier import load_classifier
 from diffusemix_pipeline.training.data import load_images
 
 CHALLENGER, CHAMPION = "challenger", "champion"
@@ -132,9 +129,7 @@ def _champion_on_val(
     if folder.exists():
         return Evidence.load(folder)
     device = choose_device(settings.device)
-    with tempfile.TemporaryDirectory() as there:
-        files = tracker.classifier_of(champion.version, Path(there))
-        model = InClasses(load_classifier(files, device), classes)
+    model = InClasses(tracker.classifier_of(champion.version, device), classes)
     val = load_images([raw], "val", classes, settings.size, aside=project.aside, progress=progress)
     begun = folder.with_name(f"{key}{BEGUN}")
     [(_, evidence)] = evaluate(

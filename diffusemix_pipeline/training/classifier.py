@@ -184,13 +184,14 @@ def trained_anew(folder: Path) -> str:
     return f"Remove {folder} and run again: it is trained anew."
 
 
-def load_classifier(folder: Path, device: str = "cpu") -> Classifier:
+def load_classifier(folder: Path, device: str = "cpu", repair: str = "") -> Classifier:
     """Read a classifier's folder back, onto a device, in evaluation mode.
 
     It may come from a store of models: UserError for weights that are no safetensors and for a
-    model that is not known here.
+    model that is not known here. `repair` says what to do where it is not to be trained anew.
     """
-    with undamaged(folder / DESCRIPTION, trained_anew(folder)):
+    repair = repair or trained_anew(folder)
+    with undamaged(folder / DESCRIPTION, repair):
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         name, classes = description["model"], description["classes"]
         size, mean, std = (description[key] for key in ("size", "mean", "std"))
@@ -200,7 +201,7 @@ def load_classifier(folder: Path, device: str = "cpu") -> Classifier:
         )
     classifier = build_classifier(name, classes, size)
     model = NormalizedModel(classifier.model.backbone, mean, std)
-    with undamaged(folder / WEIGHTS, trained_anew(folder)):
+    with undamaged(folder / WEIGHTS, repair):
         model.load_state_dict(load_file(folder / WEIGHTS))
     model.eval().to(device)
     return Classifier(model, classifier.name, classifier.classes, classifier.size)
