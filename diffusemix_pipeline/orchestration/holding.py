@@ -19,6 +19,7 @@ from diffusemix_pipeline.project import Project, at_work, holder, note_holder, o
 from diffusemix_pipeline.settings import Executor
 
 _RUN = "run "
+_DYING_SECONDS = 2  # in which a process that was killed gives up what it held
 _MOMENT_SECONDS = 10  # in which steps that start at once agree who notes their run
 
 
@@ -26,8 +27,11 @@ _MOMENT_SECONDS = 10  # in which steps that start at once agree who notes their 
 def without_runs(project: Project) -> Iterator[None]:
     """Let no run be at work meanwhile; UserError where one is, be it between two of its steps."""
     with opened(project.run_lock) as lock:
+        until = time.monotonic() + _DYING_SECONDS
+        while not (taken := taken_alone(lock)) and time.monotonic() < until:
+            time.sleep(0.1)
         # What hangs may hold Dagster's database, too: it is asked last.
-        if not taken_alone(lock) or _goes_on_by_dagster(project, lock):
+        if not taken or _goes_on_by_dagster(project, lock):
             raise UserError(at_work(project, lock))
         note_holder(lock, f"process {os.getpid()}")
         yield
