@@ -449,6 +449,7 @@ def daemon_killed(bench: Bench) -> Iterator[Struck]:
 
     state, root = bench.state(), bench.project.root
     prepare_instance(bench.project)
+    assert not _at_work(root)  # by whose look the databases are made, which two cannot do at once
     home = os.environ | {"DAGSTER_HOME": str(root)}
 
     def dagster(module: str, *arguments: str) -> subprocess.Popen[bytes]:
