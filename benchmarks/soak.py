@@ -80,7 +80,6 @@ STAGES = (
 NOTHING = "nothing"
 _AT_LEAST = 5.0  # seconds that a run takes where everything is there
 _PATIENCE = 600.0  # seconds in which whatever is waited for has to come
-_FAKETIME = ("/usr/lib", "faketime/libfaketime.so.1")
 # Of the numeric profile, whatever runs a step; and quick, where others compute beside it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A run is a process of its own, forked where everything that it imports is there already.
@@ -591,12 +590,18 @@ def _kilobytes(within: int, folder: Path) -> int:
     return int(_do(within, "df", "--output=used", "-k", folder).split()[-1])
 
 
+def faketime() -> Path | None:
+    """Return the library that sets a clock for one program, where it is installed."""
+    return next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+
+
 @contextmanager
 def clock_back(bench: Bench) -> Iterator[Struck]:
     """The clock goes back, by hours or days, during a run, and stays there for the next one."""
     clock = bench.folder / "clock"
     clock.write_text("+0")
-    library = next(Path(_FAKETIME[0]).glob(f"*/{_FAKETIME[1]}"))
+    library = faketime()
+    assert library, "libfaketime is not installed (Debian: faketime)"
     faked = {
         "FAKETIME_TIMESTAMP_FILE": str(clock),
         "FAKETIME_NO_CACHE": "1",

@@ -65,6 +65,7 @@ def test_a_read_only_folder(bench):
     assert "make it writable and run again" in done["seen"]
 
 
+@pytest.mark.skipif(soak.faketime() is None, reason="libfaketime is not installed")
 def test_a_clock_that_goes_back(bench):
     assert struck(bench, "clock back")["code"] == 0
 
@@ -96,6 +97,13 @@ def test_a_dvc_remote_that_is_gone(bench):
 def test_dagsters_database_locked(bench):
     done = struck(bench, "Dagster's database locked")  # for two seconds
     assert done["code"] == 0
+
+
+def test_dagsters_database_locked_for_long(bench):
+    done = struck(bench, "Dagster's database locked", seed=13)  # for as long as the run lives
+    assert done["code"] == 2
+    assert "database is locked: end what holds" in done["seen"]
+    assert "It is open in: N." in done["seen"]
 
 
 def test_too_little_memory_in_the_editor(bench):
