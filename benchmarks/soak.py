@@ -618,7 +618,7 @@ def clock_back(bench: Bench) -> Iterator[Struck]:
     yield Struck(f"{hours} h back, {moment}", code, command.said, how)
 
 
-class _Mlflow:
+class MlflowServer:
     """A server on loopback with a database of its own, which is killed and started again."""
 
     def __init__(self, folder: Path) -> None:
@@ -628,9 +628,11 @@ class _Mlflow:
 
     @property
     def uri(self) -> str:
+        """Where it answers."""
         return f"http://127.0.0.1:{self._port}"
 
     def start(self) -> None:
+        """Start it, and wait until it answers."""
         command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
         command += ["--backend-store-uri", f"sqlite:///{self._folder / 'runs.db'}"]
         command += ["--artifacts-destination", str(self._folder / "files")]
@@ -647,6 +649,7 @@ class _Mlflow:
         return False
 
     def kill(self) -> None:
+        """End it at once."""
         if self._server is not None:
             os.killpg(self._server.pid, signal.SIGKILL)
             self._server.wait()
@@ -660,9 +663,9 @@ def _free_port() -> int:
 
 
 @contextmanager
-def _mlflow(bench: Bench) -> Iterator[tuple[_Mlflow, How]]:
+def _mlflow(bench: Bench) -> Iterator[tuple[MlflowServer, How]]:
     """Give a server, not started yet, and the environment in which a run uses it."""
-    server, name = _Mlflow(bench.folder / "mlflow"), uuid.uuid4().hex
+    server, name = MlflowServer(bench.folder / "mlflow"), uuid.uuid4().hex
     names = {"URI": server.uri, "EXPERIMENT": name, "MODEL_NAME": name}
     environment = {f"DIFFUSEMIX_TRACKING__{key}": name for key, name in names.items()}
     if bench.latest:

@@ -3,22 +3,30 @@
 import ast
 import base64
 import io
+import os
 import re
 import sqlite3
+import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
 import pytest
+import yaml
 from conftest import ASSETS, quick_settings, serving, write_classes
 from markdown_it import MarkdownIt
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
+from benchmarks import soak
 from diffusemix_pipeline.datasets.manifest import read_stage
 from diffusemix_pipeline.orchestration.launch import Outcome, run_here
 from diffusemix_pipeline.orchestration.metadata import stage_sheet
@@ -243,6 +251,73 @@ def test_no_secret_of_the_environment_is_written_anywhere(hostile):
     project = hostile.project
     files = [path for path in project.root.rglob("*") if path.is_file()]
     assert any(path.suffix == ".db" for path in files)
+    assert [path for path in files if SECRET.encode() in whole(path)] == []
+
+
+class Guard(BaseHTTPRequestHandler):
+    """Passes on to a server what comes with the token, and refuses everything else."""
+
+    server_address: str
+    passed = refused = 0
+
+    def pass_on(self) -> None:
+        guard = type(self)
+        if self.headers["Authorization"] != f"Bearer {SECRET}":
+            guard.refused += 1
+            self.send_error(401)
+            return
+        guard.passed += 1
+        content = self.rfile.read(int(self.headers["Content-Length"] or 0)) or None
+        kept = {name: self.headers[name] for name in ("Content-Type",) if self.headers[name]}
+        url = self.server_address + self.path
+        request = urllib.request.Request(url, content, kept, method=self.command)
+        try:
+            answer = urllib.request.urlopen(request, timeout=60)
+        except urllib.error.HTTPError as error:
+            answer = error
+        with answer:
+            body = answer.read()
+            self.send_response(answer.status)
+            self.send_header("Content-Type", answer.headers["Content-Type"])
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = pass_on  # noqa: N815
+
+
+@pytest.mark.slow
+def test_a_token_that_is_used_is_written_nowhere(tmp_path):
+    server, project = soak.MlflowServer(tmp_path / "mlflow"), Project(tmp_path / "project")
+    project.root.mkdir()
+    guard = ThreadingHTTPServer(("127.0.0.1", 0), Guard)
+    Guard.server_address = server.uri
+    asked = quick_settings(f"tracking.uri=http://127.0.0.1:{guard.server_port}")
+    (project.root / "diffusemix.yaml").write_text(yaml.safe_dump(asked.model_dump(mode="json")))
+    Thread(target=guard.serve_forever, daemon=True).start()
+
+    def run(**environment: str) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(
+            [sys.executable, "-m", "diffusemix_pipeline.cli", "run"],
+            cwd=project.root,
+            env=os.environ | environment,
+            capture_output=True,
+            check=False,
+        )
+
+    try:
+        server.start()
+        wrong = run(MLFLOW_TRACKING_TOKEN=f"not {SECRET}")
+        right = run(MLFLOW_TRACKING_TOKEN=SECRET)
+    finally:
+        server.kill()
+        guard.shutdown()
+    assert (wrong.returncode, right.returncode) == (2, 0), right.stderr
+    assert Guard.refused and Guard.passed
+    for printed in (wrong.stdout, wrong.stderr, right.stdout, right.stderr):
+        assert SECRET.encode() not in printed
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any("mlflow" in path.parts for path in files)
     assert [path for path in files if SECRET.encode() in whole(path)] == []
 
 
