@@ -565,14 +565,21 @@ _WRITTEN = (
 )
 
 
-NAMESPACES = ["unshare", "--user", "--map-root-user", "--mount"]
+_NAMESPACES = ["unshare", "--user", "--map-root-user", "--mount"]
+
+
+def may_mount() -> bool:
+    """Tell whether anybody may mount a disk here, in a user namespace."""
+    command = [*_NAMESPACES, "true"]
+    known = shutil.which(command[0]) is not None
+    return known and subprocess.run(command, check=False, capture_output=True).returncode == 0
 
 
 @contextmanager
 def _namespaces() -> Iterator[int]:
     """Give a process with user and mount namespaces of its own, in which anybody may mount."""
     ready = ["sh", "-c", "echo; exec sleep infinity"]
-    with subprocess.Popen([*NAMESPACES, *ready], stdout=subprocess.PIPE) as sleeper:
+    with subprocess.Popen([*_NAMESPACES, *ready], stdout=subprocess.PIPE) as sleeper:
         try:
             assert sleeper.stdout is not None
             assert sleeper.stdout.readline() == b"\n", "user namespaces are not allowed here"

@@ -8,7 +8,6 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dvc.exceptions import DvcException
@@ -17,15 +16,15 @@ from dvc_data.hashfile.tree import Tree
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 
 
-def check_listing(entries: Sequence[Mapping[str, Any]]) -> None:
+def check_listing(tree: Tree) -> None:
     """Raise DvcException where a version's list of files leads out of `data/` or of the cache.
 
     DVC believes what a remote gives it: it writes wherever a name says, and fetches to wherever a
     digest says.
     """
-    for entry in entries:
-        name, md5 = str(entry["relpath"]), str(entry["md5"])
-        if not {"", ".", ".."}.isdisjoint(name.split("/")) or not _DIGEST.fullmatch(md5):
+    for parts, _, digest in tree:
+        name, md5 = "/".join(parts), digest and digest.value
+        if not {"", ".", ".."}.isdisjoint(parts) or not _DIGEST.fullmatch(str(md5)):
             raise DvcException(
                 f"the version's list of files holds {name!r} with the digest {md5!r}, which would "
                 "be written elsewhere than into data/: the pipeline never made it"
@@ -39,14 +38,15 @@ def main() -> None:
         os.read(0, 1)
         os._exit(1)
 
-    def made(entries: Sequence[Mapping[str, Any]], hash_name: str | None = None) -> Tree:
-        check_listing(entries)
-        return from_list(entries, hash_name)
+    def checked(*where: Any, **how: Any) -> Tree:
+        tree = load(*where, **how)
+        check_listing(tree)
+        return tree
 
     from dvc.cli import main as run
 
-    from_list = Tree.from_list  # by which every list is read
-    setattr(Tree, "from_list", made)  # noqa: B010 (mypy refuses the other)
+    load = Tree.load  # by which every list is read that a remote or the cache gives
+    setattr(Tree, "load", checked)  # noqa: B010 (mypy refuses the other)
     threading.Thread(target=end_with_parent, daemon=True).start()
     sys.exit(run(sys.argv[1:]))
 

@@ -11,17 +11,21 @@ _REPAIRS = {
     r"No space left on device|Dis[kc] quota exceeded|database or disk is full": "make room on the "
     "disk",
     r"Read-only file system|readonly database|unable to open database file": "make it writable",
-    rf"\[Errno {errno.EACCES}\]|\(os error {errno.EACCES}\)": "make it writable",
+    rf"\[Errno ({errno.EPERM}|{errno.EACCES})\]|\(os error {errno.EACCES}\)": "make it writable",
     r"database is locked": "end what holds Dagster's or MLflow's database (`kill PROCESS`)",
     r"disk I/O error": "see whether disk or memory are full",
     r"MlflowException: API request to \S+ failed with (timeout )?exception": "start MLflow's "
     "server",
-    r"MemoryError|an't allocate memory|annot allocate memory|can't start new thread": "free memory",
+    r"^[\w.]*MemoryError\b|an(no|')t allocate memory|can't start new thread": "free memory",
     r"ChildProcessCrashException": "a step's process was killed, as the system does where memory "
     "runs out: free memory",
 }
+# A name or password before the host, which may hold slashes; what a query calls a secret.
 _SECRET_IN_URL = re.compile(
-    r"(://)\S+(?=@)|([?&][^=\s]*(?:token|password|secret|key)[^=\s]*=)[^&\s'\"]+", re.IGNORECASE
+    r"(://)(?:[^/\s]+|[^/\s:@]*:(?!\d+[/\s])\S{1,500})(?=@)"
+    r"|([?&](?:key|sig|[\w.-]{0,40}?(?:token|passw|secret|signature|credential|api_?key|access_?key)"
+    r"[\w.-]{0,40})=)[^&\s'\"]+",
+    re.IGNORECASE,
 )
 
 

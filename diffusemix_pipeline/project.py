@@ -130,10 +130,11 @@ def holder(lock: TextIO) -> tuple[str, str]:
     return name, where
 
 
-def at_work(project: Project, lock: TextIO) -> str:
-    """Say who holds the project."""
+def at_work(project: Project, lock: TextIO, process: int | None = None) -> str:
+    """Say who holds the project; `process` is its own, where it is between two steps."""
     name, where = holder(lock)
-    return f"Another is at work in {project.root}: {name} on {where}. {how_to_end(project)}"
+    end = how_to_end([process] if process else holders(project.run_lock))
+    return f"Another is at work in {project.root}: {name} on {where}. {end}"
 
 
 @contextmanager
@@ -196,7 +197,8 @@ def own_device(project: Project, device: str) -> Iterator[str]:
 def opened(lock: Path) -> TextIO:
     """Open a lock file, made where it is missing; `flock` takes it, closing gives it back."""
     lock.parent.mkdir(parents=True, exist_ok=True)
-    return lock.open("a+")  # NFS shares a lock with readers alone
+    # NFS shares a lock with readers alone. Whatever a damaged one holds is no name.
+    return lock.open("a+", encoding="utf-8", errors="replace")
 
 
 def taken_alone(lock: TextIO) -> bool:
@@ -208,11 +210,11 @@ def taken_alone(lock: TextIO) -> bool:
     return True
 
 
-def how_to_end(project: Project) -> str:
-    """Return what to do about the run that holds the project, as a sentence."""
-    found = " ".join(map(str, holders(project.run_lock)))
-    if not found:  # it is of another machine
+def how_to_end(processes: list[int]) -> str:
+    """Return what to do about the run that these processes of this machine are, as a sentence."""
+    if not processes:  # it is of another machine
         return "Wait for it to end."
+    found = " ".join(map(str, processes))
     return f"Wait for it to end; if it hangs, `kill -9 {found}` ends it, and the next run goes on."
 
 

@@ -41,8 +41,8 @@ ENVIRONMENT_PREFIX = "DIFFUSEMIX_"
 _SHOWN = 200  # characters of a wrong value
 _REPR = reprlib.Repr()  # YAML's aliases make values of which a whole one would not fit in memory
 _REPR.maxlevel, _REPR.maxstring = 3, 2 * _SHOWN
-# Passwords may hold slashes; the names of a bucket hold no @, those of an sftp server's user may.
-_SECRET_OF_BUCKET = re.compile(r"^(s3a?|gcs?|gs)://.*@|://[^@]*:[^@]*@")
+# Passwords may hold slashes. A bucket has no user; an sftp server has one, who is no secret.
+_SECRET_OF_BUCKET = re.compile(r"^(s3a?|gcs?|gs)://[^/]*@|://[^/@]*:(?!\d+/).*@")
 PAPER_PROMPTS = [
     "autumn",
     "snowy",
@@ -812,7 +812,9 @@ def _explain(error: ValidationError, layers: Sequence[Layer]) -> str:
             lines.append(f"{key}{where}: there is no such setting. Did you mean {near}?")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            value = without_secrets(_REPR.repr(problem["input"]))
+            given = problem["input"]
+            value = _REPR.repr(without_secrets(given) if isinstance(given, str) else given)
+            value = without_secrets(value)
             value = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}…"
             lines.append(f"{key} = {value}{where}: {message[0].lower()}{message[1:]}.")
     return "\n".join(lines)

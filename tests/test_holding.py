@@ -17,6 +17,7 @@ import pytest
 from conftest import quick_settings
 
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.orchestration import holding
 from diffusemix_pipeline.orchestration.holding import held_for_run, without_runs
 from diffusemix_pipeline.orchestration.launch import prepare_instance, run_here
 from diffusemix_pipeline.orchestration.lost_runs import PROCESS_TAG
@@ -74,7 +75,7 @@ def test_a_run_that_may_hang_is_named_with_what_ends_it(project):
 def test_a_run_holds_the_project_between_two_of_its_steps(instance, project):
     other = started(instance, {PROCESS_TAG: this_process()})
     noted(project, other)
-    told = rf"Another is at work in \S+: run {other.run_id} on \S+, since 20.* Wait for it to end\."
+    told = rf"Another is at work in \S+: run {other.run_id} on \S+.* `kill -9 {os.getpid()}` ends"
     with pytest.raises(UserError, match=told), without_runs(project):
         pytest.fail("a run is at work")
     with pytest.raises(UserError, match=told):
@@ -111,9 +112,10 @@ def step_of(
             told.put(str(failure.description))
 
 
-def test_steps_that_wait_together_for_a_command_all_go_on(instance, project):
+def test_steps_that_wait_together_for_a_command_all_go_on(instance, project, monkeypatch):
+    monkeypatch.setattr(holding, "_MOMENT_SECONDS", 3)
     run = started(instance, {PROCESS_TAG: this_process()})
-    for _ in range(5):
+    for last in (False, False, False, True):
         told = FORK.SimpleQueue()
         with project.run_lock.open("a+") as lock:
             assert taken_alone(lock)
@@ -122,10 +124,24 @@ def test_steps_that_wait_together_for_a_command_all_go_on(instance, project):
             steps = [FORK.Process(target=step_of, args=of_run) for _ in range(4)]
             for step in steps:
                 step.start()
-            time.sleep(0.1)
+            time.sleep(5 if last else 0.1)  # longer than it takes steps to agree
         assert [told.get() for _ in steps] == ["held"] * 4
         for step in steps:
             step.join()
+
+
+def test_a_damaged_lock_names_nobody(project):
+    project.state.mkdir()
+    project.run_lock.write_bytes(b"\x93junk\xff")
+    with without_runs(project):
+        assert project.run_lock.read_text().startswith("process ")
+
+
+def test_a_project_whose_runs_nobody_can_tell_of_is_not_taken(instance, project):
+    noted(project, started(instance, {PROCESS_TAG: this_process()}))
+    (project.root / "dagster.yaml").write_text("storage: 1")
+    with pytest.raises(UserError, match=r"Mend dagster\.yaml"), without_runs(project):
+        pytest.fail("a run may be at work")
 
 
 def test_of_two_runs_that_start_at_once_one_is_refused(instance, project):

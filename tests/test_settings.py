@@ -230,8 +230,24 @@ def test_a_token_in_an_address_is_refused_and_not_repeated(tmp_path):
     assert "?api_token=…&x=1" in str(refused.value)
 
 
-def test_a_server_may_be_told_whose_folder_the_edits_are_in(tmp_path):
-    assert load(tmp_path, "storage.edits=sftp://me@host/edits").storage.edits
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "storage.edits=sftp://me@host/edits",
+        "storage.edits=sftp://host:22/home/me@corp/edits",
+        "storage.edits=s3://bucket/edits@v2",
+        "tracking.uri=sqlite:////home/me@corp.com/mlflow.db",
+        "tracking.uri=https://host:8080/me@x?monkey=1",
+    ],
+)
+def test_an_address_without_a_secret_is_taken(setting, tmp_path):
+    load(tmp_path, setting)
+
+
+def test_a_long_secret_is_not_repeated_either(tmp_path):
+    with pytest.raises(UserError) as refused:
+        load(tmp_path, f"storage.edits=ftp://me:{'hidden' * 50}@h/{'x' * 300}")
+    assert "hidden" not in str(refused.value)
 
 
 @pytest.mark.parametrize("url", ["/tmp/edits", "file:///tmp/e", "simplecache::file:///tmp/e"])

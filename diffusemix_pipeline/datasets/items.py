@@ -159,11 +159,12 @@ def _visible(top: str) -> Iterator[tuple[str, str]]:
 
 def why_unusable(entry: "os.DirEntry[str]") -> str:
     """Say why something that is no folder can be no image file; empty where it may be one."""
-    if entry.is_file(follow_symlinks=False) or Path(entry.path).is_file():
+    # By os.path, as a Path raises where a link's target has too long a name.
+    if entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path):  # noqa: PTH113
         return ""
     if not entry.is_symlink():
         return "neither a file nor a folder"
-    if Path(entry.path).is_dir():
+    if os.path.isdir(entry.path):  # noqa: PTH112
         return "a link to a folder, which is not followed within a class"
     return "a link that leads to no file"
 

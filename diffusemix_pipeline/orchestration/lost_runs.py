@@ -32,17 +32,19 @@ def end_lost_runs(instance: dg.DagsterInstance, *, on_server: bool) -> list[str]
     return ended
 
 
-def lives(instance: dg.DagsterInstance, run_id: str, *, here: bool) -> bool:
-    """Tell whether a run is known to go on: not where its process is another machine's.
+def living_process(instance: dg.DagsterInstance, run_id: str, *, here: bool) -> int | None:
+    """Return the process of a run that goes on; None where it does not, or is another machine's.
 
     A server's run is of this machine if `here` says so.
     """
     run = instance.get_run_by_id(run_id)
     if run is None or run.status not in _WITH_A_PROCESS:
-        return False
+        return None
     if process := _process_of(run):
-        return is_of_this_host(process) and not is_gone(process)
-    return here and not _has_lost(instance, run)
+        lives = is_of_this_host(process) and not is_gone(process)
+        return int(process.split()[1]) if lives else None
+    started = _started(instance, run) if here else None
+    return started[0] if started and lived_at(*started) else None
 
 
 def _process_of(run: dg.DagsterRun) -> str | None:
@@ -52,12 +54,18 @@ def _process_of(run: dg.DagsterRun) -> str | None:
 
 def _has_lost(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
     """Tell whether the process that Dagster's server started for a run is gone."""
+    started = _started(instance, run)
+    return started is not None and not lived_at(*started)
+
+
+def _started(instance: dg.DagsterInstance, run: dg.DagsterRun) -> tuple[int, float] | None:
+    """Return the process that Dagster's server started for a run, if it has said, and when."""
     for entry in instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ENGINE_EVENT):
         event = entry.get_dagster_event()
         pid = event.engine_event_data.metadata.get("pid")
         if pid and event.step_key is None:
-            return not lived_at(int(str(pid.value)), entry.timestamp)
-    return False  # it has not said yet
+            return int(str(pid.value)), entry.timestamp
+    return None
 
 
 @dg.sensor(
