@@ -24,7 +24,7 @@ import psutil
 import yaml
 from filelock import FileLock
 
-from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.errors import UserError, of_the_machine
 from diffusemix_pipeline.files import write_bytes
 from diffusemix_pipeline.identity import digest
 from diffusemix_pipeline.progress import Progress, silent
@@ -375,7 +375,8 @@ def _run_dvc(root: Path, *command: str) -> str:
     """Run a DVC command that needs no remote and return what it prints."""
     done = _dvc(root, *command)
     if done.returncode:
-        raise UserError(f"`dvc {' '.join(command)}` failed in {root}: {_complaint(done)}")
+        why = _complaint(done)
+        raise UserError(f"`dvc {' '.join(command)}` failed in {root}: {of_the_machine(why) or why}")
     return done.stdout
 
 
