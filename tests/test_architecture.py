@@ -24,7 +24,7 @@ def test_imports_run_one_way():
     [
         ("dagster", ("orchestration/",)),
         ("mlflow", ("tracking.py",)),
-        ("dvc", ("versioning.py",)),
+        ("dvc", ("dvc_process.py", "versioning.py")),
     ],
 )
 def test_each_tool_has_one_room(library, home):
