@@ -239,6 +239,9 @@ def run_and_tell(
         told.put("".join(run_here(project, settings, progress).problems))
     except UserError as refused:
         told.put(str(refused))
+    except BaseException as error:  # or the test would wait for ever
+        told.put(repr(error))
+        raise
 
 
 @pytest.mark.timeout(1800)

@@ -1,8 +1,8 @@
 """Running the pipeline from a terminal: the same definitions and the same instance as the UI's."""
 
 import os
-from collections.abc import Mapping
-from contextlib import chdir, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, chdir, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -66,10 +66,6 @@ def run_here(project: Project, settings: Settings, progress: Progress) -> Outcom
     run's log, which under multiprocess comes to the terminal. UserError where there is no such
     executor, and where another run is at work.
     """
-    # One that hangs, and holds Dagster's database, would be waited for. Ray's executor first stops
-    # the jobs that a killed run left.
-    with nullcontext() if settings.executor == "ray" else without_runs(project):
-        prepare_instance(project)
     apart = settings.executor != "in_process"
     how: dict[str, Any] = {
         "run_config": {
@@ -80,7 +76,7 @@ def run_here(project: Project, settings: Settings, progress: Progress) -> Outcom
         "raise_on_error": False,
     }
     result: dg.ExecuteInProcessResult | dg.JobExecutionResult
-    with chdir(project.root), dg.DagsterInstance.get() as instance:
+    with _instance_without_runs(project, settings.executor) as instance:
         if apart:
             of = {"root": str(project.root.resolve()), "executor": settings.executor}
             name = main_job.__name__
@@ -111,6 +107,22 @@ def run_here(project: Project, settings: Settings, progress: Progress) -> Outcom
         made = event.step_materialization_data.materialization
         outcome.metadata[made.asset_key.to_user_string()] = made.metadata
     return outcome
+
+
+@contextmanager
+def _instance_without_runs(project: Project, executor: Executor) -> Iterator[dg.DagsterInstance]:
+    """Open Dagster's instance, in the project's folder; UserError where a run is at work.
+
+    One that hangs, and holds Dagster's database, would be waited for. Ray's executor is not asked
+    here, as it first stops the jobs that a killed run left.
+    """
+    with ExitStack() as opened:
+        # Within: two that start at once cannot both make Dagster's databases.
+        with nullcontext() if executor == "ray" else without_runs(project):
+            prepare_instance(project)
+            opened.enter_context(chdir(project.root))
+            instance = opened.enter_context(dg.DagsterInstance.get())
+        yield instance
 
 
 def main_job(root: str, executor: Executor) -> dg.JobDefinition:
