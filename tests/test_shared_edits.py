@@ -223,7 +223,7 @@ def test_a_command_shares_all_edits_of_a_project(bucket, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("url", "told"),
     [
-        ("ftp://me:secret@host/edits", "holds a password"),
+        ("ftp://me:secret@host/edits", "holds a key or password"),
         ("/mnt/team/edits", "is no bucket's URL"),
         ("file:///mnt/team/edits", "is no bucket's URL"),
     ],
