@@ -30,7 +30,8 @@ from diffusemix_pipeline.identity import digest
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.project import Project
 
-_DIGEST = re.compile(r"[0-9a-f]{32}\.dir")
+_MD5 = re.compile(r"[0-9a-f]{32}")
+_DIGEST = re.compile(rf"{_MD5.pattern}\.dir")
 # No file is sent anywhere but to a remote that the user names. Hard links let edit store, data/ and
 # cache share bytes; across file systems DVC copies.
 _CONFIG = """\
@@ -123,9 +124,8 @@ def pinned_raw_version(root: Path) -> str | None:
     pinned = pinned_digest(root)
     if pinned is None or not _is_cached(root, pinned):
         return pinned
-    listed = json.loads(_cached(root, pinned).read_text(encoding="utf-8"))
-    raw = sorted((f["relpath"], f["md5"]) for f in listed if f["relpath"].startswith("raw/"))
-    return digest(raw)
+    files = _listed(root, pinned).items()
+    return digest(sorted(file for file in files if file[0].startswith("raw/")))
 
 
 def committed_digest(root: Path, commit: str = "HEAD") -> str | None:
@@ -195,30 +195,50 @@ def pull(root: Path, *, afresh: bool = False) -> bool:
     ensure_repository(root)
     project = Project(root)
     with _locked(root):
-        if not afresh and project.raw.exists() and basis_digest(root) == pinned:
+        made_since = not afresh and basis_digest(root) == pinned
+        if made_since and project.raw.exists():
             return True  # what a killed run left half made since then is for its stages to finish
-        remote = _default_remote(root)
-        if remote is not None:
-            _use_remote(root, remote, "fetch", "data.dvc")
-        # DVC fetches without complaint where the list of files itself is nowhere, and a checkout
-        # then takes data/ away.
-        if not _is_cached(root, pinned) and remote is not None:
-            raise UserError(
-                f"The DVC remote '{remote}' does not hold the version {pinned} that "
-                f"{root / 'data.dvc'} pins. Run `dvc push` where that version was made."
-            )
-        if remote is None and not _is_cached(root, pinned):
+        wanted = "data/raw" if made_since else "data"
+        if not _fill_cache(root, pinned, wanted):
             return False
-        _check_listing(_cached(root, pinned), pinned)
-        done = _dvc(root, "checkout", "data.dvc")
+        done = _dvc(root, "checkout", wanted)
         if done.returncode:
             raise UserError(
-                f"`dvc checkout data.dvc` failed in {root}: {_complaint(done)}\nMove files that no "
+                f"`dvc checkout {wanted}` failed in {root}: {_complaint(done)}\nMove files that no "
                 "version holds elsewhere; or, where a run that was cut off left them, run again, "
                 "which finishes them."
             )
         write_bytes(_basis(root), pinned.encode())
         return True
+
+
+def _fill_cache(root: Path, pinned: str, wanted: str) -> bool:
+    """Have what is wanted of a version whole in the cache, by the remote.
+
+    False where there is none, and the cache has it not. UserError where the remote does not give
+    it.
+    """
+    remote = _default_remote(root)
+    if remote is None:
+        return _is_cached(root, pinned) and not _lost(root, pinned, wanted)
+    _use_remote(root, remote, "fetch", wanted)
+    # DVC fetches without complaint where the list of files itself is nowhere, and a checkout
+    # then takes data/ away.
+    if not _is_cached(root, pinned):
+        raise UserError(
+            f"The DVC remote '{remote}' does not hold the version {pinned} that "
+            f"{root / 'data.dvc'} pins. Run `dvc push` where that version was made."
+        )
+    if _lost(root, pinned, wanted):  # it was not asked for what seemed to be there
+        _use_remote(root, remote, "fetch", wanted)
+    if lost := _lost(root, pinned, wanted):
+        name, md5 = next(iter(lost.items()))
+        raise UserError(
+            f"The DVC remote '{remote}' holds damaged files of the version {pinned}, {len(lost)} "
+            f"of them, such as {_place(md5)}, which is {name}. Delete it there, with "
+            f"{_place(pinned)}, and run `dvc push` where that version was made."
+        )  # DVC looks for no file of a version whose list of files is there
+    return True
 
 
 def restore(
@@ -289,7 +309,9 @@ def _git_would_keep(path: Path) -> bool:
 
 
 def _add(root: Path) -> str:
-    pinned_digest(root)  # so that a damaged data.dvc is told of in our words
+    pinned = pinned_digest(root)  # which tells of a damaged data.dvc in our words
+    if pinned and _is_cached(root, pinned):
+        _lost(root, pinned)  # what is made anew must not become a link to a damaged file
     pin = root / "data.dvc"
     before = (pin.read_bytes(), pin.stat()) if pin.exists() else None
     _run_dvc(root, "add", "data")
@@ -321,14 +343,45 @@ def _md5_of(pin: str, name: str) -> str:
     return str(md5)
 
 
-def _check_listing(listing: Path, pinned: str) -> None:
-    """Raise UserError for a version's list of files that is another's: DVC does not compare it."""
+def _listed(root: Path, pinned: str) -> dict[str, str]:
+    """Return the names of a version's files, and their digests.
+
+    UserError for a list that is another's, which DVC does not look at.
+    """
+    listing = _cached(root, pinned)
     content = listing.read_bytes()
-    if f"{hashlib.md5(content, usedforsecurity=False).hexdigest()}.dir" != pinned:
+    if f"{_md5(content)}.dir" != pinned:
         raise UserError(
             f"{listing} is not the list of files of the version {pinned}, whose name it has: the "
             "DVC remote or the cache was changed. Delete it, and pull from a remote you trust."
         )
+    return {file["relpath"]: file["md5"] for file in json.loads(content)}
+
+
+def _lost(root: Path, pinned: str, wanted: str = "data") -> dict[str, str]:
+    """Return what of a version the cache lacks, or had damaged, which is taken out of it; digests.
+
+    DVC believes what is read-only there, though damage done in place to a file of `data/` is done
+    to the cache's as well, by the hard link. What is linked still is not looked at: who finds it
+    damaged removes it from `data/`. Where DVC has to copy, every file is.
+    """
+    cache, lost = _cache(root), {}
+    for of_data, md5 in _listed(root, pinned).items():
+        name = f"data/{of_data}"
+        # A digest that leads out of the cache is refused by DVC's process.
+        if not name.startswith(f"{wanted}/") or not _MD5.fullmatch(md5):
+            continue
+        kept, used = cache / _place(md5), root / name
+        if kept.exists():
+            if (used.exists() and used.samefile(kept)) or _md5(kept.read_bytes()) == md5:
+                continue
+            kept.unlink()
+        lost[name] = md5
+    return lost
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def _damaged(name: str) -> UserError:
@@ -343,8 +396,16 @@ def _is_cached(root: Path, md5: str) -> bool:
 
 def _cached(root: Path, md5: str) -> Path:
     """Return where the cache holds, or would hold, the content of a digest."""
-    cache = root / ".dvc" / (_configured(root, "cache", "dir") or "cache")
-    return cache / "files" / "md5" / md5[:2] / md5[2:]
+    return _cache(root) / _place(md5)
+
+
+def _cache(root: Path) -> Path:
+    return root / ".dvc" / (_configured(root, "cache", "dir") or "cache")
+
+
+def _place(md5: str) -> str:
+    """Return where a cache or a remote holds the content of a digest."""
+    return f"files/md5/{md5[:2]}/{md5[2:]}"
 
 
 def _configured(root: Path, section: str, option: str) -> str | None:

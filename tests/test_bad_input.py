@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -31,6 +33,7 @@ from diffusemix_pipeline.preflight import check_run
 from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings, load_settings
+from diffusemix_pipeline.versioning import ensure_repository
 
 PAGE = (Path(__file__).parent.parent / "docs" / "bad_input.md").read_text("utf-8")
 NOBODY = 65534
@@ -710,3 +713,38 @@ def test_what_is_damaged_is_made_anew_or_named_with_the_repair(damaged, wanted, 
     for words in refused:
         assert any(re.fullmatch(words, message, re.DOTALL) for message in told), (words, told)
     assert results(root) == results(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("comes_from", ["its source", "a DVC remote"])
+def test_damage_in_place_is_mended_by_what_it_says(comes_from, overrides, tmp_path):
+    """Every file of `data/` and, by their links, those of DVC's cache and of the edit store."""
+    source, project = write_classes(tmp_path / "source", ["cat", "dog"], 6), Project(tmp_path / "p")
+    project.root.mkdir()
+    wanted = quick_settings(*overrides, f"source.path={source}")
+    if comes_from == "a DVC remote":
+        ensure_repository(project.root)
+        remote = ["remote", "add", "--quiet", "--default", "store", str(tmp_path / "remote")]
+        subprocess.run([sys.executable, "-m", "dvc", *remote], cwd=project.root, check=True)
+    assert run_here(project, wanted, silent).success
+    whole = results(project.root)
+    if comes_from == "a DVC remote":
+        shutil.rmtree(source)
+        wanted = quick_settings(*overrides, "source.path=''")
+    for path in project.data.rglob("*"):
+        if path.is_file():
+            path.chmod(0o644)
+            with path.open("r+b") as file:
+                file.write(b"\x93junk\xff")
+            path.chmod(0o444)
+    told = []
+    while message := refusal(project.root, wanted):
+        assert message not in told, "what it says does not help"
+        told.append(message)
+        do_what_it_says(message)
+    assert told
+    made = results(project.root)
+    for of_settings in (whole, made):  # where images come from is told in it
+        del of_settings["outputs/report/report.json"]
+    assert made == whole

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -302,6 +303,55 @@ def test_a_list_of_files_that_was_changed_on_the_remote_is_refused(remote: Path)
     with pytest.raises(UserError, match="is not the list of files of the version"):
         versioning.pull(root)
     assert content(root) == {}
+
+
+def damage_in_place(path: Path) -> None:
+    """Change a byte as a disk does: whatever shares the file, such as DVC's cache, has it, too."""
+    mode, bytes_before = path.stat().st_mode, path.read_bytes()
+    path.chmod(0o644)
+    with path.open("r+b") as file:
+        file.write(bytes([bytes_before[0] ^ 1]))
+    path.chmod(mode)
+
+
+def test_what_is_damaged_in_place_comes_back_from_the_remote(remote: Path) -> None:
+    root = remote.with_name("project")
+    whole = fill(root, "first")
+    versioning.snapshot(root)
+    damage_in_place(root / "data/raw/changing.png")
+    shutil.rmtree(root / "data/raw")
+    assert versioning.pull(root)
+    assert content(root) == whole
+
+    shutil.copytree(root, elsewhere := remote.with_name("elsewhere"))
+    [sent] = (f for f in remote.rglob("*") if f.is_file() and f.read_bytes() == b"same")
+    damage_in_place(sent)
+    damage_in_place(root / "data/raw/same.png")
+    shutil.rmtree(root / "data/raw")
+    place = sent.relative_to(remote)
+    told = (
+        f"'store' holds damaged files of .*, 1 of them, such as {place}, which is "
+        r"data/raw/same.png. Delete it there, with (files/md5/\w\w/\w+\.dir), and run `dvc push`"
+    )
+    with pytest.raises(UserError, match=told) as refused:
+        versioning.pull(root)
+    sent.unlink()
+    (remote / re.search(told, str(refused.value))[1]).unlink()
+    assert versioning.push(elsewhere) == "store"
+    assert versioning.pull(root)
+    assert content(root) == whole
+
+
+def test_what_is_damaged_in_place_is_made_anew_without_a_remote(tmp_path: Path) -> None:
+    whole = fill(tmp_path, "first")
+    first = versioning.snapshot(tmp_path)
+    damage_in_place(tmp_path / "data/raw/changing.png")
+    shutil.rmtree(tmp_path / "data/raw")
+    assert not versioning.pull(tmp_path), "the cache has it no more"
+    assert not (tmp_path / "data/raw").exists()
+    assert fill(tmp_path, "first") == whole
+    assert versioning.snapshot(tmp_path).digest == first.digest
+    assert content(tmp_path) == whole, "what was made anew is no link to the damaged file"
 
 
 @pytest.mark.parametrize(
