@@ -228,6 +228,7 @@ def test_a_run_whose_process_is_gone_is_ended_and_a_living_one_is_not(project):
         instance.report_engine_event("Executing steps in process", elsewhere, gone)
         young = dg.DagsterRun(job_name="diffusemix", status=dg.DagsterRunStatus.STARTING)
         instance.add_run(young)  # it has not said which process it is
+        instance.add_run(dg.DagsterRun(job_name="diffusemix"))  # not launched yet
         context = dg.build_sensor_context(instance=instance)
         tick = definitions.resolve_sensor_def("lost_runs").evaluate_tick(context)
         assert lost in tick.skip_message

@@ -253,15 +253,21 @@ def test_a_second_run_at_the_same_time_is_refused(weights, project):
 def test_a_killed_run_is_told_and_gives_back_what_it_held(weights, project):
     prepare_instance(project)
     process = {PROCESS_TAG: f"{socket.gethostname()} 1 9999999"}  # number 1 is older
-    killed = dg.DagsterRun(job_name="diffusemix", status=dg.DagsterRunStatus.STARTED, tags=process)
+    status = dg.DagsterRunStatus
+    killed, *others = [
+        dg.DagsterRun(job_name="diffusemix", status=of, tags=process)
+        for of in (status.STARTED, status.NOT_STARTED, status.CANCELING)
+    ]
     with chdir(project.root), dg.DagsterInstance.get() as instance:
-        instance.add_run(killed)
+        for gone in (killed, *others):
+            instance.add_run(gone)
         slots = instance.event_log_storage
         slots.initialize_concurrency_limit_to_default("gpu")
         slots.claim_concurrency_slot("gpu", killed.run_id, "generated_images.edit_shard")
         assert slots.get_concurrency_info("gpu").active_slot_count == 1
         assert run(project, weights).success
-        assert instance.get_run_by_id(killed.run_id).status == dg.DagsterRunStatus.FAILURE
+        for gone in (killed, *others):
+            assert instance.get_run_by_id(gone.run_id).status == status.FAILURE
         assert slots.get_concurrency_info("gpu").active_slot_count == 0
 
 

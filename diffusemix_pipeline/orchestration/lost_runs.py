@@ -10,7 +10,12 @@ from diffusemix_pipeline.processes import is_gone, is_of_this_host, lived_at
 
 PROCESS_TAG = "diffusemix/process"
 _EVERY_SECONDS = 30
-_WITH_A_PROCESS = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED]
+_UNFINISHED = [
+    dg.DagsterRunStatus.NOT_STARTED,  # killed, or its database locked, before it noted its start
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
 _GONE = "Its process is gone: it was killed, or the machine stopped."
 
 
@@ -20,12 +25,12 @@ def end_lost_runs(instance: dg.DagsterInstance, *, on_server: bool) -> list[str]
     Where this is not the server's machine (`on_server` False), the server's runs are left alone.
     """
     ended = []
-    for run in instance.get_runs(dg.RunsFilter(statuses=_WITH_A_PROCESS)):
+    for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED)):
         process = _process_of(run)
         lost = is_gone(process) if process else on_server and _has_lost(instance, run)
         # Its process may have written its end and gone since the runs were listed.
         now = instance.get_run_by_id(run.run_id) if lost else None
-        if now and now.status in _WITH_A_PROCESS:
+        if now and now.status in _UNFINISHED:
             instance.report_run_failed(now, _GONE)
             instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
             ended.append(run.run_id)
@@ -38,7 +43,7 @@ def living_process(instance: dg.DagsterInstance, run_id: str, *, here: bool) -> 
     A server's run is of this machine if `here` says so.
     """
     run = instance.get_run_by_id(run_id)
-    if run is None or run.status not in _WITH_A_PROCESS:
+    if run is None or run.status not in _UNFINISHED:
         return None
     if process := _process_of(run):
         lives = is_of_this_host(process) and not is_gone(process)
