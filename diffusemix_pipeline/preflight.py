@@ -6,13 +6,14 @@ from pathlib import Path
 
 from diffusemix_pipeline.datasets.manifest import STAGE
 from diffusemix_pipeline.datasets.published import PUBLISHED, check_at_hand
-from diffusemix_pipeline.datasets.sources import DIGITS, NAMES
+from diffusemix_pipeline.datasets.sources import DIGITS, IMAGES, NAMES
 from diffusemix_pipeline.devices import choose_device, count_gpus
 from diffusemix_pipeline.editing.editor import check_honoured, locate_editor, locate_lora
 from diffusemix_pipeline.editing.shared_edits import SharedEdits
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import check_replaceable
 from diffusemix_pipeline.mixing.fractals import fractals_version
+from diffusemix_pipeline.own_code import is_own, own_code
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings
 
@@ -20,17 +21,21 @@ from diffusemix_pipeline.settings import Settings
 def check_run(project: Project, settings: Settings) -> None:
     """Raise UserError for what would end a run after hours of work, or cost a person files."""
     from diffusemix_pipeline.evaluation.published_corruptions import check_corrupted_sets
+    from diffusemix_pipeline.training.augmentations import check_own_arms
     from diffusemix_pipeline.training.classifier import check_model
 
     source = settings.source
     if source.path in PUBLISHED:
         check_at_hand(source.path, _checked_archives(project, source.archives))
+    elif is_own(source.path):
+        own_code("source.path", source.path, IMAGES)
     elif source.path not in ("", DIGITS):
         _check_source(Path(source.path), project)
     _check_data(project)
     check_databases(project)
     check_model(settings.training.model, settings.size, settings.training.pretrained_at)
     check_corrupted_sets(settings.evaluation.corrupted_sets)
+    check_own_arms(settings.training.arms)
     _check_edits_and_mixing(settings)
     if settings.executor != "ray":
         check_device(settings)

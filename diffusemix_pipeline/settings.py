@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -34,6 +35,7 @@ from pydantic import (
 )
 
 from diffusemix_pipeline.errors import UserError, without_secrets
+from diffusemix_pipeline.own_code import is_own
 
 SETTINGS_FILE = "diffusemix.yaml"
 NO_PRESET = "none"
@@ -59,7 +61,7 @@ Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, m
 Commit = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
 Owner = Annotated[str, StringConstraints(pattern=r"^(team:.+|[^@\s]+@[^@\s]+\.[^@\s]+)$")]
 Mask = Literal["left", "right", "top", "bottom"]
-Arm = Literal[
+ARMS = (
     "vanilla",
     "trivialaugment",
     "randaugment",
@@ -72,7 +74,17 @@ Arm = Literal[
     "diffusemix",
     "diffusemix_online",
     "diffusemix+cutmix",
-]
+)
+
+
+def _known_arm(arm: str) -> str:
+    if arm not in ARMS and not is_own(arm):
+        raise ValueError(f"use {', '.join(ARMS)}, or a Python file that defines an augmentation")
+    return arm
+
+
+Arm = Annotated[str, AfterValidator(_known_arm)]
+"""One of ARMS, in whose order arms are told, or a Python file of the user's own."""
 Optimizer = Literal["adamw", "sgd"]
 Executor = Literal["in_process", "multiprocess", "ray"]
 Corruption = Literal[
@@ -107,8 +119,9 @@ class Source(Section):
         "",
         description="A folder of class folders, or of train[/val]/test folders of class folders; "
         "cifar10, cifar100, tiny_imagenet, imagenet, flowers102, stanford_cars, fgvc_aircraft or "
-        "cub200, as published (docs/data.md); 'digits' for the bundled sample. Empty: what "
-        "data.dvc pins or data/ holds, else 'digits'.",
+        "cub200, as published (docs/data.md); 'digits' for the bundled sample; or a Python file "
+        "that lists images (docs/extending.md). Empty: what data.dvc pins or data/ holds, else "
+        "'digits'.",
     )
     archives: str = Field(
         "",
@@ -203,7 +216,8 @@ class Editing(Section):
         "bundled",
         min_length=1,
         description="'bundled' (a small stand-in), a folder, or a hub id such as "
-        "timbrooks/instruct-pix2pix, in diffusers' format: `diffusemix editor list`.",
+        "timbrooks/instruct-pix2pix, in diffusers' format: `diffusemix editor list`; or a Python "
+        "file that defines one (docs/extending.md).",
     )
     revision: Commit | None = Field(
         None,
@@ -327,7 +341,8 @@ class Training(Section):
         ["vanilla", "diffusemix"],
         min_length=1,
         description="What is trained: originals alone, with a rival augmentation, or with one of "
-        "the three stages; diffusemix_online draws masks and fractals anew for every batch.",
+        "the three stages; diffusemix_online draws masks and fractals anew for every batch. One of "
+        f"{', '.join(ARMS)}, or a Python file that defines an augmentation (docs/extending.md).",
     )
     model: str = Field(
         "resnet10t",
@@ -392,7 +407,8 @@ class Training(Section):
     @field_validator("arms", "seeds")
     @classmethod
     def _each_once(cls, values: list[Any]) -> list[Any]:
-        twice = sorted({str(value) for value in values if values.count(value) > 1})
+        names = [Path(value).stem if is_own(str(value)) else str(value) for value in values]
+        twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"named twice: {', '.join(twice)}")
         return values

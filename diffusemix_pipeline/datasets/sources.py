@@ -1,4 +1,4 @@
-"""Sources of labelled images: scikit-learn's digits, published datasets, and a user's folder."""
+"""Sources of labelled images: scikit-learn's digits, published datasets, and a user's own."""
 
 import hashlib
 import unicodedata
@@ -21,14 +21,18 @@ from diffusemix_pipeline.datasets.items import (
     visible_entries,
     written,
 )
+from diffusemix_pipeline.datasets.manifest import SPLITS
 from diffusemix_pipeline.datasets.published import PUBLISHED, published_items
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import digest, digest_of_text
+from diffusemix_pipeline.own_code import is_own, own_code
 from diffusemix_pipeline.progress import Progress, silent
 
 DIGITS = "digits"
 NAMES = (DIGITS, *PUBLISHED)
 """Sources that are no folder; a folder of such a name is given as ./NAME."""
+IMAGES = "images"
+"""What a Python file that lists images defines: see docs/extending.md."""
 _DIGIT_SIDE = 32
 _LONGEST_NAME = 255  # bytes, of a folder
 _SPLIT_FOLDERS = {
@@ -42,7 +46,7 @@ _SPLIT_FOLDERS = {
 
 
 def list_images(source: str, archives: Path | None = None, progress: Progress = silent) -> Listing:
-    """List a source's images in a fixed order; UserError for a folder without any.
+    """List a source's images in a fixed order; UserError for a source without any.
 
     A published dataset is read from, and where it is not there downloaded to, `archives`.
     """
@@ -51,7 +55,8 @@ def list_images(source: str, archives: Path | None = None, progress: Progress = 
     if source in PUBLISHED:
         assert archives is not None, "a published dataset lies in a folder of archives"
         return Listing.of(published_items(source, archives, progress))
-    return Listing.of(_folder(Path(source).expanduser()))
+    root, found = _on_disk(source)
+    return Listing.of(file_item(root, *image) for image in found)
 
 
 def source_version(source: str) -> str:
@@ -63,16 +68,13 @@ def source_version(source: str) -> str:
 
 
 def listing_version(source: str) -> str:
-    """Identify a folder's files by name, size and time: cheap, and another where any was touched.
+    """Identify a user's files by name, size and time: cheap, and another where any was touched.
 
     UserError for a folder that is not there.
     """
-    root = Path(source).expanduser()
-    if not root.is_dir():
-        raise UserError(f"The image folder {root} does not exist. Give a folder of class folders.")
     stats = (
         (path, path.lstat() if unusable else path.stat())
-        for path, _, _, unusable in sorted(_found(root))
+        for path, _, _, unusable in sorted(_on_disk(source)[1])
     )
     return digest_of_text(digest(written(str(p)), s.st_size, s.st_mtime_ns) for p, s in stats)
 
@@ -117,13 +119,19 @@ class _Digit(NamedTuple):
         return np.repeat(np.asarray(large)[:, :, None], 3, axis=2)
 
 
-def _folder(root: Path) -> Iterator[Item]:
+def _on_disk(source: str) -> "tuple[Path, Iterator[_Found]]":
+    """Return the folder that holds a user's images, and what is found there."""
+    path = Path(source).expanduser()
+    return (path.resolve().parent, _listed(source)) if is_own(source) else (path, _folder(path))
+
+
+def _folder(root: Path) -> "Iterator[_Found]":
     if not root.is_dir():
         raise UserError(f"The image folder {root} does not exist. Give a folder of class folders.")
     holds_classes = False
     for found in _found(root):
         holds_classes |= bool(found.label)
-        yield file_item(root, *found)
+        yield found
     if not holds_classes:
         raise UserError(
             f"{root} holds no images in class folders. Lay them out as {root.name}/CLASS/IMAGE "
@@ -169,6 +177,39 @@ def _found(root: Path) -> Iterator[_Found]:
     for home in {root: None} | homes:
         for path in _images_in(home):
             yield _Found(path, "", homes.get(home), "it lies in no folder of a class")
+
+
+def _listed(source: str) -> Iterator[_Found]:
+    """Give the images that a Python file of the user's own lists; UserError for what is wrong."""
+    root = Path(source).expanduser().resolve().parent
+    images, seen, labels = own_code("source.path", source, IMAGES), set[Path](), set[str]()
+
+    def refused(why: str) -> UserError:
+        return UserError(f"source.path: {source} gives {why}. See docs/extending.md.")
+
+    try:
+        for name, label, split in images():
+            path = root / name
+            if not path.is_relative_to(root) or ".." in path.parts:
+                raise refused(f"{path}, which lies outside of {root}")
+            if path in seen:
+                raise refused(f"{path} twice")
+            if not label or label.startswith(".") or set("/\\") & set(label):
+                raise refused(f"{path} the class {label!r}, which can be no folder's name")
+            if split not in (None, *SPLITS):
+                raise refused(f"{path} the split {split!r}, which is none of {', '.join(SPLITS)}")
+            seen.add(path)
+            labels.add(label)
+            yield _Found(path, label, split, "")
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"source.path: {source} fails ({type(error).__name__}: {error}). Mend it."
+        ) from error
+    if not seen:
+        raise refused("no image")
+    _check_labels(root, labels)
 
 
 def _check_labels(root: Path, labels: set[str]) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import digest, file_sha256
+from diffusemix_pipeline.own_code import is_own, own_code
 from diffusemix_pipeline.settings import Editing
 
 BUNDLED = "bundled"
@@ -170,8 +171,22 @@ FAMILIES = [
 ]
 
 
+_OWN = "Editor"
+"""What a Python file of the user's own defines: called with `Editing` and a device's name."""
+
+
+def _own(file: Path, editing: Editing, device: str, lora: Path | None) -> Editor:
+    editor: Editor = own_code("editing.editor", str(file), _OWN)(editing, device)
+    return editor
+
+
+_OF_ONES_OWN = Family(
+    "a Python file", "FILE.py", "the user's", {}, (), _own, lacks=("lora",)
+)  # it honours what it likes of the rest
+
+
 def load_editor(folder: Path, editing: Editing, device: str) -> Editor:
-    """Load the editor in a folder that `locate_editor` gave, with its LoRA; UserError as below."""
+    """Load the editor that `locate_editor` gave, with its LoRA; UserError as below."""
     check_honoured(folder, editing)
     return _family(folder, str(folder)).load(folder, editing, device, locate_lora(editing.lora))
 
@@ -206,11 +221,15 @@ def edits_at_once(folder: Path, editing: Editing) -> int:
 def locate_editor(editor: str, revision: str | None) -> Path:
     """Return the folder that holds an editor's files, downloading a hub id's safetensors once.
 
-    Raises UserError where the folder holds no pipeline of a known family or the hub gives none, for
-    a hub id without a commit, and for what is no safetensors or would run code.
+    Of one that is Python, it is the file. Raises UserError where the folder holds no pipeline of a
+    known family or the hub gives none, for a hub id without a commit, and for what is no
+    safetensors or would run code.
     """
     if editor == BUNDLED:
         return BUNDLED_WEIGHTS
+    if is_own(editor):
+        own_code("editing.editor", editor, _OWN)
+        return Path(editor).expanduser()
     folder = Path(editor).expanduser()
     if not folder.is_dir():
         folder = _download(editor, revision)
@@ -263,6 +282,8 @@ def _weights_fingerprint(folder: Path) -> str:
 
     What the pipeline does not load is left out: other programs may put variants (`.fp16.`) there.
     """
+    if is_own(folder.name):
+        return file_sha256(folder)[:32]
     files = [
         p
         for part in sorted(_parts(folder))
@@ -310,6 +331,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _family(folder: Path, editor: str) -> Family:
+    if is_own(folder.name):
+        return _OF_ONES_OWN
     found = _index(folder).get("_class_name")
     for family in FAMILIES:
         if family.pipeline == found:

@@ -7,7 +7,7 @@ classifiers (evidence), words, plots and the page (report). `docs/report.md` exp
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +31,8 @@ from diffusemix_pipeline.evaluation.statistics import (
     ratio_estimate,
     score_spread,
 )
-from diffusemix_pipeline.settings import Arm
+from diffusemix_pipeline.own_code import is_own
+from diffusemix_pipeline.settings import ARMS, Arm
 from diffusemix_pipeline.training.arms import BASELINE, SUBJECTS
 
 SIGNIFICANT = 0.05  # a p-value below it, adjusted by Holm for the number of arms
@@ -78,12 +79,16 @@ _OF_PROMPTS = {
 
 def by_arm(evidence: Mapping[tuple[Arm, int], Evidence]) -> dict[Arm, dict[int, Evidence]]:
     """Group by arm, in the order of the settings (vanilla first), and by seed, rising."""
-    order = list(get_args(Arm))
-    keys = sorted(evidence, key=lambda key: (order.index(key[0]), key[1]))
+    keys = sorted(evidence, key=lambda key: (in_order(key[0]), key[1]))
     return {
         arm: {seed: evidence[arm, seed] for _, seed in group}
         for arm, group in groupby(keys, key=lambda key: key[0])
     }
+
+
+def in_order(arm: Arm) -> tuple[int, str]:
+    """Return an arm's place among all: in the settings' order, a user's own after them."""
+    return (ARMS.index(arm) if arm in ARMS else len(ARMS)), arm
 
 
 def shown_epsilon(epsilons: Sequence[float]) -> float:
@@ -107,6 +112,7 @@ def shared_families(
     return {
         "arms": of_arms,
         "prompts": of_prompts,
+        "unknown_arms": [arm for arm in arms if is_own(arm)],
         "unknown_prompts": [p for p in prompts if with_edits and p not in _OF_PROMPTS],
         "left_out": [family for family in families if family in shown],
     }

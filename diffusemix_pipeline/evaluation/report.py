@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -36,6 +36,7 @@ from diffusemix_pipeline.evaluation.comparison import (
     class_documents,
     confusion_document,
     few_images_document,
+    in_order,
     reliability_document,
     rival_documents,
     rounded,
@@ -46,7 +47,7 @@ from diffusemix_pipeline.evaluation.published_corruptions import counted
 from diffusemix_pipeline.files import replaced_folder, write_bytes, write_json
 from diffusemix_pipeline.identity import seed_from
 from diffusemix_pipeline.settings import Arm, Settings
-from diffusemix_pipeline.training.arms import BASELINE, SUBJECTS
+from diffusemix_pipeline.training.arms import BASELINE, SUBJECTS, slug
 
 DOCUMENT = "report.json"
 PAGE = "index.html"
@@ -289,7 +290,7 @@ def _headline(document: Mapping[str, Any]) -> str:
         trained = "one training seed (another may say otherwise)"
     if not compared:
         arms = ", ".join(
-            f"{_TITLES[arm['arm']]} {_percent(arm['clean']['value'])} clean, "
+            f"{title_of(arm['arm'])} {_percent(arm['clean']['value'])} clean, "
             f"{_percent(arm['corrupted']['value'])} corrupted and "
             f"{_percent(arm['fgsm']['value'])} FGSM accuracy"
             for arm in document["arms"]
@@ -315,7 +316,7 @@ def _against_vanilla(document: Mapping[str, Any], subject: Mapping[str, Any]) ->
         f"{_verb(difference[measure])} {name} ({_change(difference[measure])})"
         for measure, name in names.items()
     )
-    title, behind = _TITLES[subject["arm"]], _beaten_by(document, subject["arm"])
+    title, behind = title_of(subject["arm"]), _beaten_by(document, subject["arm"])
     return f"{title} {first}, {second} and {third}{behind}"
 
 
@@ -338,7 +339,7 @@ def _beaten_by(document: Mapping[str, Any], subject: str) -> str:
         better = [r for r in rivals if r[measure]["significant"] and r[measure]["value"] > 0]
         better.sort(key=lambda rival: -rival[measure]["value"])
         if better:
-            best, *others = (_TITLES[rival["arm"]] for rival in better)
+            best, *others = (title_of(rival["arm"]) for rival in better)
             named = [f"{best} ({_change(better[0][measure])})", *others]
             behind.append(f"{_listed(named)} in {name}")
     return f", but fell behind {', '.join(behind)}" if behind else ""
@@ -410,7 +411,7 @@ def _uneven_seeds_note(arms: Sequence[Mapping[str, Any]], seeds: int) -> str:
         p = fdtrc(seeds - 1, len(others) * (seeds - 1), ratio)
         if p * len(arms) < SIGNIFICANT:
             lie = f"{100 * deviation:.1f} points, the others' {100 * together:.1f}"
-            uneven.append(f"{_TITLES[arm]} (a standard deviation of {lie})")
+            uneven.append(f"{title_of(arm)} (a standard deviation of {lie})")
     if not uneven:
         return ""
     return (
@@ -446,7 +447,7 @@ def _masking_note(document: Mapping[str, Any]) -> str:
         if arm["difference"] and arm[strongest] and arm[strongest]["value"] < _NEAR_ZERO
     ]
     risen = [
-        (point["epsilon"], _TITLES[arm["arm"]])
+        (point["epsilon"], title_of(arm["arm"]))
         for arm in fallen
         for point in arm["fgsm_by_epsilon"]
         if _verdict(point["difference"]) == 1
@@ -514,10 +515,12 @@ def _shared_note(document: Mapping[str, Any]) -> str:
     shared = document["shared_families"]
     unknown = shared["unknown_prompts"]
     not_known = f" What these prompts show is not known: {', '.join(unknown)}." if unknown else ""
+    if arms := [title_of(arm) for arm in shared["unknown_arms"]]:
+        not_known += f" What these arms are shown in training is not known: {', '.join(arms)}."
     if not shared["left_out"]:
         return not_known.strip()
     by_whom = [
-        f"{_TITLES[arm]}: {', '.join(map(_spoken, families))}"
+        f"{title_of(arm)}: {', '.join(map(_spoken, families))}"
         for arm, families in shared["arms"].items()
     ] + [
         f"{prompt} edits: {', '.join(map(_spoken, families))}"
@@ -546,7 +549,7 @@ def _reads_note(reads: int) -> str:
 def _steps_note(steps: Mapping[str, int]) -> str:
     if len(set(steps.values())) == 1:
         return f"Every arm took the same {next(iter(steps.values())):,} optimiser steps."
-    each = ", ".join(f"{_TITLES[arm]} {count:,}" for arm, count in steps.items())
+    each = ", ".join(f"{title_of(arm)} {count:,}" for arm, count in steps.items())
     return (
         f"The arms took different numbers of optimiser steps, which is no fair comparison: {each}."
     )
@@ -596,14 +599,14 @@ def _epsilon(strength: float) -> str:
 
 def title_of(arm: str) -> str:
     """Return an arm's name for people."""
-    return _TITLES.get(arm, arm)
+    return _TITLES.get(arm) or Path(arm).stem
 
 
 def _markdown(document: Mapping[str, Any]) -> str:
     """Return the report for a pull request: the headline, a table, and what it does not show."""
     measures = _measures(document)
     rows = [
-        [_TITLES[arm["arm"]], *(_cell(arm, measure) for measure in measures)]
+        [title_of(arm["arm"]), *(_cell(arm, measure) for measure in measures)]
         for arm in document["arms"]
     ]
     table = pd.DataFrame(rows, columns=["Arm", *measures.values()])
@@ -690,12 +693,12 @@ def _drawn(arms: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 def _differences_plot(document: Mapping[str, Any], theme: pictures.Theme) -> _Plot:
     compared = [arm for arm in document["arms"] if arm["difference"]]
     intervals = {
-        title: {_TITLES[arm["arm"]]: _triple(arm["difference"][measure]) for arm in compared}
+        title: {title_of(arm["arm"]): _triple(arm["difference"][measure]) for arm in compared}
         for measure, title in _measures(document).items()
         if measure != "ece"
     }
     significant = {
-        (title, _TITLES[arm["arm"]])
+        (title, title_of(arm["arm"]))
         for measure, title in _measures(document).items()
         for arm in compared
         if arm["difference"][measure]["significant"]
@@ -712,7 +715,7 @@ def _differences_plot(document: Mapping[str, Any], theme: pictures.Theme) -> _Pl
 def _fgsm_plot(arms: Sequence[Mapping[str, Any]], theme: pictures.Theme) -> _Plot:
     strengths = [0.0, *(point["epsilon"] for point in arms[0]["fgsm_by_epsilon"])]
     accuracies = {
-        _TITLES[arm["arm"]]: [_triple(point) for point in (arm["clean"], *arm["fgsm_by_epsilon"])]
+        title_of(arm["arm"]): [_triple(point) for point in (arm["clean"], *arm["fgsm_by_epsilon"])]
         for arm in arms
     }
     alt = "Accuracy over FGSM strength with 95 % intervals. " + "; ".join(
@@ -729,7 +732,7 @@ def _fgsm_plot(arms: Sequence[Mapping[str, Any]], theme: pictures.Theme) -> _Plo
 def _few_images_plot(few: Sequence[Mapping[str, Any]], theme: pictures.Theme) -> _Plot:
     numbers = sorted({point["per_class"] for point in few})
     curves = {
-        _TITLES[arm]: [_triple(point) for point in points]
+        title_of(arm): [_triple(point) for point in points]
         for arm, points in groupby(few, key=lambda point: point["arm"])
     }
     alt = "Clean accuracy over training images a class. " + "; ".join(
@@ -752,7 +755,9 @@ def _corruption_plots(arms: Sequence[Mapping[str, Any]], theme: pictures.Theme) 
     base = tables.get(BASELINE)
     subject = next((arm for arm in SUBJECTS if arm in tables), next(reversed(tables)))
     plots = {
-        f"corruptions_{arm}": _corruption_map(tables[arm], f"{_TITLES[arm]}: accuracy, %", theme)
+        f"corruptions_{slug(arm)}": _corruption_map(
+            tables[arm], f"{title_of(arm)}: accuracy, %", theme
+        )
         for arm in dict.fromkeys((BASELINE, subject))
         if arm in tables
     }
@@ -760,11 +765,11 @@ def _corruption_plots(arms: Sequence[Mapping[str, Any]], theme: pictures.Theme) 
         return plots
     by_severity = tables[subject] - base
     by_arm = pd.DataFrame(
-        {_TITLES[arm]: (t - base).mean(axis=1) for arm, t in tables.items() if arm != BASELINE}
+        {title_of(arm): (t - base).mean(axis=1) for arm, t in tables.items() if arm != BASELINE}
     )
     # One scale for both; and differences of a few points stay pale.
     reach = max(0.1, *(float(t.abs().to_numpy().max()) for t in (by_severity, by_arm)))
-    title = f"{_TITLES[subject]} less vanilla, points"
+    title = f"{title_of(subject)} less vanilla, points"
     plots[f"corruptions_{subject}_difference"] = _corruption_map(by_severity, title, theme, reach)
     if len(by_arm.columns) > 1:
         title = "Arms less vanilla, points"
@@ -814,18 +819,18 @@ def _reliability_plot(arms: Sequence[Mapping[str, Any]], theme: pictures.Theme) 
     curves = {}
     for arm in arms:
         curve = pd.DataFrame(arm["reliability"]).astype(float)
-        curves[_TITLES[arm["arm"]]] = curve.assign(share=curve["images"] / curve["images"].sum())
+        curves[title_of(arm["arm"])] = curve.assign(share=curve["images"] / curve["images"].sum())
     alt = "Accuracy over confidence; on the diagonal, confidence is right. Calibration error: "
-    alt += "; ".join(f"{_TITLES[arm['arm']]} {arm['ece']['value']:.3f}" for arm in arms)
+    alt += "; ".join(f"{title_of(arm['arm'])} {arm['ece']['value']:.3f}" for arm in arms)
     return _Plot(pictures.reliability_diagram(curves, theme=theme), alt)
 
 
 def _learning_plot(curves: Mapping[tuple[Arm, int], pd.DataFrame], theme: pictures.Theme) -> _Plot:
     """Draw each arm's curve, averaged over training seeds."""
-    arms = list(dict.fromkeys(arm for arm in get_args(Arm) for key in curves if key[0] == arm))
+    arms = sorted({arm for arm, _ in curves}, key=in_order)
     columns = ["train_loss", "val_accuracy"]
     averaged = {
-        _TITLES[arm]: pd.concat([curve for (name, _), curve in curves.items() if name == arm])
+        title_of(arm): pd.concat([curve for (name, _), curve in curves.items() if name == arm])
         .groupby("step")[columns]
         .mean()
         .reset_index()

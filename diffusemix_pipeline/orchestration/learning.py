@@ -52,6 +52,7 @@ from diffusemix_pipeline.training.arms import (
     finished_fit,
     fit_arm,
     fit_fingerprint,
+    slug,
 )
 from diffusemix_pipeline.training.classifier import load_classifier
 from diffusemix_pipeline.training.data import LabelledImages, load_images, loading_once
@@ -120,8 +121,7 @@ def train_arms(
                 run.log_bytes("figures/learning_curve.png", curve)
                 logged = LoggedRun(run.run_id, None, None)
                 if wanted.per_class is None:  # the others are no models to be used
-                    alias = wanted.arm.replace("+", "-with-")
-                    logged = run.log_classifier(fit.folder, alias=alias)
+                    logged = run.log_classifier(fit.folder, alias=slug(wanted.arm))
         fits.append(fit)
         urls[str(wanted)] = tracker.run_url(logged.run_id)
     if reused and tracker.find_run(DATA_TAG, dataset.digest) is None:

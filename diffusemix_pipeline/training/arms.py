@@ -5,6 +5,7 @@ training images differ, and what is drawn anew for every batch.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from diffusemix_pipeline.files import BEGUN, replaced_folder, undamaged, write_j
 from diffusemix_pipeline.identity import digest, seed_from
 from diffusemix_pipeline.mixing.fractals import fractals_version, load_fractals
 from diffusemix_pipeline.mixing.masks import half_mask
+from diffusemix_pipeline.own_code import is_own
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.recipes import training_identity
 from diffusemix_pipeline.settings import Arm, Settings
@@ -85,6 +87,11 @@ class Wanted(NamedTuple):
         return f"{self.arm}, seed {self.seed}{few}"
 
 
+def slug(arm: Arm) -> str:
+    """Return an arm's name as files and MLflow's aliases may bear it."""
+    return re.sub(r"[^\w-]", "-", arm.replace("+", "-with-"))
+
+
 def fit_fingerprint(wanted: Wanted, stages: Mapping[str, Stage], settings: Settings) -> str:
     """Identify a fit by the images it sees and everything that shapes the training.
 
@@ -94,6 +101,8 @@ def fit_fingerprint(wanted: Wanted, stages: Mapping[str, Stage], settings: Setti
     added = _ADDED_STAGE.get(arm)
     versions = [_version_of_seen(stages["raw"]), stages[added].version if added else None]
     drawn: list[Any] = [augmentations.VERSIONS[arm]] if arm in augmentations.VERSIONS else []
+    if is_own(arm):
+        drawn.append(augmentations.own_version(arm))
     if arm in _USES_FRACTALS:
         drawn.append(fractals_version(settings.mixing, settings.seed))
     if arm == "diffusemix_online":
@@ -285,7 +294,9 @@ def _augmentation(arm: Arm, images: _Images, settings: Settings) -> Augmentation
             return augmentations.diffusemix_redrawn(
                 images.train.images, images.sources, masks, images.fractals, mixing.lam
             )
-        case "vanilla" | "generated_only" | "hybrid_only" | "diffusemix":
+        case _ if is_own(arm):
+            return augmentations.own_augmentation(arm, classes)
+        case _:
             return augmentations.NONE
 
 

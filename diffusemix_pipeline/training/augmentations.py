@@ -9,6 +9,7 @@ torch's global generator, which the loop seeds for each batch.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -19,8 +20,10 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
+from diffusemix_pipeline.identity import file_sha256
 from diffusemix_pipeline.mixing.blending import mix
 from diffusemix_pipeline.mixing.masks import Mask
+from diffusemix_pipeline.own_code import is_own, own_code
 from diffusemix_pipeline.training.data import Images
 
 Option = TypeVar("Option")
@@ -58,12 +61,12 @@ def trivialaugment() -> Augmentation:
 
     Bilinear, as in torchvision's reference recipe; its authors' code takes the nearest pixel.
     """
-    return Augmentation(each=_on_picture(v2.TrivialAugmentWide(interpolation=_BILINEAR)))
+    return Augmentation(each=on_picture(v2.TrivialAugmentWide(interpolation=_BILINEAR)))
 
 
 def randaugment() -> Augmentation:
     """Two random operations of strength 9 of 30 an image (Cubuk et al., 2020)."""
-    return Augmentation(each=_on_picture(v2.RandAugment(interpolation=_BILINEAR)))
+    return Augmentation(each=on_picture(v2.RandAugment(interpolation=_BILINEAR)))
 
 
 def augmix() -> Augmentation:
@@ -72,7 +75,7 @@ def augmix() -> Augmentation:
     The operations are those that are no corruption of ImageNet-C, as in the paper. The
     Jensen-Shannon loss is left out: every arm has the same loss.
     """
-    return Augmentation(each=_on_picture(v2.AugMix(all_ops=False)))
+    return Augmentation(each=on_picture(v2.AugMix(all_ops=False)))
 
 
 def mixup(classes: int) -> Augmentation:
@@ -136,11 +139,33 @@ def diffusemix_redrawn(
     return Augmentation(redraw=redraw)
 
 
+def own_augmentation(arm: str, classes: int) -> Augmentation:
+    """Return what a Python file of the user's own draws: its `augmentation(classes)`."""
+    augmentation: Augmentation = _own(arm)(classes)
+    return augmentation
+
+
+def own_version(arm: str) -> str:
+    """Identify what a user's own file draws, by its bytes."""
+    return file_sha256(Path(arm).expanduser())
+
+
+def check_own_arms(arms: Sequence[str]) -> None:
+    """Raise UserError for files of a user's own that are no augmentation."""
+    for arm in filter(is_own, arms):
+        _own(arm)
+
+
+def _own(arm: str) -> Callable[[int], Augmentation]:
+    found: Callable[[int], Augmentation] = own_code("training.arms", arm, "augmentation")
+    return found
+
+
 def _drawn(options: Sequence[Option], rng: Generator) -> Option:
     return options[int(rng.integers(len(options)))]
 
 
-def _on_picture(transform: v2.Transform) -> Callable[[Pixels, Generator], Pixels]:
+def on_picture(transform: v2.Transform) -> Callable[[Pixels, Generator], Pixels]:
     """Apply a torchvision transform, which draws from torch's global generator."""
     return lambda image, rng: np.asarray(transform(Image.fromarray(image)))
 
