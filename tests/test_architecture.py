@@ -106,3 +106,12 @@ def test_each_fault_that_is_documented_has_its_test():
     for file, test in named:
         tests = (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8")
         assert f"def {test}(" in tests, test
+
+
+def test_the_walk_through_the_code_names_what_is_there():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", page)
+    assert len(named) > 20
+    for file, name in named:
+        code = (PACKAGE / file).read_text(encoding="utf-8")
+        assert not name or re.search(rf"^(def|class) {name}\b", code, re.MULTILINE), (file, name)
