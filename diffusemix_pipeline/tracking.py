@@ -31,6 +31,7 @@ from filelock import FileLock
 from diffusemix_pipeline import settings
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import link_or_copy, write_bytes
+from diffusemix_pipeline.git import git
 from diffusemix_pipeline.processes import is_gone, is_of_this_host, this_process
 from diffusemix_pipeline.project import Project
 
@@ -531,17 +532,11 @@ def _dataset_input(dataset: Dataset, context: str) -> "DatasetInput":
 def _commit(root: Path) -> dict[str, str]:
     """Return the project's commit and whether files differ from it; {} without git."""
 
-    def git(*command: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(root), *command], capture_output=True, text=True
-            )
-        except FileNotFoundError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
+    commit = git(root, "rev-parse", "HEAD")
     if commit is None:
         return {}
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return {"mlflow.source.git.commit": commit, "git.changed": str(bool(changed)).lower()}
+    changed = git(root, "status", "--porcelain", "--untracked-files=no")
+    return {
+        "mlflow.source.git.commit": commit.decode().strip(),
+        "git.changed": str(bool(changed)).lower(),
+    }

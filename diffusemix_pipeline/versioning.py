@@ -26,6 +26,7 @@ from filelock import FileLock
 
 from diffusemix_pipeline.errors import UserError, of_the_machine
 from diffusemix_pipeline.files import write_bytes
+from diffusemix_pipeline.git import git
 from diffusemix_pipeline.identity import digest
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.project import Project
@@ -139,23 +140,13 @@ def digest_at(root: Path, name: str) -> str | None:
 
     A person may write it as anything that git takes: HEAD~3, a tag, the start of a hash.
     """
-    command = ["git", "-C", str(root), "rev-parse", "--verify", "--quiet", "--end-of-options"]
-    try:
-        done = subprocess.run(
-            [*command, f"{name}^{{commit}}"], capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError:
-        return None
-    return committed_digest(root, done.stdout.strip()) if done.returncode == 0 else None
+    asked = ["rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}"]
+    commit = git(root, *asked)
+    return committed_digest(root, commit.decode().strip()) if commit else None
 
 
 def _committed_pin(root: Path, commit: str) -> bytes | None:
-    command = ["git", "-C", str(root), "show", f"{commit}:./data.dvc"]
-    try:
-        done = subprocess.run(command, capture_output=True, check=False)
-    except FileNotFoundError:
-        return None
-    return done.stdout if done.returncode == 0 else None
+    return git(root, "show", f"{commit}:./data.dvc")
 
 
 def committed_versions(root: Path) -> dict[str, list[str]]:
@@ -163,13 +154,8 @@ def committed_versions(root: Path) -> dict[str, list[str]]:
 
     Empty without git.
     """
-    command = ["git", "-C", str(root), "log", "--format=%h", "--", "data.dvc"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return {}
     found: dict[str, list[str]] = {}
-    for commit in done.stdout.split():
+    for commit in (git(root, "log", "--format=%h", "--", "data.dvc") or b"").decode().split():
         pinned = committed_digest(root, commit)
         if pinned is not None:
             found.setdefault(pinned, []).append(commit)
