@@ -575,6 +575,19 @@ def test_an_edit_that_is_wanted_again_before_a_run_collects_is_named(gate, weigh
         collect_edits(plan, tmp_path / "out", store, verdicts if gate else None, aside)
 
 
+def test_an_edit_that_was_pruned_before_a_run_collects_is_named(weights, tmp_path):
+    raw, settings = ingested(tmp_path, weights)
+    store, aside = EditStore(tmp_path / "edits"), tmp_path / "aside"
+    plan = plan_edits(raw, settings)
+    make_edits(plan, store=store, device="cpu")
+    pruned = next(iter(plan))
+    store.remove([pruned.key])
+    with pytest.raises(UserError, match=f"{pruned.source.image_id} lacks .* Run it again"):
+        collect_edits(plan, tmp_path / "out", store, None, aside)
+    assert make_edits(plan, store=store, device="cpu") == 1
+    assert collect_edits(plan, tmp_path / "out", store, None, aside).counts["images"] == len(plan)
+
+
 def test_cut_off_work_goes_on_where_it_was(weights, tmp_path, monkeypatch):
     few = "editing.batch_size=3"
     whole = rows(generated(tmp_path / "whole", weights, few))

@@ -249,7 +249,7 @@ class _Collected:
     def __init__(self, store: EditStore, verdicts: Ledger | None) -> None:
         self._gated = verdicts is not None
         self._judged = Verdicts(verdicts or [])
-        self._records = store.records()
+        self._store, self._records = store, store.records()
         self.accepted = 0
         self.rejected: list[dict[str, Any]] = []
 
@@ -276,7 +276,7 @@ class _Collected:
                 if edit.key in plan.dropped:
                     continue
                 verdict = self._judged.get(edit.case) if self._gated else ACCEPTED
-                if not verdict or (verdict == ACCEPTED and edit.key not in self._records):
+                if not verdict or (verdict == ACCEPTED and not self._is_stored(edit)):
                     raise UserError(
                         f"{edit.source.image_id} lacks its edit to '{edit.prompt}': dropped.txt or "
                         "the store changed during the run. Run it again: what was made is kept."
@@ -286,6 +286,10 @@ class _Collected:
                     yield {**row, "sha256": self._records[edit.key].sha256}
                 else:
                     self.rejected.append({name: row[name] for name in _REJECTED_COLUMNS})
+
+    def _is_stored(self, edit: PlannedEdit) -> bool:
+        # What was pruned keeps its record.
+        return edit.key in self._records and edit.key in self._store
 
 
 def _stored(store: EditStore, rows: Sequence[dict[str, Any]], threads: int) -> Iterator[Image]:

@@ -177,7 +177,10 @@ class EditStore:
         return Status(made_by.total(), size, dict(made_by), self.profiles(), quarantined)
 
     def remove(self, keys: Iterable[str]) -> None:
-        """Forget edits for good, and what killed writers left; nobody else may be writing."""
+        """Delete edits' files, and what killed writers left; nobody else may be writing.
+
+        Their records stay: where one is made again with other bytes, `records` goes by these.
+        """
         shutil.rmtree(self._folder / _ASIDE, ignore_errors=True)
         for key in keys:
             self.path(key).unlink(missing_ok=True)
