@@ -41,7 +41,7 @@ from diffusemix_pipeline.editing.generate import (
     judged_edits,
     make_edits,
     numeric_profiles,
-    without_parts_there,
+    prepare,
 )
 from diffusemix_pipeline.editing.instruct_pix2pix import (
     SCHEDULERS,
@@ -494,12 +494,16 @@ def test_a_drop_while_a_run_in_a_clone_is_at_work_pays_for_nothing(weights, tmp_
     shutil.rmtree(tmp_path / "edits")
     out, store, settings = tmp_path / "out", EditStore(tmp_path / "edits"), quick_settings(*asked)
     raw = read_stage(tmp_path / "raw")
-    without_parts_there(plan_edits(raw, settings), out, store)
+    whole = prepare(plan_edits(raw, settings), out, store, gate=None)
+    assert (len(whole.lacking), whole.there) == (0, 20)
     assert not list(store)  # as nothing is to be made
     plan = plan_edits(raw, settings, Dropped(edits=frozenset({edit["edit_key"]})))
-    lacking = without_parts_there(plan, out, store)
-    assert len(lacking) == len(plan) == 20
-    assert make_edits(lacking, store=store, device="cpu") == 0
+    prepared = prepare(plan, out, store, gate=None)
+    assert len(prepared.lacking) == len(plan) == 20
+    assert prepared.there == 0
+    assert make_edits(prepared.lacking, store=store, device="cpu") == 0
+    collect_edits(plan, out, store, None, tmp_path / "aside")
+    assert prepare(plan, out, store, gate=None).there == 19  # what was dropped is no image
 
 
 @pytest.mark.parametrize("layout", ["files", "tar"])
