@@ -20,7 +20,6 @@ import numpy as np
 import pandas as pd
 
 from diffusemix_pipeline.datasets.columns import tuples
-from diffusemix_pipeline.datasets.dropped import NOTHING, Dropped
 from diffusemix_pipeline.datasets.images import read_square
 from diffusemix_pipeline.datasets.manifest import (
     REJECTED,
@@ -100,7 +99,6 @@ def generate(
     store: EditStore,
     aside: Path,
     device: str,
-    dropped: Dropped = NOTHING,
     gate_of: Callable[[Plan], LabelGate] | None = None,
     progress: Progress = silent,
 ) -> Generated:
@@ -108,7 +106,7 @@ def generate(
 
     `gate_of` is asked for the label gate where it is on.
     """
-    plan = plan_edits(raw, settings, dropped)
+    plan = plan_edits(raw, settings)
     finished = finished_stage(out, plan.fingerprint, plan.layout)
     if finished:
         return Generated(finished, 0)

@@ -144,9 +144,10 @@ def collect_edits(
 def _plan(project: Project, settings: Settings) -> "Plan":
     from diffusemix_pipeline.datasets.dropped import read_dropped
     from diffusemix_pipeline.datasets.manifest import read_stage
-    from diffusemix_pipeline.editing.planning import plan_edits
+    from diffusemix_pipeline.editing import planning
 
-    return plan_edits(read_stage(project.raw), settings, read_dropped(project.dropped))
+    raw, dropped = read_stage(project.raw), read_dropped(project.dropped)
+    return planning.plan_edits(raw, settings, dropped)
 
 
 def _gate(context: dg.OpExecutionContext, plan: "Plan", device: str) -> "LabelGate | None":
