@@ -47,7 +47,7 @@ from diffusemix_pipeline.editing.instruct_pix2pix import (
     SCHEDULERS,
     InstructPix2PixEditor,
 )
-from diffusemix_pipeline.editing.planning import PlannedEdit, Source, plan_edits
+from diffusemix_pipeline.editing.planning import PlannedEdit, SourceImage, plan_edits
 from diffusemix_pipeline.editing.sampling import Sampler
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.errors import UserError
@@ -383,7 +383,7 @@ def planned(folder: Path, count: int) -> list[PlannedEdit]:
     pictures = write_classes(folder / "pictures", ["all"], count) / "all"
     files = StoredFiles(pictures)
     sources = [
-        Source(str(n), "all", files, f"{n}.png", file_sha256(pictures / f"{n}.png"), "")
+        SourceImage(str(n), "all", files, f"{n}.png", file_sha256(pictures / f"{n}.png"), "")
         for n in range(count)
     ]
     return [

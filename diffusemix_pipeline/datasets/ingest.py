@@ -27,7 +27,7 @@ from diffusemix_pipeline.datasets.manifest import (
     layout_of,
     read_stage,
 )
-from diffusemix_pipeline.datasets.parts import Image, Part, write_stage
+from diffusemix_pipeline.datasets.parts import Part, StoredRow, write_stage
 from diffusemix_pipeline.datasets.published import PUBLISHED
 from diffusemix_pipeline.datasets.sources import NAMES, list_images, source_digest
 from diffusemix_pipeline.datasets.splits import assign_splits, thin_train
@@ -306,7 +306,7 @@ def leave_out(stage: Stage, dropped: Dropped, storage: Storage, *, aside: Path) 
     return read_stage(stage.folder)
 
 
-def _taken_over(folder: Path, rows: pd.DataFrame, threads: int) -> Iterator[Image]:
+def _taken_over(folder: Path, rows: pd.DataFrame, threads: int) -> Iterator[StoredRow]:
     """Give rows of another stage folder with their files."""
     files = StoredFiles(folder)
     for row in rows.to_dict("records"):
@@ -324,7 +324,7 @@ def _check_left(labels: set[str], left: Iterable[tuple[str, str]]) -> None:
         raise UserError(f"What was dropped leaves {what}: take a line out of the file of it.")
 
 
-def _copied(max_pixels: int, kind: Any, images: pd.DataFrame, threads: int) -> Iterator[Image]:
+def _copied(max_pixels: int, kind: Any, images: pd.DataFrame, threads: int) -> Iterator[StoredRow]:
     """Give each image's manifest row and bytes."""
     columns = ["label", "split", "source_id", "sha256", "width", "height"]
     rows, pictures = tuples(images[columns]), Listing(images, kind).pictures()

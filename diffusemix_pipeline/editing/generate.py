@@ -29,7 +29,7 @@ from diffusemix_pipeline.datasets.manifest import (
     read_manifest,
     read_stage,
 )
-from diffusemix_pipeline.datasets.parts import Image, Part, write_stage
+from diffusemix_pipeline.datasets.parts import Part, StoredRow, write_stage
 from diffusemix_pipeline.datasets.storage import made_anew
 from diffusemix_pipeline.editing.editor import edits_at_once, load_editor
 from diffusemix_pipeline.editing.gate import ACCEPTED, Judge
@@ -175,9 +175,7 @@ def _adopt_verdicts(folder: Path, plan: Plan, verdicts: Ledger) -> None:
         return
     known = Verdicts(verdicts)
     columns = ["edit_key", "label", "verdict"]
-    with undamaged(folder / REJECTED, made_anew(folder)):
-        rejected = pd.read_parquet(folder / REJECTED, columns=columns)
-    for rows in (read_manifest(folder, columns), rejected):
+    for rows in (read_manifest(folder, columns), _rejected(folder, columns)):
         for key, label, verdict in tuples(rows):
             if case(key, label) not in known:
                 verdicts.add({"key": key, "label": label, "verdict": verdict})
@@ -308,7 +306,7 @@ class _Collected:
         return edit.key in self._records and edit.key in self._store
 
 
-def _stored(store: EditStore, rows: Sequence[dict[str, Any]], threads: int) -> Iterator[Image]:
+def _stored(store: EditStore, rows: Sequence[dict[str, Any]], threads: int) -> Iterator[StoredRow]:
     """Give edits' rows with their files in the store."""
     for row in rows:
         yield row, store.path(row["edit_key"])
@@ -324,12 +322,17 @@ def _read(store: EditStore, edit: PlannedEdit, size: int) -> np.ndarray:
 def judged_edits(stage: Stage) -> pd.DataFrame:
     """Return label, prompt and verdict of every edit that the gate judged for a stage."""
     columns = ["label", "prompt", "verdict"]
-    rejected = stage.folder / REJECTED
     rows = [stage.manifest(columns)]
-    if rejected.exists():
-        with undamaged(rejected, made_anew(stage.folder)):
-            rows.append(pd.read_parquet(rejected, columns=columns))
+    if (stage.folder / REJECTED).exists():
+        rows.append(_rejected(stage.folder, columns))
     return pd.concat(rows, ignore_index=True).dropna(subset="verdict")
+
+
+def _rejected(folder: Path, columns: list[str]) -> pd.DataFrame:
+    """Read some columns of what a gate kept out of a stage folder."""
+    path = folder / REJECTED
+    with undamaged(path, made_anew(folder)):
+        return pd.read_parquet(path, columns=columns)
 
 
 def _make_missing(

@@ -36,7 +36,7 @@ GATE_VERSION = "2"
 """Of the label gate: new where its teachers or its rules would judge otherwise."""
 
 
-class Source(NamedTuple):
+class SourceImage(NamedTuple):
     """A training image that is to be edited; `sha256` is that of the bytes in `data/raw`."""
 
     image_id: str
@@ -65,7 +65,7 @@ class PlannedEdit:
     """One wanted edit: `key` identifies its bytes."""
 
     key: str
-    source: Source
+    source: SourceImage
     prompt: str
     instruction: str
     copy: int
@@ -102,7 +102,7 @@ class Plan:
     classes: list[str]
     _files: StoredFiles
     _sources: pd.DataFrame
-    """The training images that are edited, with the columns of `Source` but for the files."""
+    """The training images that are edited, with the columns of `SourceImage` but for the files."""
 
     def __len__(self) -> int:
         """Count the first attempts, dropped ones too: to tell these, each would have to be made."""
@@ -117,7 +117,7 @@ class Plan:
         """Give the first attempts of some of the sources."""
         settings = self.settings
         for image_id, label, *rest in tuples(sources):
-            source = Source(image_id, sys.intern(label), self._files, *rest)
+            source = SourceImage(image_id, sys.intern(label), self._files, *rest)
             for copy in range(settings.editing.copies):
                 for prompt in _prompts(source.sha256, copy, settings):
                     yield _planned(source, prompt, copy, 0, settings, self.weights)
@@ -252,7 +252,7 @@ def instruction(prompt: str, editing: Editing) -> str:
 
 
 def _planned(
-    source: Source, prompt: str, copy: int, attempt: int, settings: Settings, weights: str
+    source: SourceImage, prompt: str, copy: int, attempt: int, settings: Settings, weights: str
 ) -> PlannedEdit:
     editing = settings.editing
     told = instruction(prompt, editing)

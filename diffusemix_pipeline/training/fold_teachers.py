@@ -18,7 +18,7 @@ import torch
 from diffusemix_pipeline.datasets.manifest import Stage, class_names
 from diffusemix_pipeline.editing.gate import class_thresholds, verdicts
 from diffusemix_pipeline.editing.generate import LabelGate
-from diffusemix_pipeline.editing.planning import Plan, Source, teacher_recipe
+from diffusemix_pipeline.editing.planning import Plan, SourceImage, teacher_recipe
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import replaced_folder, undamaged, write_bytes
 from diffusemix_pipeline.identity import digest, seed_from
@@ -157,7 +157,9 @@ def label_gate(
         teachers = FoldTeachers(classes, kept["ids"], kept["folds"], read)
         return teachers, kept["thresholds"], float(kept["accuracy"])
 
-    def judge(sources: Sequence[Source], originals: np.ndarray, edits: np.ndarray) -> list[str]:
+    def judge(
+        sources: Sequence[SourceImage], originals: np.ndarray, edits: np.ndarray
+    ) -> list[str]:
         teachers, thresholds, _ = fitted()
         labels = np.array([index[source.label] for source in sources])
         probabilities = teachers.probabilities([source.sha256 for source in sources], edits)

@@ -37,7 +37,7 @@ _MOMENTUM = 0.9
 _MOST_READERS = 8
 
 
-class Kept(NamedTuple):
+class Checkpoint(NamedTuple):
     """The file of what a training has learnt so far, and a folder on its file system."""
 
     path: Path
@@ -57,16 +57,16 @@ def fit(
     augmentation: Augmentation = NONE,
     on_point: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
     progress: Progress = silent,
-    kept: Kept | None = None,
+    checkpoint: Checkpoint | None = None,
     group: "Accelerator | None" = None,
 ) -> pd.DataFrame:
     """Train `classifier` in place for `training.steps` steps and keep its best weights on val.
 
     Returns the curve: a row a validation, with step, train_loss, val_loss, val_accuracy and
     learning_rate. Val decides, test is never seen (DESIGN, promise 7). Everything random follows
-    from `seed`. What was learnt is `kept` at each validation and every two minutes: another call
-    goes on from there. Of the processes of a `group`, each takes its share of every batch; the
-    first alone validates, keeps the best weights and returns a curve.
+    from `seed`. What was learnt goes to `checkpoint` at each validation and every two minutes:
+    another call goes on from there. Of the processes of a `group`, each takes its share of every
+    batch; the first alone validates, keeps the best weights and returns a curve.
     """
     model = classifier.model.to(device).to(memory_format=torch.channels_last)
     recipe = recipe_of(training)
@@ -76,8 +76,8 @@ def fit(
     shared = group.prepare_model(model) if group else model
 
     state = TrainingState.begin(model, optimizer)
-    if kept and kept.path.exists():
-        state.read(kept.path)
+    if checkpoint and checkpoint.path.exists():
+        state.read(checkpoint.path)
         for point in state.points:
             on_point(int(point["step"]), {k: v for k, v in point.items() if k != "step"})
     written = time.monotonic()
@@ -104,8 +104,8 @@ def fit(
             state.points.append({"step": step, **point})
             state.keep_if_best(point["val_accuracy"])
         overdue = rank == 0 and time.monotonic() - written > _KEEP_EVERY_SECONDS
-        if kept and (validates or overdue):
-            state.write(kept.path, aside=kept.aside)
+        if checkpoint and (validates or overdue):
+            state.write(checkpoint.path, aside=checkpoint.aside)
             written = time.monotonic()
         if validates:
             on_point(step, point)
