@@ -88,20 +88,38 @@ def evaluate_editor(
         for size in _SIZES:
             pixels, names = _read_set(name, image_folders, size, "test")
             shown = _spread(len(pixels), _IMAGES)
-            labels = _numbers(name, [names[row] for row in shown], classes)
-            edits = _edit_all(editor, editing, pixels[shown], progress)
-            images = to_tensor(pixels[shown])
-            figures[name][str(size)] = {
-                "images": len(images),
-                "autoencoder": measure_autoencoder(autoencoder, images),
-                **measure_edits(images, labels, edits, prompt_judge, subject_judge, _SEED),
-            }
-            sheet_parts.append((f"{name} {size} px", _of_three(images, edits)))
+            images, labels = pixels[shown], _numbers(name, [names[row] for row in shown], classes)
+            edits = _edit_all(editor, editing, images, progress)
+            figures[name][str(size)], pictures = _figures_of_set(
+                autoencoder, to_tensor(images), labels, edits, prompt_judge, subject_judge
+            )
+            sheet_parts.append((f"{name} {size} px", pictures))
     _write_sheet(sheet, sheet_parts)
     return {
         **editing.model_dump(include={"sampler", "steps", "guidance", "image_guidance"}),
         "figures": figures,
     }
+
+
+def _figures_of_set(
+    autoencoder: AutoencoderKL,
+    images: Tensor,
+    labels: Tensor,
+    edits: Tensor,
+    prompt_judge: nn.Module,
+    subject_judge: nn.Module,
+) -> tuple[dict[str, Any], Tensor]:
+    """All figures of a set at one size, and three of its images with their edits for the sheet.
+
+    See `measure_edits` and `_write_sheet` for the shapes.
+    """
+    figures = {
+        "images": len(images),
+        "autoencoder": measure_autoencoder(autoencoder, images),
+        **measure_edits(images, labels, edits, prompt_judge, subject_judge, _SEED),
+    }
+    few = torch.linspace(0, len(images) - 1, 3).long()
+    return figures, torch.cat([images[few][None], edits[:, :, few].flatten(0, 1)])
 
 
 # Editing
@@ -353,12 +371,6 @@ def _spread(images: int, count: int) -> list[int]:
 
 
 # Pictures
-
-
-def _of_three(images: Tensor, edits: Tensor) -> Tensor:
-    """Originals [N, 3, S, S] and edits [prompts, 2, N, 3, S, S] of three images, for the sheet."""
-    few = torch.linspace(0, len(images) - 1, 3).long()
-    return torch.cat([images[few][None], edits[:, :, few].flatten(0, 1)])
 
 
 def _write_sheet(path: Path, parts: Sequence[tuple[str, Tensor]]) -> None:
