@@ -82,9 +82,9 @@ class PlannedEdit:
 class Plan:
     """The edits that a stage wants, and what they follow from.
 
-    Iterating gives the first attempts in the order of their sources' names, those that were dropped
-    among them. Each is made when it is
-    asked for: what one holds of them costs some 700 bytes, their rows here a fifth of that.
+    Iterating gives the first attempts in the order of their sources' names, dropped ones too. Each
+    is made when it is asked for: what one holds of them costs some 700 bytes, their rows here a
+    fifth of that.
     """
 
     shape: str

@@ -79,7 +79,7 @@ def edit_shard(context: dg.OpExecutionContext, shard: dict[str, Any]) -> dict[st
             store = EditStore(project.edits, settings.storage.edits)
             if plan.fingerprint == shard["plan"]:  # for which `plan_edits` looked at what is there
                 lacking = plan.without_parts(plan.parts_in(project.generated))
-            else:  # something was dropped meanwhile, which no gate is fitted for
+            else:  # something was dropped meanwhile, for which no gate is fitted
                 lacking = prepare(plan, project.generated, store, gate=None).lacking
             made = make_edits(
                 lacking,
