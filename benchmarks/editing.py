@@ -26,7 +26,7 @@ from diffusemix_pipeline.datasets.images import read_square
 from diffusemix_pipeline.datasets.storage import StoredFiles
 from diffusemix_pipeline.devices import choose_device
 from diffusemix_pipeline.editing.editor import load_editor, locate_editor
-from diffusemix_pipeline.editing.planning import PlannedEdit, Source
+from diffusemix_pipeline.editing.planning import PlannedEdit, SourceImage
 from diffusemix_pipeline.editing.sampling import Sampler, workers_on
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.identity import file_sha256
@@ -191,7 +191,9 @@ def _edits(scratch: Path, options: argparse.Namespace, count: int) -> Sequence[P
         Image.fromarray(image).save(path)
         prompt = PAPER_PROMPTS[number % len(PAPER_PROMPTS)]
         instruction = Editing().template.format(prompt=prompt)
-        source = Source(str(number), "all", StoredFiles(scratch), path.name, file_sha256(path), "")
+        source = SourceImage(
+            str(number), "all", StoredFiles(scratch), path.name, file_sha256(path), ""
+        )
         edits.append(PlannedEdit(f"{number:032x}", source, prompt, instruction, 0, 0, number))
     return edits
 

@@ -93,7 +93,6 @@ FORKED.set_forkserver_preload(
         "diffusemix_pipeline.orchestration.promotion",
         "diffusemix_pipeline.training.loop",
         "diffusemix_pipeline.terminal",
-        "dvc.repo",
         "mlflow",
     ]
 )

@@ -29,7 +29,7 @@ from diffusemix_pipeline.project import Project, using_edits
 from diffusemix_pipeline.settings import Settings
 from diffusemix_pipeline.training.fold_teachers import label_gate
 
-SOURCES = "sources.parquet"
+_SOURCES = "sources.parquet"
 
 
 class Augmented(NamedTuple):
@@ -93,7 +93,7 @@ def augment_folder(
         aside=aside,
         progress=progress,
     )
-    write_if_changed(out / SOURCES, (raw.folder / MANIFEST).read_bytes(), aside=aside)
+    write_if_changed(out / _SOURCES, (raw.folder / MANIFEST).read_bytes(), aside=aside)
     for folder in (parts, aside):
         shutil.rmtree(folder, ignore_errors=True)  # with what killed calls left there
     return Augmented(
@@ -117,5 +117,5 @@ def _is_earlier_result(out: Path) -> bool:
     """Tell whether a folder holds what this wrote and nothing else, so that it may be replaced."""
     if not (out / STAGE).exists() or read_stage(out).name != "augmented":
         return False
-    own = {*TABLES, SOURCES, *read_stage(out).image_files()}
+    own = {*TABLES, _SOURCES, *read_stage(out).image_files()}
     return own >= {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}

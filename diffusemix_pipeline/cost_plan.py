@@ -7,13 +7,8 @@ from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import STAGE, Stage, read_stage
 from diffusemix_pipeline.datasets.sources import DIGITS
 from diffusemix_pipeline.devices import choose_device
-from diffusemix_pipeline.editing.cost import (
-    Forecast,
-    forecast,
-    run_pilot,
-    share_within,
-)
-from diffusemix_pipeline.editing.generate import adopt_edits, adopt_verdicts, fit_where_needed
+from diffusemix_pipeline.editing.cost import Forecast, forecast_by_pilot, share_within
+from diffusemix_pipeline.editing.generate import adopt_edits, prepare_gate
 from diffusemix_pipeline.editing.planning import plan_edits
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.preflight import check_augmentation
@@ -55,17 +50,15 @@ def plan_cost(
         gate = label_gate(
             plan, raw, folder=project.gate, aside=aside, device=device, progress=progress
         )
-        adopt_verdicts(project.generated, plan, gate.verdicts)
-        fit_where_needed(gate, plan)
+        prepare_gate(gate, plan, project.generated)
     with using_edits(project):
-        adopt_edits(project.generated, store)
+        adopt_edits(project.generated, store)  # all: the plan of a share has other parts
         store.exchange({edit.key for edit in plan.shard(0, 1)}, progress)
         stored = [edit.key in store for edit in plan.shard(0, 1)]
-        cost = run_pilot(plan, store, device=device, gate=gate, progress=progress)
-    left = forecast(plan, store, gate, cost) if cost else None
+        left = forecast_by_pilot(plan, store, device=device, gate=gate, progress=progress)
     share = None
-    if cost and budget:
-        share = share_within(budget, cost, raw, settings, store, gate, dropped)
+    if left and budget:
+        share = share_within(budget, left.cost, raw, settings, store, gate, dropped)
     return CostPlan(origin, len(stored), sum(stored), left, share)
 
 

@@ -368,18 +368,11 @@ class Tracker:
                 self._client.delete_run(run_id)
         return ids
 
-    def reconcile(self) -> list[str]:
-        """Mark as KILLED the runs whose process on this machine is gone; return their ids."""
-        left = [
-            run.info.run_id
-            for run in self._client.search_runs(
-                [self.experiment_id], "attributes.status = 'RUNNING'"
-            )
-            if is_gone(run.data.tags.get(_PROCESS, ""))
-        ]
-        for run_id in left:
-            self._client.set_terminated(run_id, "KILLED")
-        return left
+    def reconcile(self) -> None:
+        """Mark as KILLED the runs whose process on this machine is gone."""
+        for run in self._client.search_runs([self.experiment_id], "attributes.status = 'RUNNING'"):
+            if is_gone(run.data.tags.get(_PROCESS, "")):
+                self._client.set_terminated(run.info.run_id, "KILLED")
 
     def run_url(self, run_id: str, port: int = DEFAULT_PORT) -> str:
         """Return where a browser finds a run, by default at what `diffusemix mlflow` starts."""

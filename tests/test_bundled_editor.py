@@ -14,7 +14,7 @@ from diffusemix_pipeline.editing.editor import BUNDLED_WEIGHTS, load_editor
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.settings import PAPER_PROMPTS, Editing
 
-TINY = training.Recipe(
+TINY = training.EditorRecipe(
     steps=4, small_batch=4, large_batch=2, made_pictures=6, channels=(16, 16, 16, 32), save_every=1
 )
 
@@ -32,9 +32,12 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 def _edits(folder: Path, images: np.ndarray, prompt: str) -> torch.Tensor:
+    """Return the edits from two seeds, [2, N, 3, S, S]."""
     editing = Editing(batch_size=len(images))
     editor = load_editor(folder, editing, "cpu")
-    return evaluation.edit_all(editor, editing, images, prompts=[prompt])
+    instructions = [editing.template.format(prompt=prompt)] * len(images)
+    edited = (editor.edit(images, instructions, [seed] * len(images)) for seed in (0, 1))
+    return torch.stack([sources.to_tensor(each) for each in edited])
 
 
 @settings(max_examples=20, deadline=None)
@@ -142,6 +145,7 @@ def test_known_words_are_single_tokens_and_others_fall_back_to_characters():
 
 
 def test_a_killed_training_ends_as_an_undisturbed_one(tmp_path):
+    threads = torch.get_num_threads()
     whole = training.train_editor(tmp_path / "whole", checkpoint_dir=tmp_path / "a", recipe=TINY)
 
     def stop(description: str, done: int, total: int) -> None:
@@ -154,12 +158,13 @@ def test_a_killed_training_ends_as_an_undisturbed_one(tmp_path):
         )
     killed = training.train_editor(tmp_path / "killed", checkpoint_dir=tmp_path / "b", recipe=TINY)
     assert _files(whole) == _files(killed)
+    assert torch.get_num_threads() == threads
     edits = _edits(killed, sources.make_pictures(1, 32, np.random.default_rng(0)), "snowy")
-    assert edits.shape == (1, 2, 1, 3, 32, 32)
+    assert edits.shape == (2, 1, 3, 32, 32)
 
 
 def test_another_seed_or_another_picture_is_another_training(tmp_path):
-    few = training.Recipe(
+    few = training.EditorRecipe(
         steps=1, small_batch=4, large_batch=2, made_pictures=6, channels=TINY.channels
     )
     write_classes(tmp_path / "pictures", ["cat", "dog"], 2)
@@ -191,22 +196,21 @@ def test_bundled_folder_is_small_and_holds_no_code():
 def test_bundled_editor_edits_a_digit():
     digit = sources.read_digits(32, "test")[0][:1]
     images = sources.to_tensor(digit)
-    first, second = _edits(BUNDLED_WEIGHTS, digit, "sunset")[0]
+    first, second = _edits(BUNDLED_WEIGHTS, digit, "sunset")
     assert first.shape == images.shape
     assert (first - images).abs().mean() > 8 / 255
     assert (first - second).abs().mean() > 1 / 255
 
 
 @pytest.mark.slow
-def test_bundled_editor_reaches_its_figures_on_digits(tmp_path):
+def test_bundled_editor_reaches_its_figures_on_digits(tmp_path, monkeypatch):
+    for name, fewer in (("_SIZES", (32,)), ("_IMAGES", 12), ("_JUDGE_STEPS", 300)):
+        monkeypatch.setattr(evaluation, name, fewer)
     figures = evaluation.evaluate_editor(
         BUNDLED_WEIGHTS,
         image_folders={},
         train_folders={},
         sheet=tmp_path / "sheet.png",
-        sizes=(32,),
-        images_per_set=12,
-        classifier_steps=300,
     )["figures"]["digits"]["32"]
     assert figures["autoencoder"]["psnr"] >= 31
     assert figures["named"] >= 0.98

@@ -34,6 +34,7 @@ COST = Cost(
     edit_bytes=1000.0,
     accepted=None,
 )
+NONE_JUDGED = Verdicts([])
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def test_the_pilot_is_of_the_wanted_edits_and_paid_for_once(raw, weights, tmp_pa
     assert {edit.key for edit in plan} >= set(store)
     assert cost.edit_bytes == sum(store.path(key).stat().st_size for key in store) / 24
     assert cost.round_seconds > 0
-    left = forecast(plan, store, None, cost)
+    left = forecast(plan, store, NONE_JUDGED, cost)
     out, aside = tmp_path / "out", tmp_path / "aside"
     result = generate(raw, settings, out, store=store, aside=aside, device="cpu")
     assert result.made == left.edits == 30 - 24
@@ -87,7 +88,7 @@ def test_what_was_dropped_is_not_foreseen(raw, weights, tmp_path):
     settings, store = settings_of(weights), EditStore(tmp_path / "edits")
     edits = list(plan_edits(raw, settings))
     dropped = Dropped(edits=frozenset(edit.key for edit in edits[:10]))
-    left = forecast(plan_edits(raw, settings, dropped), store, None, COST)
+    left = forecast(plan_edits(raw, settings, dropped), store, NONE_JUDGED, COST)
     assert (left.edits, left.images) == (20, 20)
     just = COST.seconds(20)
     assert share_within(just, COST, raw, settings, store, None, dropped) == 1
@@ -105,7 +106,7 @@ def test_with_a_gate_the_edits_after_a_rejection_are_foreseen(raw, weights, tmp_
     gate = LabelGate(judge, plan.verdicts(tmp_path / "gate"), lambda: 1)
     tries = 1 + 1 / 2 + 1 / 4
     half = replace(COST, accepted=0.5)
-    left = forecast(plan, store, gate, half)
+    left = forecast(plan, store, Verdicts(gate.verdicts), half)
     assert (left.edits, left.images) == (round(30 * tries), round(30 * (1 - 1 / 2**3)))
     assert left.seconds == sum(COST.seconds(round(30 / 2**time)) for time in range(3))
     cost = run_pilot(plan, store, device="cpu", gate=gate)
@@ -114,11 +115,11 @@ def test_with_a_gate_the_edits_after_a_rejection_are_foreseen(raw, weights, tmp_
     dogs = sum(edit.source.label == "dog" for edit in judged)
     assert cost.accepted == pytest.approx(1 - dogs / 24)
     # What was judged is not foreseen again: accepted, it is done; rejected, two tries are left.
-    left = forecast(plan, store, gate, half)
+    left = forecast(plan, store, Verdicts(gate.verdicts), half)
     assert left.edits == round(6 * tries + dogs * (1 + 1 / 2))
     assert left.images == round(6 * 7 / 8 + dogs * 3 / 4 + 24 - dogs)
     make_edits(plan, store=store, device="cpu", gate=gate)
-    left = forecast(plan, store, gate, half)
+    left = forecast(plan, store, Verdicts(gate.verdicts), half)
     assert (left.edits, left.images) == (0, 15)  # the dogs are given up
     store.remove(list(store))
     cats = [edit.key for edit in plan if edit.source.label == "cat"]

@@ -58,7 +58,6 @@ FORKED.set_forkserver_preload(
         "diffusemix_pipeline.editing.instruct_pix2pix",
         "diffusemix_pipeline.orchestration.learning",
         "diffusemix_pipeline.training.loop",
-        "dvc.repo",
         "mlflow",
     ]
 )

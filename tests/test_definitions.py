@@ -1,9 +1,11 @@
 """Promise: Dagster holds six documented assets, one job, one schedule, one typed resource."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import dagster as dg
 import pytest
+import yaml
 from conftest import ASSETS, quick_settings
 
 from diffusemix_pipeline.errors import UserError
@@ -51,6 +53,15 @@ def test_the_schedule_asks_for_the_whole_job_once_a_week(definitions):
     assert len(requests) == 1
     job = definitions.resolve_job_def(schedule.job_name)
     assert {node.name for node in job.nodes} >= set(ASSETS)
+
+
+def test_a_run_may_last_as_long_as_dagster_yaml_says(definitions):
+    file = Path(__file__).parent.parent / "dagster.yaml"
+    asked = yaml.safe_load(file.read_text(encoding="utf-8"))["run_monitoring"]
+    assert asked["enabled"]
+    assert asked["max_runtime_seconds"] == 7 * 24 * 3600
+    # The job's own would outrank it.
+    assert dg.MAX_RUNTIME_SECONDS_TAG not in definitions.resolve_job_def("diffusemix").tags
 
 
 def test_a_cron_that_is_none_is_named(project):

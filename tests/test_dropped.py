@@ -12,7 +12,7 @@ from diffusemix_pipeline.datasets.dropped import NOTHING, Dropped, drop, read_dr
 from diffusemix_pipeline.datasets.ingest import ingest, leave_out
 from diffusemix_pipeline.datasets.manifest import Stage
 from diffusemix_pipeline.editing.gate import ACCEPTED
-from diffusemix_pipeline.editing.generate import LabelGate, generate
+from diffusemix_pipeline.editing.generate import LabelGate, collect_edits, make_edits, prepare
 from diffusemix_pipeline.editing.planning import plan_edits
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.errors import UserError
@@ -101,17 +101,13 @@ def made(raw: Stage, editor, folder, dropped: Dropped = NOTHING, gate=None):
     settings = quick_settings(
         f"editing.editor={editor}", f"editing.gate.enabled={gate is not None}"
     )
-    found = generate(
-        raw,
-        settings,
-        folder / "generated",
-        store=EditStore(folder / "edits"),
-        aside=folder / "aside",
-        device="cpu",
-        dropped=dropped,
-        gate_of=gate,
-    )
-    return found.stage, found.made
+    plan, store = plan_edits(raw, settings, dropped), EditStore(folder / "edits")
+    judges = gate(plan) if gate else None
+    lacking = prepare(plan, folder / "generated", store, judges).lacking
+    paid = make_edits(lacking, store=store, device="cpu", gate=judges)
+    verdicts = judges.verdicts if judges else None
+    stage = collect_edits(plan, folder / "generated", store, verdicts, folder / "aside")
+    return stage, paid
 
 
 def test_dropped_edits_and_sources_make_a_new_version_without_a_new_edit(source, editor, tmp_path):

@@ -41,13 +41,13 @@ from diffusemix_pipeline.editing.generate import (
     judged_edits,
     make_edits,
     numeric_profiles,
-    without_parts_there,
+    prepare,
 )
 from diffusemix_pipeline.editing.instruct_pix2pix import (
     SCHEDULERS,
     InstructPix2PixEditor,
 )
-from diffusemix_pipeline.editing.planning import PlannedEdit, Source, plan_edits
+from diffusemix_pipeline.editing.planning import PlannedEdit, SourceImage, plan_edits
 from diffusemix_pipeline.editing.sampling import Sampler
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.errors import UserError
@@ -383,7 +383,7 @@ def planned(folder: Path, count: int) -> list[PlannedEdit]:
     pictures = write_classes(folder / "pictures", ["all"], count) / "all"
     files = StoredFiles(pictures)
     sources = [
-        Source(str(n), "all", files, f"{n}.png", file_sha256(pictures / f"{n}.png"), "")
+        SourceImage(str(n), "all", files, f"{n}.png", file_sha256(pictures / f"{n}.png"), "")
         for n in range(count)
     ]
     return [
@@ -494,12 +494,16 @@ def test_a_drop_while_a_run_in_a_clone_is_at_work_pays_for_nothing(weights, tmp_
     shutil.rmtree(tmp_path / "edits")
     out, store, settings = tmp_path / "out", EditStore(tmp_path / "edits"), quick_settings(*asked)
     raw = read_stage(tmp_path / "raw")
-    without_parts_there(plan_edits(raw, settings), out, store)
+    whole = prepare(plan_edits(raw, settings), out, store, gate=None)
+    assert (len(whole.lacking), whole.there) == (0, 20)
     assert not list(store)  # as nothing is to be made
     plan = plan_edits(raw, settings, Dropped(edits=frozenset({edit["edit_key"]})))
-    lacking = without_parts_there(plan, out, store)
-    assert len(lacking) == len(plan) == 20
-    assert make_edits(lacking, store=store, device="cpu") == 0
+    prepared = prepare(plan, out, store, gate=None)
+    assert len(prepared.lacking) == len(plan) == 20
+    assert prepared.there == 0
+    assert make_edits(prepared.lacking, store=store, device="cpu") == 0
+    collect_edits(plan, out, store, None, tmp_path / "aside")
+    assert prepare(plan, out, store, gate=None).there == 19  # what was dropped is no image
 
 
 @pytest.mark.parametrize("layout", ["files", "tar"])
@@ -573,6 +577,19 @@ def test_an_edit_that_is_wanted_again_before_a_run_collects_is_named(gate, weigh
     make_edits(without, store=store, device="cpu", gate=judge if gate else None)
     with pytest.raises(UserError, match=f"{taken_out.source.image_id} lacks .* Run it again"):
         collect_edits(plan, tmp_path / "out", store, verdicts if gate else None, aside)
+
+
+def test_an_edit_that_was_pruned_before_a_run_collects_is_named(weights, tmp_path):
+    raw, settings = ingested(tmp_path, weights)
+    store, aside = EditStore(tmp_path / "edits"), tmp_path / "aside"
+    plan = plan_edits(raw, settings)
+    make_edits(plan, store=store, device="cpu")
+    pruned = next(iter(plan))
+    store.remove([pruned.key])
+    with pytest.raises(UserError, match=f"{pruned.source.image_id} lacks .* Run it again"):
+        collect_edits(plan, tmp_path / "out", store, None, aside)
+    assert make_edits(plan, store=store, device="cpu") == 1
+    assert collect_edits(plan, tmp_path / "out", store, None, aside).counts["images"] == len(plan)
 
 
 def test_cut_off_work_goes_on_where_it_was(weights, tmp_path, monkeypatch):

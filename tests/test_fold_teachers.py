@@ -164,6 +164,25 @@ def test_a_fitted_gate_is_read_back_without_its_images(raw, tmp_path, monkeypatc
     assert len(again.judge([strange], originals[:1], edits[:1])) == 1  # by any: none has seen it
 
 
+def test_what_is_known_of_a_gate_is_named_where_it_is_damaged(raw, tmp_path, monkeypatch):
+    settings = quick_settings(FOLDS, "editing.gate.enabled=true")
+    plan = plan_edits(raw, settings)
+    where = {"folder": tmp_path / "gate", "aside": tmp_path / "aside", "device": "cpu"}
+    accuracy = label_gate(plan, raw, **where).fit()
+    [kept] = (tmp_path / "gate" / "fitted").iterdir()
+    content = kept.read_bytes()
+    for place in (0, len(content) // 3, len(content) // 2):
+        damaged = bytearray(content)
+        damaged[place] ^= 0xFF
+        kept.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{kept} is damaged .* Delete it and run again"):
+            label_gate(plan, raw, **where).fit()
+    kept.unlink()
+    trained = spy_on_fits(monkeypatch)
+    assert label_gate(plan, raw, **where).fit() == accuracy
+    assert not trained
+
+
 def test_finished_teachers_are_read_and_a_missing_one_alone_is_trained(raw, tmp_path, monkeypatch):
     seen = spy_on_fits(monkeypatch)
     first = fitted(raw, tmp_path)

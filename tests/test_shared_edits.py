@@ -153,11 +153,11 @@ def test_where_machines_made_different_bytes_each_keeps_its_own(bucket, tmp_path
         record = store.put_file(key, content, store.add_profile({"device": "cpu"}))
         store.share({key: record})
     third = EditStore(tmp_path / "c", URL)
-    assert third.exchange([key]) == 1
+    third.exchange([key])
     assert third.path(key).read_bytes() in contents
     assert third.checked([key]) == {key}
     for store, content in zip(stores, contents, strict=True):
-        assert store.exchange([key]) == 0
+        store.exchange([key])
         assert store.path(key).read_bytes() == content
 
 
@@ -176,7 +176,7 @@ def test_many_edits_are_found_beyond_one_page_of_a_listing(bucket, tmp_path):
     store = EditStore(tmp_path, URL)
     store.share({key: store.put_file(key, content, profile) for key, content in made.items()})
     other = EditStore(tmp_path / "other", URL)
-    assert other.exchange(made.keys()) == len(made)
+    other.exchange(made.keys())
     assert {key: other.path(key).read_bytes() for key in made} == made
 
 

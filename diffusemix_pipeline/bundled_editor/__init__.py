@@ -5,6 +5,6 @@ them on (`sources`), its training (`training`), its figures (`evaluation`) and t
 folder (`weights/`, an ordinary diffusers folder with its model card).
 
 What does not: anything that loads or runs an editor for a dataset. The folder in `weights/` is
-loaded by `StableDiffusionInstructPix2PixPipeline.from_pretrained` like any other checkpoint, and
-nothing outside this package knows how it was made.
+loaded by `StableDiffusionInstructPix2PixPipeline.from_pretrained` like any other checkpoint. How it
+was made matters to nothing that makes or uses edits: the report alone tells of it.
 """

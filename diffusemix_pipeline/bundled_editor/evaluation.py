@@ -7,8 +7,8 @@ InstructPix2Pix checkpoint may be judged, though only this one was made to imita
 The figures, each on test images that no one trained on:
 
 - autoencoder: PSNR, and the share of each chroma channel's variance that survives, of originals;
-- prompt: how often a classifier that was trained on teacher edits names the edit's prompt;
-- fidelity: PSNR between an edit and the nearest of 16 draws of its teacher, mean over edits;
+- named: how often a classifier that was trained on teacher edits names the edit's prompt;
+- psnr: PSNR between an edit and the nearest of 16 draws of its teacher, mean over edits;
 - variety: mean absolute difference between the edits of one image from two seeds, in 1/255;
 - subject: accuracy of a classifier trained on originals only, on originals and on their edits.
 """
@@ -42,7 +42,12 @@ from diffusemix_pipeline.pictures import contact_sheet
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Editing
 
-DRAWS = 16
+_DRAWS = 16
+_SIZES = (32, 64)  # px
+_IMAGES = 20  # of a set that are edited
+_JUDGE_STEPS = 1500
+_SEED = 0
+_EDIT_SEEDS = (0, 1)
 
 
 def evaluate_editor(
@@ -51,10 +56,6 @@ def evaluate_editor(
     image_folders: Mapping[str, Path],
     train_folders: Mapping[str, Path],
     sheet: Path,
-    sizes: Sequence[int] = (32, 64),
-    images_per_set: int = 20,
-    classifier_steps: int = 1500,
-    seed: int = 0,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Measure the editor at `location` and write its contact sheet; return all figures.
@@ -66,7 +67,7 @@ def evaluate_editor(
 
     Raises UserError for a folder without images and for a test class that no train folder has.
     """
-    editing = Editing(batch_size=images_per_set)
+    editing = Editing(batch_size=_IMAGES)
     editor = load_editor(location, editing, "cpu")
     autoencoder = AutoencoderKL.from_pretrained(location / "vae", use_safetensors=True)
     taught = {name: _read_set(name, train_folders, 32, "train") for name in _names(train_folders)}
@@ -74,64 +75,71 @@ def evaluate_editor(
     for name in judged:
         _numbers(name, judged[name][1], taught[name][1])  # refused before anything is trained
     photographs = [to_tensor(images) for images, _ in taught.values()]
-    prompt_judge = train_prompt_judge(photographs, classifier_steps, seed, progress)
+    prompt_judge = train_prompt_judge(photographs, _JUDGE_STEPS, _SEED, progress)
     figures: dict[str, dict[str, Any]] = {}
     sheet_parts: list[tuple[str, Tensor]] = []
     for name in judged:
         originals, classes = taught[name]
+        labels = _numbers(name, classes, classes)
         subject_judge = train_subject_judge(
-            to_tensor(originals),
-            _numbers(name, classes, classes),
-            classifier_steps,
-            seed,
-            progress,
+            to_tensor(originals), labels, _JUDGE_STEPS, _SEED, progress
         )
         figures[name] = {}
-        for size in sizes:
+        for size in _SIZES:
             pixels, names = _read_set(name, image_folders, size, "test")
-            shown = _spread(len(pixels), images_per_set)
-            edits = edit_all(editor, editing, pixels[shown], progress=progress)
-            images = to_tensor(pixels[shown])
-            labels = _numbers(name, [names[row] for row in shown], classes)
-            figures[name][str(size)] = {
-                "images": len(images),
-                "autoencoder": measure_autoencoder(autoencoder, images),
-                **measure_edits(images, labels, edits, prompt_judge, subject_judge, seed),
-            }
-            few = torch.linspace(0, len(images) - 1, 3).long()
-            together = torch.cat([images[few][None], edits[:, :2, few].flatten(0, 1)])
-            sheet_parts.append((f"{name} {size} px", together))
-    write_sheet(sheet, sheet_parts)
+            shown = _spread(len(pixels), _IMAGES)
+            images, labels = pixels[shown], _numbers(name, [names[row] for row in shown], classes)
+            edits = _edit_all(editor, editing, images, progress)
+            figures[name][str(size)], pictures = _figures_of_set(
+                autoencoder, to_tensor(images), labels, edits, prompt_judge, subject_judge
+            )
+            sheet_parts.append((f"{name} {size} px", pictures))
+    _write_sheet(sheet, sheet_parts)
     return {
         **editing.model_dump(include={"sampler", "steps", "guidance", "image_guidance"}),
         "figures": figures,
     }
 
 
+def _figures_of_set(
+    autoencoder: AutoencoderKL,
+    images: Tensor,
+    labels: Tensor,
+    edits: Tensor,
+    prompt_judge: nn.Module,
+    subject_judge: nn.Module,
+) -> tuple[dict[str, Any], Tensor]:
+    """All figures of a set at one size, and three of its images with their edits for the sheet.
+
+    See `measure_edits` and `_write_sheet` for the shapes.
+    """
+    figures = {
+        "images": len(images),
+        "autoencoder": measure_autoencoder(autoencoder, images),
+        **measure_edits(images, labels, edits, prompt_judge, subject_judge, _SEED),
+    }
+    few = torch.linspace(0, len(images) - 1, 3).long()
+    return figures, torch.cat([images[few][None], edits[:, :, few].flatten(0, 1)])
+
+
 # Editing
 
 
-def edit_all(
-    editor: Editor,
-    editing: Editing,
-    images: Images,
-    *,
-    seeds: Sequence[int] = (0, 1),
-    prompts: Sequence[str] = PROMPTS,
-    progress: Progress = silent,
+def _edit_all(
+    editor: Editor, editing: Editing, images: Images, progress: Progress = silent
 ) -> Tensor:
-    """Edit every image under every prompt and seed.
+    """Edit every image under every prompt, from two seeds.
 
-    images: uint8 [N, S, S, 3]. Returns float32 [prompts, seeds, N, 3, S, S] in [0, 1].
+    images: uint8 [N, S, S, 3]. Returns float32 [prompts, 2, N, 3, S, S] in [0, 1].
     """
     batches = []
-    for prompt in prompts:
+    for prompt in PROMPTS:
         instructions = [editing.template.format(prompt=prompt)] * len(images)
-        for seed in seeds:
+        for seed in _EDIT_SEEDS:
             drawn = [seed_from(seed, prompt, row) for row in range(len(images))]
             batches.append(to_tensor(editor.edit(images, instructions, drawn)))
-            progress("editing test images", len(batches), len(prompts) * len(seeds))
-    return torch.stack(batches).unflatten(0, (len(prompts), len(seeds)))
+            progress("editing test images", len(batches), len(PROMPTS) * len(_EDIT_SEEDS))
+    return torch.stack(batches).unflatten(0, (len(PROMPTS), len(_EDIT_SEEDS)))
 
 
 # Figures
@@ -185,12 +193,12 @@ def measure_edits(
 
 def psnr_to_teacher(images: Tensor, edits: Tensor, prompt: str, seed: int) -> Tensor:
     """PSNR in dB [seeds, N] of a prompt's edits [seeds, N, 3, S, S] to the nearest teacher draw."""
-    draws = draw_teacher(images, prompt, DRAWS, seed)
+    draws = _draw_teacher(images, prompt, _DRAWS, seed)
     each = [_psnr(edits.flatten(0, 1), draw.repeat(len(edits), 1, 1, 1)) for draw in draws]
     return torch.stack(each).amax(0).unflatten(0, edits.shape[:2])
 
 
-def draw_teacher(images: Tensor, prompt: str, draws: int, seed: int) -> Tensor:
+def _draw_teacher(images: Tensor, prompt: str, draws: int, seed: int) -> Tensor:
     """`draws` independent teacher edits of the images: [draws, N, 3, S, S]."""
     generator = torch.Generator().manual_seed(seed_from(seed, "draws", prompt))
     return torch.stack([apply_teacher(images, prompt, generator) for _ in range(draws)])
@@ -365,12 +373,12 @@ def _spread(images: int, count: int) -> list[int]:
 # Pictures
 
 
-def write_sheet(path: Path, parts: Sequence[tuple[str, Tensor]]) -> None:
+def _write_sheet(path: Path, parts: Sequence[tuple[str, Tensor]]) -> None:
     """Write a contact sheet: a column an image, rows of originals and of two edits a prompt.
 
     parts: titles, each with images [1 + 2 * prompts, N, 3, S, S] in [0, 1], originals first.
     """
-    names = ["original", *(f"{prompt}, seed {seed}" for prompt in PROMPTS for seed in (0, 1))]
+    names = ["original", *(f"{prompt}, seed {seed}" for prompt in PROMPTS for seed in _EDIT_SEEDS)]
     rows = [
         [
             (image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()

@@ -22,7 +22,7 @@ from diffusemix_pipeline.datasets.images import MAX_PIXELS, UnreadableImageError
 from diffusemix_pipeline.errors import UserError
 
 Images = NDArray[np.uint8]
-SIZES = (32, 64)
+_SIZES = (32, 64)
 
 
 def read_image_folder(folder: Path, size: int) -> tuple[Images, list[str]]:
@@ -142,14 +142,14 @@ class SourceBank:
     def __init__(self, folders: Sequence[Path], *, made_pictures: int, seed: int) -> None:
         self._images: list[dict[int, Images]] = []
         for folder in folders:
-            self._images.append({size: read_image_folder(folder, size)[0] for size in SIZES})
+            self._images.append({size: read_image_folder(folder, size)[0] for size in _SIZES})
         roots = [len(images[32]) ** (1 / 3) for images in self._images]
         shares = [0.75 * root / sum(roots) for root in roots]
-        self._images.append({size: read_digits(size, "train")[0] for size in SIZES})
+        self._images.append({size: read_digits(size, "train")[0] for size in _SIZES})
         self._images.append(
             {
                 size: make_pictures(made_pictures, size, np.random.default_rng(seed))
-                for size in SIZES
+                for size in _SIZES
             }
         )
         self._shares = torch.tensor([*shares, 0.10, 0.15])
@@ -158,7 +158,7 @@ class SourceBank:
         """Identify the pictures, wherever they were read from."""
         hasher = hashlib.sha256()
         for images in self._images:
-            for size in SIZES:
+            for size in _SIZES:
                 hasher.update(images[size].tobytes())
         return hasher.hexdigest()
 

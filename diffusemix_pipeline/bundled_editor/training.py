@@ -10,10 +10,12 @@ from its last checkpoint as if nothing had happened.
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Callable, Sequence
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from diffusemix_pipeline.bundled_editor.sources import SourceBank
 from diffusemix_pipeline.bundled_editor.teachers import PROMPTS, apply_teachers
 from diffusemix_pipeline.devices import is_fast_at_bfloat16
 from diffusemix_pipeline.editing.editor import INDEX as EDITOR_INDEX
-from diffusemix_pipeline.files import check_replaceable, replaced_folder
+from diffusemix_pipeline.files import check_replaceable, replaced_folder, write_bytes
 from diffusemix_pipeline.identity import digest, seed_from
 from diffusemix_pipeline.progress import Progress, silent
 
@@ -41,7 +43,7 @@ TEMPLATE = "A transformed version of image into {prompt}"
 
 
 @dataclass(frozen=True)
-class Recipe:
+class EditorRecipe:
     """How long and how wide to train. The defaults are the shipped weights' recipe.
 
     A batch holds `small_batch` images of 32 px, or, in every second step, `large_batch` of 64 px.
@@ -62,7 +64,7 @@ def train_editor(
     image_folders: Sequence[Path] = (),
     checkpoint_dir: Path,
     seed: int = 0,
-    recipe: Recipe = Recipe(),
+    recipe: EditorRecipe = EditorRecipe(),
     progress: Progress = silent,
 ) -> Path:
     """Train an editor from nothing and save it as a diffusers pipeline folder; return the folder.
@@ -76,8 +78,8 @@ def train_editor(
     bank = SourceBank(image_folders, made_pictures=recipe.made_pictures, seed=seed)
     checkpoint = checkpoint_dir / digest(seed, asdict(recipe), bank.digest()) / "editor.pt"
     autoencoder = build_autoencoder()
-    text_encoder, unet = train_unet(autoencoder, bank, recipe, seed, checkpoint, progress)
-    save_pipeline(out, autoencoder, text_encoder, unet)
+    text_encoder, unet = _train_unet(autoencoder, bank, recipe, seed, checkpoint, progress)
+    _save_pipeline(out, autoencoder, text_encoder, unet)
     return out
 
 
@@ -164,7 +166,7 @@ def build_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def _build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -181,7 +183,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def build_unet(channels: tuple[int, int, int, int], latent_channels: int) -> UNet2DConditionModel:
+def _build_unet(channels: tuple[int, int, int, int], latent_channels: int) -> UNet2DConditionModel:
     """Noisy latents and image latents in, velocity out; attention on the lowest of four levels.
 
     That level has 8 x 8 places for an image of 64 px, so a place sees all of the image and knows
@@ -206,7 +208,7 @@ def build_unet(channels: tuple[int, int, int, int], latent_channels: int) -> UNe
     )
 
 
-def build_scheduler() -> DPMSolverMultistepScheduler:
+def _build_scheduler() -> DPMSolverMultistepScheduler:
     """v-prediction, and no signal left at the last step.
 
     Were any left, the network would read a small image's mean colour from it in training and miss
@@ -219,10 +221,10 @@ def build_scheduler() -> DPMSolverMultistepScheduler:
     )
 
 
-def train_unet(
+def _train_unet(
     autoencoder: AutoencoderKL,
     bank: SourceBank,
-    recipe: Recipe,
+    recipe: EditorRecipe,
     seed: int,
     checkpoint: Path,
     progress: Progress,
@@ -235,43 +237,15 @@ def train_unet(
     """
     torch.manual_seed(seed_from(seed, "unet"))
     tokenizer = build_tokenizer()
-    text_encoder = build_text_encoder(tokenizer).train()
-    unet = build_unet(recipe.channels, autoencoder.config.latent_channels)
+    text_encoder = _build_text_encoder(tokenizer).train()
+    unet = _build_unet(recipe.channels, autoencoder.config.latent_channels)
     unet = unet.to(memory_format=torch.channels_last)
-    scheduler = build_scheduler()
-    signal = scheduler.alphas_cumprod.sqrt()
-    noise_level = (1 - scheduler.alphas_cumprod).sqrt()
     texts = [*(TEMPLATE.format(prompt=prompt) for prompt in PROMPTS), *PROMPTS, ""]
     tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-
-    def loss(model: nn.Module, step: int, part: int) -> Tensor:
-        text_encoder, unet = model.children()
-        generator = _generator(seed, "unet", step, part)
-        originals, edited, prompts = _draw_pairs(bank, recipe, step, generator)
-        count = len(originals)
-        text_rows = prompts + len(PROMPTS) * _chance(0.25, count, generator)
-        no_text = _chance(0.1, count, generator)
-        no_image = no_text & _chance(0.5, count, generator)
-        text_rows[no_text] = len(texts) - 1
-        times = torch.randint(len(signal), (count,), generator=generator)
-        keep, add = (level[times].view(-1, 1, 1, 1) for level in (signal, noise_level))
-        with torch.autocast("cpu", torch.bfloat16, enabled=is_fast_at_bfloat16("cpu")):
-            with torch.no_grad():
-                both = torch.cat([originals, edited]) * 2 - 1
-                latents = autoencoder.encode(both).latent_dist.mean.float()
-            condition, target = latents.chunk(2)
-            condition[no_image] = 0
-            noise = torch.randn(target.shape, generator=generator)
-            noisy = torch.cat([keep * target + add * noise, condition], 1)
-            embeddings = text_encoder(tokens).last_hidden_state[text_rows]
-            velocity = unet(
-                noisy.contiguous(memory_format=torch.channels_last), times, embeddings
-            ).sample
-        return nn.functional.mse_loss(velocity.float(), keep * noise - add * target)
-
+    signal = _build_scheduler().alphas_cumprod
     _train(
         nn.ModuleList([text_encoder, unet]),
-        loss,
+        partial(_velocity_loss, autoencoder, bank, recipe, tokens, signal, seed),
         steps=recipe.steps,
         rate=recipe.rate,
         checkpoint=checkpoint,
@@ -281,11 +255,52 @@ def train_unet(
     return text_encoder.eval(), unet.eval()
 
 
+def _velocity_loss(
+    autoencoder: AutoencoderKL,
+    bank: SourceBank,
+    recipe: EditorRecipe,
+    tokens: Tensor,
+    signal: Tensor,
+    seed: int,
+    model: nn.Module,
+    step: int,
+    part: int,
+) -> Tensor:
+    """Return the mean squared error of text encoder and UNet (`model`) on a part of a step's batch.
+
+    tokens: [2 * prompts + 1, 77], of each prompt in the template, of each bare, of no text.
+    signal: [T] in [0, 1], the share of the signal's variance that is left at each time.
+    """
+    text_encoder, unet = model.children()
+    generator = _generator(seed, "unet", step, part)
+    originals, edited, prompts = _draw_pairs(bank, recipe, step, generator)
+    count = len(originals)
+    text_rows = prompts + len(PROMPTS) * _chance(0.25, count, generator)
+    no_text = _chance(0.1, count, generator)
+    no_image = no_text & _chance(0.5, count, generator)
+    text_rows[no_text] = len(tokens) - 1
+    times = torch.randint(len(signal), (count,), generator=generator)
+    keep, add = (level[times].view(-1, 1, 1, 1) for level in (signal.sqrt(), (1 - signal).sqrt()))
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_fast_at_bfloat16("cpu")):
+        with torch.no_grad():
+            both = torch.cat([originals, edited]) * 2 - 1
+            latents = autoencoder.encode(both).latent_dist.mean.float()
+        condition, target = latents.chunk(2)
+        condition[no_image] = 0
+        noise = torch.randn(target.shape, generator=generator)
+        noisy = torch.cat([keep * target + add * noise, condition], 1)
+        embeddings = text_encoder(tokens).last_hidden_state[text_rows]
+        velocity = unet(
+            noisy.contiguous(memory_format=torch.channels_last), times, embeddings
+        ).sample
+    return nn.functional.mse_loss(velocity.float(), keep * noise - add * target)
+
+
 # Batches and steps
 
 
 def _draw_pairs(
-    bank: SourceBank, recipe: Recipe, step: int, generator: torch.Generator
+    bank: SourceBank, recipe: EditorRecipe, step: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Half a batch: originals and their edits [N, 3, S, S] in [0, 1], prompts' numbers [N]."""
     large = step % 2 == 1
@@ -330,40 +345,17 @@ def _train(
     the weights and has its own gradients: on two cores that others use too, this is several times
     as fast as splitting every single operation in two.
     """
-    torch.set_num_threads(1)
     average = copy.deepcopy(model)
     replica = copy.deepcopy(model)
     for shared, its_own in zip(replica.parameters(), model.parameters(), strict=True):
         shared.data = its_own.data
-
-    def backward(model_and_part: tuple[nn.Module, int]) -> float:
-        model, part = model_and_part
-        model.zero_grad()
-        value = loss(model, step, part) / 2
-        value.backward()
-        return value.item()
-
-    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-3)
-    warm_up = min(200, steps // 5 + 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser,
-        lambda step: min((step + 1) / warm_up, 1 - (step - warm_up) / (steps - warm_up + 1)),
-    )
-    parts: dict[str, Any] = {
-        "model": model,
-        "average": average,
-        "optimiser": optimiser,
-        "schedule": schedule,
-    }
-    start = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        start = state["step"]
-        for key, part in parts.items():
-            part.load_state_dict(state[key])
-    with ThreadPoolExecutor(2) as threads:
+    optimiser, schedule = _optimiser_and_schedule(model, steps, rate)
+    parts: dict[str, Any] = {"model": model, "average": average}
+    parts |= {"optimiser": optimiser, "schedule": schedule}
+    start = _resumed(checkpoint, parts)
+    with _one_thread_an_operation(), ThreadPoolExecutor(2) as threads:
         for step in range(start, steps):
-            value = sum(threads.map(backward, [(model, 0), (replica, 1)]))
+            value = sum(threads.map(partial(_backward, loss, step), (model, replica), (0, 1)))
             for summed, other in zip(model.parameters(), replica.parameters(), strict=True):
                 if summed.grad is not None and other.grad is not None:
                     summed.grad += other.grad
@@ -379,6 +371,49 @@ def _train(
     model.load_state_dict(average.state_dict())
 
 
+@contextmanager
+def _one_thread_an_operation() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _optimiser_and_schedule(
+    model: nn.Module, steps: int, rate: float
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW, whose rate rises linearly for up to 200 steps and then falls so to zero."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-3)
+    warm_up = min(200, steps // 5 + 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser,
+        lambda step: min((step + 1) / warm_up, 1 - (step - warm_up) / (steps - warm_up + 1)),
+    )
+    return optimiser, schedule
+
+
+def _resumed(checkpoint: Path, parts: Mapping[str, Any]) -> int:
+    """Bring the parts of a training back to a checkpoint, if there is one; return its step."""
+    if not checkpoint.exists():
+        return 0
+    state = torch.load(checkpoint, weights_only=True)
+    for key, part in parts.items():
+        part.load_state_dict(state[key])
+    return int(state["step"])
+
+
+def _backward(
+    loss: Callable[[nn.Module, int, int], Tensor], step: int, model: nn.Module, part: int
+) -> float:
+    """Give a replica the gradients of one of a step's two parts; return its share of the loss."""
+    model.zero_grad()
+    value = loss(model, step, part) / 2
+    value.backward()
+    return value.item()
+
+
 @torch.no_grad()
 def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
     for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
@@ -386,13 +421,12 @@ def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 def _save_checkpoint(path: Path, state: dict[str, object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    torch.save(state, partial)
-    partial.replace(path)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_bytes(path, buffer.getvalue())
 
 
-def save_pipeline(
+def _save_pipeline(
     out: Path,
     autoencoder: AutoencoderKL,
     text_encoder: CLIPTextModel,
@@ -404,7 +438,7 @@ def save_pipeline(
         text_encoder=copy.deepcopy(text_encoder).half(),
         tokenizer=build_tokenizer(),
         unet=copy.deepcopy(unet).half(),
-        scheduler=build_scheduler(),
+        scheduler=_build_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,7 +27,7 @@ from diffusemix_pipeline.datasets.manifest import (
     layout_of,
     read_stage,
 )
-from diffusemix_pipeline.datasets.parts import Image, Part, write_stage
+from diffusemix_pipeline.datasets.parts import Part, StoredRow, write_stage
 from diffusemix_pipeline.datasets.published import PUBLISHED
 from diffusemix_pipeline.datasets.sources import NAMES, list_images, source_digest
 from diffusemix_pipeline.datasets.splits import assign_splits, thin_train
@@ -71,12 +72,10 @@ def ingest(
             f"{source} holds train/val/test folders; give the train folder alone: "
             "val and test are never augmented."
         )
-    where = {"path", "archives"}  # this shapes nothing
-    shape = settings.source.model_dump(exclude=where)
     content = source_digest(images)
-    present = set(images.loc[images["sha256"].isin({of for of, _ in dropped.sources}), "sha256"])
-    left_out = sorted(source for source in dropped.sources if source[0] in present)
-    fingerprint = digest("raw", CODE_VERSION, train_only, settings.seed, shape, content, left_out)
+    left_out = _present(dropped, images["sha256"])
+    asked = [train_only, settings.seed, _shape(settings)]
+    fingerprint = digest("raw", CODE_VERSION, *asked, content, left_out)
     finished = _finished(out, fingerprint, settings.storage)
     if finished:
         return finished
@@ -84,39 +83,74 @@ def ingest(
     checked, reasons = _checked(listing, out, Ledger(begun), max_pixels, progress)
     readable, set_aside = _readable(images, checked, reasons)
     del listing, images  # not to be held beside what is made of them
-    if train_only:
-        for_training = readable.assign(split="train")
-        used = thin_train(for_training, settings.source.train_per_class, settings.seed)
-    else:
-        used = assign_splits(readable, settings.source, settings.seed)
-    left_out_by_train_per_class = len(readable) - len(used)
+    used = _split(readable, settings, train_only)
+    thinned = len(readable) - len(used)
     gone = _is_dropped(used["sha256"], used["split"], used["label"], dropped)
-    kept, left = used[~gone], Listing(used[gone], kind)
-    classes = kept[["split", "label"]].drop_duplicates()
-    check_left(set(used["label"].unique()), tuples(classes))
+    kept, left = used[~gone], used[gone]
+    _check_left(set(used["label"].unique()), tuples(kept[["split", "label"]].drop_duplicates()))
     del readable, used
     labels = sorted(kept["label"].unique())
     layout = Layout.of(kept["split"].value_counts().to_dict(), settings.storage)
     with write_stage(
         out, name="raw", fingerprint=fingerprint, layout=layout, classes=labels, aside=aside
     ) as stage:
-        stage.notes["content"] = source if source in PUBLISHED else content  # as source_version
-        stage.notes["set_aside"] = set_aside
-        stage.notes["dropped"] = [
-            {"label": row["label"], "split": row["split"], "sha256": row["sha256"]}
-            for row, _ in _copied(max_pixels, left, threads=1)
-        ]
-        stage.notes["left_out_by_train_per_class"] = left_out_by_train_per_class
-        stage.notes["copies_across_splits"] = copies_across_splits(kept, checked)
-        # What was asked of the source, for whoever has data/ without it.
-        stage.notes["source"] = {"kind": _kind(source), "seed": settings.seed, **shape}
+        stage.notes |= {
+            "content": source if source in PUBLISHED else content,  # as source_version
+            "set_aside": set_aside,
+            "left_out_by_train_per_class": thinned,
+        }
+        stage.notes |= _notes(source, settings, kept, left, kind, checked)
         checked.write(stage.folder)
-        parts, total = _parts(Listing(kept, kind), layout, labels, max_pixels), len(kept)
-        del kept, checked  # the listing goes with the parts
-        make = partial(_copied, max_pixels)
+        named, total = kept.assign(image_id=text_column(_image_ids(kept), kept.index)), len(kept)
+        parts = _parts(named, "sha256", layout, labels, max_pixels)
+        del kept, checked, named  # the rows go with the parts
+        make = partial(_copied, max_pixels, kind)
         stage.write(parts, make, total=total, describe="Copying images", progress=progress)
     shutil.rmtree(begun, ignore_errors=True)
     return read_stage(out)
+
+
+def _shape(settings: Settings) -> dict[str, Any]:
+    """Return what is asked of the source, without where it lies, which shapes nothing."""
+    return settings.source.model_dump(exclude={"path", "archives"})
+
+
+def _present(dropped: Dropped, sha256: pd.Series) -> list[tuple[str, str]]:
+    """Return those of the dropped sources that are among files with such digests."""
+    present = set(sha256[sha256.isin({of for of, _ in dropped.sources})])
+    return sorted(source for source in dropped.sources if source[0] in present)
+
+
+def _split(readable: pd.DataFrame, settings: Settings, train_only: bool) -> pd.DataFrame:
+    """Return the images that are used, each with its split."""
+    if not train_only:
+        return assign_splits(readable, settings.source, settings.seed)
+    for_training = readable.assign(split="train")
+    return thin_train(for_training, settings.source.train_per_class, settings.seed)
+
+
+def _notes(
+    source: str,
+    settings: Settings,
+    kept: pd.DataFrame,
+    left: pd.DataFrame,
+    kind: Any,
+    checked: Checked,
+) -> dict[str, Any]:
+    """Return what the stage tells of what was dropped (`left`), of copies and of the source.
+
+    `kind` is that of a `Listing`.
+    """
+    dropped = [
+        {"label": row["label"], "split": row["split"], "sha256": row["sha256"]}
+        for row, _ in _copied(settings.source.max_pixels, kind, left, threads=1)
+    ]
+    return {
+        "dropped": dropped,
+        "copies_across_splits": copies_across_splits(kept, checked),
+        # What was asked of the source, for whoever has data/ without it.
+        "source": {"kind": _kind(source), "seed": settings.seed, **_shape(settings)},
+    }
 
 
 def _finished(out: Path, fingerprint: str, storage: Storage) -> Stage | None:
@@ -127,17 +161,18 @@ def _finished(out: Path, fingerprint: str, storage: Storage) -> Stage | None:
 
 
 def _parts(
-    listing: Listing, layout: Layout, labels: Sequence[str], max_pixels: int
+    images: pd.DataFrame, sha256: str, layout: Layout, labels: Sequence[str], max_pixels: int
 ) -> Iterator[Part]:
-    """Give the parts of a raw stage."""
-    index = listing.rows.index
-    images = listing.rows.assign(image_id=text_column(_image_ids(listing.rows), index))
+    """Give the parts of a raw stage, each with its rows as work, in the order of their names.
+
+    `sha256` names the column with the digests of the sources' files.
+    """
     names = map(layout.part_of, values(images["split"]), values(images["image_id"]))
-    of = ["source_id", "label", "sha256"]
-    for name, rows in images.groupby(text_column(names, index)):
+    of = ["source_id", "label", sha256]
+    for name, rows in images.groupby(text_column(names, images.index)):
         rows = rows.sort_values("image_id")
         fingerprint = _fingerprint(str(name), layout, labels, max_pixels, rows[of].values.tolist())
-        yield Part(str(name), fingerprint, Listing(rows, listing.kind), len(rows))
+        yield Part(str(name), fingerprint, rows, len(rows))
 
 
 def _fingerprint(
@@ -240,9 +275,9 @@ def leave_out(stage: Stage, dropped: Dropped, storage: Storage, *, aside: Path) 
     gone = _is_dropped(rows["source_sha256"], rows["split"], rows["label"], dropped)
     if not gone.any() and stage.layout == layout_of(stage, storage).document():
         return stage
-    check_left(set(rows["label"]), tuples(rows.loc[~gone, ["split", "label"]]))
+    _check_left(set(rows["label"]), tuples(rows.loc[~gone, ["split", "label"]]))
     fingerprint = digest("raw", stage.fingerprint, sorted(rows.loc[gone, "source_sha256"]))
-    labels, kept = class_names(stage.counts), rows[~gone].sort_values("image_id")
+    labels, kept = class_names(stage.counts), rows[~gone]
     layout = Layout.of(kept["split"].value_counts().to_dict(), storage)
     with write_stage(
         stage.folder,
@@ -264,26 +299,14 @@ def leave_out(stage: Stage, dropped: Dropped, storage: Storage, *, aside: Path) 
         }
         if (stage.folder / CHECKED).exists():  # an older stage may have none
             link_or_copy(stage.folder / CHECKED, written.folder / CHECKED)
-        names = map(layout.part_of, values(kept["split"]), values(kept["image_id"]))
-        max_pixels, of = (
-            stage.notes["source"]["max_pixels"],
-            ["source_id", "label", "source_sha256"],
-        )
-        parts = (
-            Part(
-                str(name),
-                _fingerprint(str(name), layout, labels, max_pixels, few[of].values.tolist()),
-                few,
-                len(few),
-            )
-            for name, few in kept.groupby(text_column(names, kept.index))
-        )
+        max_pixels = stage.notes["source"]["max_pixels"]
+        parts = _parts(kept, "source_sha256", layout, labels, max_pixels)
         make = partial(_taken_over, stage.folder)
         written.write(parts, make, total=len(kept), describe="Linking images")
     return read_stage(stage.folder)
 
 
-def _taken_over(folder: Path, rows: pd.DataFrame, threads: int) -> Iterator[Image]:
+def _taken_over(folder: Path, rows: pd.DataFrame, threads: int) -> Iterator[StoredRow]:
     """Give rows of another stage folder with their files."""
     files = StoredFiles(folder)
     for row in rows.to_dict("records"):
@@ -291,7 +314,7 @@ def _taken_over(folder: Path, rows: pd.DataFrame, threads: int) -> Iterator[Imag
         yield row, files.read(name) if files.packed else folder / name
 
 
-def check_left(labels: set[str], left: Iterable[tuple[str, str]]) -> None:
+def _check_left(labels: set[str], left: Iterable[tuple[str, str]]) -> None:
     """Raise UserError for a class that is dropped whole from train, and for an empty split."""
     present = set(left)
     bare = sorted(label for label in labels if ("train", label) not in present)
@@ -301,12 +324,11 @@ def check_left(labels: set[str], left: Iterable[tuple[str, str]]) -> None:
         raise UserError(f"What was dropped leaves {what}: take a line out of the file of it.")
 
 
-def _copied(max_pixels: int, listing: Listing, threads: int) -> Iterator[Image]:
+def _copied(max_pixels: int, kind: Any, images: pd.DataFrame, threads: int) -> Iterator[StoredRow]:
     """Give each image's manifest row and bytes."""
     columns = ["label", "split", "source_id", "sha256", "width", "height"]
-    rows = tuples(listing.rows[columns])
-    ids = _image_ids(listing.rows)
-    for image_id, row, picture in zip(ids, rows, listing.pictures(), strict=True):
+    rows, pictures = tuples(images[columns]), Listing(images, kind).pictures()
+    for image_id, row, picture in zip(_image_ids(images), rows, pictures, strict=True):
         label, split, source_id, source_sha256, width, height = row
         content, suffix = picture.stored(max_pixels)
         made = {

@@ -38,9 +38,9 @@ from diffusemix_pipeline.workers import in_processes
 _SHARD, _INDEX = "shard.tar", "index.parquet"
 _WORTH_PROCESSES = 300  # images: they start as fast as so few are made
 
-Image = tuple[dict[str, Any], bytes | Path]
+StoredRow = tuple[dict[str, Any], bytes | Path]
 """A manifest row, and the image's bytes or the file that holds them."""
-Make = Callable[[Any, int], Iterable[Image]]
+Make = Callable[[Any, int], Iterable[StoredRow]]
 """Makes a part's images from its work, with so many threads; can be pickled."""
 
 
@@ -267,7 +267,7 @@ class _Maker:
     def make_here(self, part: Part, tell: Callable[[int], None]) -> None:
         """Make a part by threads; `tell` hears of each image."""
 
-        def told(images: Iterable[Image]) -> Iterator[Image]:
+        def told(images: Iterable[StoredRow]) -> Iterator[StoredRow]:
             for image in images:
                 yield image
                 tell(1)
@@ -275,7 +275,7 @@ class _Maker:
         made = self._write(part, told(self.make(part.work, usable_cores())))
         tell(part.images - made)  # what was wanted and not made
 
-    def _write(self, part: Part, images: Iterable[Image]) -> int:
+    def _write(self, part: Part, images: Iterable[StoredRow]) -> int:
         """Write a part's folder, and return how many images it has."""
         self.begun.mkdir(parents=True, exist_ok=True)
         folder = self.begun / f"{part.name}.{uuid.uuid4().hex[:8]}"
@@ -293,7 +293,7 @@ class _Maker:
         _put_files(part.name, table, made, self.packed, self.folder)
         return len(rows)
 
-    def _write_files(self, images: Iterable[Image], folder: Path) -> list[dict[str, Any]]:
+    def _write_files(self, images: Iterable[StoredRow], folder: Path) -> list[dict[str, Any]]:
         rows = []
         for row, content in images:
             target = folder / row["file_name"]
@@ -305,7 +305,7 @@ class _Maker:
             rows.append(row)
         return rows
 
-    def _pack(self, images: Iterable[Image], folder: Path) -> list[dict[str, Any]]:
+    def _pack(self, images: Iterable[StoredRow], folder: Path) -> list[dict[str, Any]]:
         rows = []
         with (folder / _SHARD).open("wb") as file:
             shard = ShardWriter(file)

@@ -75,9 +75,21 @@ class Forecast:
         return (self.edits + 2 * self.images) * self.cost.edit_bytes / 1e6
 
 
-def forecast(plan: Plan, store: EditStore, gate: LabelGate | None, cost: Cost) -> Forecast:
+def forecast_by_pilot(
+    plan: Plan,
+    store: EditStore,
+    *,
+    device: str,
+    gate: LabelGate | None,
+    progress: Progress = silent,
+) -> Forecast | None:
+    """Run a pilot and predict what is left after it; None where `run_pilot` gives none."""
+    cost = run_pilot(plan, store, device=device, gate=gate, progress=progress)
+    return forecast(plan, store, _judged(gate), cost) if cost else None
+
+
+def forecast(plan: Plan, store: EditStore, judged: Verdicts, cost: Cost) -> Forecast:
     """Predict what is left of a plan, if as large a share gets through the gate as of the pilot."""
-    judged = Verdicts(gate.verdicts if gate else [])
     rejected = 0.0 if cost.accepted is None else 1 - cost.accepted
     most = plan.settings.editing.gate.max_attempts
     edits = [0.0] * most  # by how many rejections come before: each of these waits for the last
@@ -90,15 +102,15 @@ def forecast(plan: Plan, store: EditStore, gate: LabelGate | None, cost: Cost) -
             images += judged.get(edit.case) == ACCEPTED
         else:
             tries = most - edit.attempt
-            for time in range(tries):
-                edits[time] += rejected**time
+            for before in range(tries):
+                edits[before] += rejected**before
             edits[0] -= edit.key in store
             images += 1 - rejected**tries
     seconds = sum(cost.seconds(round(each)) for each in edits)
     return Forecast(cost, round(sum(edits)), seconds, round(images))
 
 
-def pilot_rounds(plan: Plan, device: str) -> tuple[int, int]:
+def _pilot_rounds(plan: Plan, device: str) -> tuple[int, int]:
     """Return how many edits a round of the pilot has, and how many rounds are timed.
 
     As many are made before, untimed: the first calls of anything are slower.
@@ -123,9 +135,9 @@ def run_pilot(
 
     Which ones follows from their keys, and so is a fair draw of images and prompts.
     """
-    round_edits, rounds = pilot_rounds(plan, device)
+    round_edits, rounds = _pilot_rounds(plan, device)
     half = round_edits * rounds
-    judged = Verdicts(gate.verdicts if gate else [])
+    judged = _judged(gate)
     missing = {edit.key for edit in open_edits(plan, judged)}
     store.exchange(missing, progress)
     missing = {key for key in missing if key not in store}
@@ -167,13 +179,18 @@ def share_within(
 
     0 where not even a hundredth does.
     """
+    judged = _judged(gate)
     low, high = 0, 100
     while low < high:
         tried = (low + high + 1) // 2
         editing = settings.editing.model_copy(update={"share": tried / 100})
         plan = plan_edits(raw, settings.model_copy(update={"editing": editing}), dropped)
-        if forecast(plan, store, gate, cost).seconds <= seconds:
+        if forecast(plan, store, judged, cost).seconds <= seconds:
             low = tried
         else:
             high = tried - 1
     return low / 100
+
+
+def _judged(gate: LabelGate | None) -> Verdicts:
+    return Verdicts(gate.verdicts if gate else [])

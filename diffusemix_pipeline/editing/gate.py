@@ -30,10 +30,10 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from diffusemix_pipeline.editing.planning import Source
+from diffusemix_pipeline.editing.planning import SourceImage
 from diffusemix_pipeline.settings import Gate
 
-Judge = Callable[[Sequence[Source], np.ndarray, np.ndarray], list[str]]
+Judge = Callable[[Sequence[SourceImage], np.ndarray, np.ndarray], list[str]]
 """Gives the verdicts on edits, uint8 (B, S, S, 3) as their sources' originals."""
 
 ACCEPTED = "accepted"

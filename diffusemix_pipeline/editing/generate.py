@@ -20,7 +20,6 @@ import numpy as np
 import pandas as pd
 
 from diffusemix_pipeline.datasets.columns import tuples
-from diffusemix_pipeline.datasets.dropped import NOTHING, Dropped
 from diffusemix_pipeline.datasets.images import read_square
 from diffusemix_pipeline.datasets.manifest import (
     REJECTED,
@@ -30,7 +29,7 @@ from diffusemix_pipeline.datasets.manifest import (
     read_manifest,
     read_stage,
 )
-from diffusemix_pipeline.datasets.parts import Image, Part, write_stage
+from diffusemix_pipeline.datasets.parts import Part, StoredRow, write_stage
 from diffusemix_pipeline.datasets.storage import made_anew
 from diffusemix_pipeline.editing.editor import edits_at_once, load_editor
 from diffusemix_pipeline.editing.gate import ACCEPTED, Judge
@@ -68,6 +67,18 @@ class Generated:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """What is left to be done for a stage folder."""
+
+    lacking: Plan
+    """The plan of the parts that the folder lacks."""
+    there: int
+    """Images in its other parts."""
+    accuracy: float | None
+    """See `LabelGate.fit`; None where nothing is to be judged."""
+
+
+@dataclass(frozen=True)
 class LabelGate:
     """What judges edits, and where its verdicts are kept; see `Plan.gate`."""
 
@@ -88,7 +99,6 @@ def generate(
     store: EditStore,
     aside: Path,
     device: str,
-    dropped: Dropped = NOTHING,
     gate_of: Callable[[Plan], LabelGate] | None = None,
     progress: Progress = silent,
 ) -> Generated:
@@ -96,40 +106,50 @@ def generate(
 
     `gate_of` is asked for the label gate where it is on.
     """
-    plan = plan_edits(raw, settings, dropped)
+    plan = plan_edits(raw, settings)
     finished = finished_stage(out, plan.fingerprint, plan.layout)
     if finished:
         return Generated(finished, 0)
-    lacking = without_parts_there(plan, out, store)
     gate = None
     if plan.gate:
         assert gate_of  # without it, what nobody judged would count as judged
         gate = gate_of(plan)
-        adopt_verdicts(out, plan, gate.verdicts)
-        fit_where_needed(gate, lacking)
+    lacking = prepare(plan, out, store, gate).lacking
     made = make_edits(lacking, store=store, device=device, gate=gate, progress=progress)
     verdicts = gate.verdicts if gate else None
     return Generated(collect_edits(plan, out, store, verdicts, aside, progress), made)
 
 
-def without_parts_there(plan: Plan, out: Path, store: EditStore) -> Plan:
-    """Return the plan of the parts that the stage folder `out` lacks.
+def prepare(plan: Plan, out: Path, store: EditStore, gate: LabelGate | None) -> Prepared:
+    """Get ready to make what the stage folder `out` lacks: a gate is fitted where it has to judge.
 
-    Whatever else it holds is taken into the store: what comes may be made of it.
+    What else the folder holds is taken into the store: what comes may be made of it.
     """
     there = plan.parts_in(out)
     adopt_edits(out, store, staying=there)
-    return plan.without_parts(there)
+    lacking = plan.without_parts(there)
+    accuracy = prepare_gate(gate, lacking, out) if gate else None
+    return Prepared(lacking, sum(of.images for of in there.values() if of), accuracy)
 
 
-def adopt_edits(folder: Path, store: EditStore, staying: Collection[str] = ()) -> int:
-    """Take the edits of a stage folder into a store that lacks them; return how many.
+def prepare_gate(gate: LabelGate, plan: Plan, out: Path) -> float | None:
+    """Take the verdicts that came with `out`, and fit the gate if edits of the plan are without.
+
+    Returns what `LabelGate.fit` does, or None where nothing is to be judged.
+    """
+    _adopt_verdicts(out, plan, gate.verdicts)
+    judged = Verdicts(gate.verdicts)
+    return gate.fit() if next(open_edits(plan, judged), None) else None
+
+
+def adopt_edits(folder: Path, store: EditStore, staying: Collection[str] = ()) -> None:
+    """Take the edits of a stage folder into a store that lacks them.
 
     They came with the data, to a clone or to CI, and are not to be paid for again there. The parts
     that are `staying` are not touched by what comes.
     """
     if not (folder / STAGE).exists():
-        return 0
+        return
     stage = read_stage(folder)
     columns, gone = ["edit_key", "file_name", "sha256"], stage.parts.keys() - set(staying)
     tables = (
@@ -137,7 +157,6 @@ def adopt_edits(folder: Path, store: EditStore, staying: Collection[str] = ()) -
         if stage.parts  # an older stage tells of none
         else [stage.manifest(columns)]
     )
-    adopted = 0
     for key, name, sha256 in chain.from_iterable(map(tuples, tables)):
         if key in store:
             continue
@@ -145,11 +164,9 @@ def adopt_edits(folder: Path, store: EditStore, staying: Collection[str] = ()) -
             content = stage.files.read(name)
             if hashlib.sha256(content).hexdigest() == sha256:
                 store.put_file(key, content, store.add_profile(_ELSEWHERE))
-                adopted += 1
-    return adopted
 
 
-def adopt_verdicts(folder: Path, plan: Plan, verdicts: Ledger) -> None:
+def _adopt_verdicts(folder: Path, plan: Plan, verdicts: Ledger) -> None:
     """Take the verdicts of a stage folder that the plan's gate gave, as `adopt_edits`.
 
     What was rejected where the data come from is not made here, to be rejected again.
@@ -158,9 +175,7 @@ def adopt_verdicts(folder: Path, plan: Plan, verdicts: Ledger) -> None:
         return
     known = Verdicts(verdicts)
     columns = ["edit_key", "label", "verdict"]
-    with undamaged(folder / REJECTED, made_anew(folder)):
-        rejected = pd.read_parquet(folder / REJECTED, columns=columns)
-    for rows in (read_manifest(folder, columns), rejected):
+    for rows in (read_manifest(folder, columns), _rejected(folder, columns)):
         for key, label, verdict in tuples(rows):
             if case(key, label) not in known:
                 verdicts.add({"key": key, "label": label, "verdict": verdict})
@@ -249,20 +264,19 @@ class _Collected:
     def __init__(self, store: EditStore, verdicts: Ledger | None) -> None:
         self._gated = verdicts is not None
         self._judged = Verdicts(verdicts or [])
-        self._records = store.records()
+        self._store, self._records = store, store.records()
         self.accepted = 0
         self.rejected: list[dict[str, Any]] = []
 
     def parts(self, plan: Plan, out: Path) -> Iterator[Part]:
         """Give the parts that have an edit that is used; `out` may hold some already."""
-        there = set(plan.parts_in(out))
-        old = read_stage(out).parts if there else {}
+        there = plan.parts_in(out)
         labels = plan.classes if plan.layout.packed else None  # their places are in the shards
         for name, of_part in plan.by_part():
             if name in there:
-                if name in old:  # or else all its edits were dropped
-                    self.accepted += old[name].images
-                    yield Part(name, old[name].fingerprint, [], len(of_part))
+                if old := there[name]:  # or else all its edits were dropped
+                    self.accepted += old.images
+                    yield Part(name, old.fingerprint, [], len(of_part))
                 continue
             rows = list(self._rows(of_part))
             self.accepted += len(rows)
@@ -276,7 +290,7 @@ class _Collected:
                 if edit.key in plan.dropped:
                     continue
                 verdict = self._judged.get(edit.case) if self._gated else ACCEPTED
-                if not verdict or (verdict == ACCEPTED and edit.key not in self._records):
+                if not verdict or (verdict == ACCEPTED and not self._is_stored(edit)):
                     raise UserError(
                         f"{edit.source.image_id} lacks its edit to '{edit.prompt}': dropped.txt or "
                         "the store changed during the run. Run it again: what was made is kept."
@@ -287,8 +301,12 @@ class _Collected:
                 else:
                     self.rejected.append({name: row[name] for name in _REJECTED_COLUMNS})
 
+    def _is_stored(self, edit: PlannedEdit) -> bool:
+        # What was pruned keeps its record.
+        return edit.key in self._records and edit.key in self._store
 
-def _stored(store: EditStore, rows: Sequence[dict[str, Any]], threads: int) -> Iterator[Image]:
+
+def _stored(store: EditStore, rows: Sequence[dict[str, Any]], threads: int) -> Iterator[StoredRow]:
     """Give edits' rows with their files in the store."""
     for row in rows:
         yield row, store.path(row["edit_key"])
@@ -304,12 +322,17 @@ def _read(store: EditStore, edit: PlannedEdit, size: int) -> np.ndarray:
 def judged_edits(stage: Stage) -> pd.DataFrame:
     """Return label, prompt and verdict of every edit that the gate judged for a stage."""
     columns = ["label", "prompt", "verdict"]
-    rejected = stage.folder / REJECTED
     rows = [stage.manifest(columns)]
-    if rejected.exists():
-        with undamaged(rejected, made_anew(stage.folder)):
-            rows.append(pd.read_parquet(rejected, columns=columns))
+    if (stage.folder / REJECTED).exists():
+        rows.append(_rejected(stage.folder, columns))
     return pd.concat(rows, ignore_index=True).dropna(subset="verdict")
+
+
+def _rejected(folder: Path, columns: list[str]) -> pd.DataFrame:
+    """Read some columns of what a gate kept out of a stage folder."""
+    path = folder / REJECTED
+    with undamaged(path, made_anew(folder)):
+        return pd.read_parquet(path, columns=columns)
 
 
 def _make_missing(
@@ -403,12 +426,6 @@ def attempts(plan: Plan, first: PlannedEdit, judged: Verdicts) -> Iterator[Plann
     ):
         first = plan.next_attempt(first)
         yield first
-
-
-def fit_where_needed(gate: LabelGate, plan: Plan) -> float | None:
-    """Fit the gate if it has an edit of the plan to judge; None where it has not."""
-    judged = Verdicts(gate.verdicts)
-    return gate.fit() if next(open_edits(plan, judged), None) else None
 
 
 def open_edits(plan: Plan, judged: Verdicts) -> Iterator[PlannedEdit]:

@@ -4,7 +4,7 @@ What belongs here: what follows from rows and settings alone. What does not: pix
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,13 @@ import pandas as pd
 
 from diffusemix_pipeline.datasets.columns import mapped, rows_digest, tuples
 from diffusemix_pipeline.datasets.dropped import NOTHING, Dropped
-from diffusemix_pipeline.datasets.manifest import Stage, class_names, layout_of, whole_stage
+from diffusemix_pipeline.datasets.manifest import (
+    PartFacts,
+    Stage,
+    class_names,
+    layout_of,
+    whole_stage,
+)
 from diffusemix_pipeline.datasets.storage import Layout, StoredFiles
 from diffusemix_pipeline.editing.editor import editor_fingerprint, locate_editor, locate_lora
 from diffusemix_pipeline.files import Ledger
@@ -30,7 +36,7 @@ GATE_VERSION = "2"
 """Of the label gate: new where its teachers or its rules would judge otherwise."""
 
 
-class Source(NamedTuple):
+class SourceImage(NamedTuple):
     """A training image that is to be edited; `sha256` is that of the bytes in `data/raw`."""
 
     image_id: str
@@ -59,7 +65,7 @@ class PlannedEdit:
     """One wanted edit: `key` identifies its bytes."""
 
     key: str
-    source: Source
+    source: SourceImage
     prompt: str
     instruction: str
     copy: int
@@ -76,8 +82,9 @@ class PlannedEdit:
 class Plan:
     """The edits that a stage wants, and what they follow from.
 
-    Iterating gives the first attempts in the order of their sources' names. Each is made when it is
-    asked for: what one holds of them costs some 700 bytes, their rows here a fifth of that.
+    Iterating gives the first attempts in the order of their sources' names, dropped ones too. Each
+    is made when it is asked for: what one holds of them costs some 700 bytes, their rows here a
+    fifth of that.
     """
 
     shape: str
@@ -95,9 +102,10 @@ class Plan:
     classes: list[str]
     _files: StoredFiles
     _sources: pd.DataFrame
-    """The training images that are edited, with the columns of `Source` but for the files."""
+    """The training images that are edited, with the columns of `SourceImage` but for the files."""
 
     def __len__(self) -> int:
+        """Count the first attempts, dropped ones too: to tell these, each would have to be made."""
         editing = self.settings.editing
         prompts = len(editing.prompts) if editing.prompts_per_image == "all" else 1
         return len(self._sources) * editing.copies * prompts
@@ -109,7 +117,7 @@ class Plan:
         """Give the first attempts of some of the sources."""
         settings = self.settings
         for image_id, label, *rest in tuples(sources):
-            source = Source(image_id, sys.intern(label), self._files, *rest)
+            source = SourceImage(image_id, sys.intern(label), self._files, *rest)
             for copy in range(settings.editing.copies):
                 for prompt in _prompts(source.sha256, copy, settings):
                     yield _planned(source, prompt, copy, 0, settings, self.weights)
@@ -140,18 +148,23 @@ class Plan:
         for name, sources in self._sources.groupby(self._part_names):
             yield str(name), replace(self, _sources=sources)
 
-    def parts_in(self, folder: Path) -> list[str]:
-        """Return the parts that a stage folder holds as this plan wants them.
+    def parts_in(self, folder: Path) -> dict[str, PartFacts | None]:
+        """Return the parts that a stage folder holds as this plan wants them, and what is known.
 
-        With a label gate, none: its verdicts follow from all training images.
+        That is nothing of a part whose edits were all dropped. With a label gate, there are none:
+        its verdicts follow from all training images.
         """
         stage = None if self.gate else whole_stage(folder, self.layout)
         if stage is None:
-            return []
+            return {}
         noted = stage.notes.get(PARTS, {})
-        return [name for name, of in self.part_fingerprints.items() if noted.get(name) == of]
+        return {
+            name: stage.parts.get(name)
+            for name, of in self.part_fingerprints.items()
+            if noted.get(name) == of
+        }
 
-    def without_parts(self, names: Sequence[str]) -> "Plan":
+    def without_parts(self, names: Collection[str]) -> "Plan":
         """Return the plan of all other parts than these."""
         return replace(self, _sources=self._sources[~self._part_names.isin(names)])
 
@@ -239,7 +252,7 @@ def instruction(prompt: str, editing: Editing) -> str:
 
 
 def _planned(
-    source: Source, prompt: str, copy: int, attempt: int, settings: Settings, weights: str
+    source: SourceImage, prompt: str, copy: int, attempt: int, settings: Settings, weights: str
 ) -> PlannedEdit:
     editing = settings.editing
     told = instruction(prompt, editing)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from diffusemix_pipeline.datasets.images import decode_square, to_square
 from diffusemix_pipeline.editing.editor import Editor
-from diffusemix_pipeline.editing.planning import PlannedEdit, Source, edited_side
+from diffusemix_pipeline.editing.planning import PlannedEdit, SourceImage, edited_side
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.progress import Progress
@@ -77,7 +77,7 @@ class Sampler:
         store.share(stored)
         return len(batch)
 
-    def _read(self, source: Source) -> np.ndarray:
+    def _read(self, source: SourceImage) -> np.ndarray:
         """Read an image, whose bytes must be those that its edits are known by."""
         content = source.content()
         if hashlib.sha256(content).hexdigest() != source.sha256:

@@ -89,16 +89,15 @@ class EditStore:
         write_once(self.path(key), content, aside=self._folder / _ASIDE)
         return record
 
-    def exchange(self, keys: Collection[str], progress: Progress = silent) -> int:
+    def exchange(self, keys: Collection[str], progress: Progress = silent) -> None:
         """Bring those of `keys` that are shared and not here, and share those that only are here.
 
-        Returns how many it brought. Nothing happens where edits are not shared.
+        Nothing happens where edits are not shared.
         """
         if self._shared is None:
-            return 0
+            return
         there = self._shared.find(keys)
         lacking = [edit for key, edit in there.items() if key not in self]
-        brought = 0
         for done, (edit, content) in enumerate(self._shared.read(lacking), start=1):
             progress("Bringing shared edits", done, len(lacking))
             if content is None:
@@ -108,12 +107,10 @@ class EditStore:
                 self.add_profile(self._shared.profile(edit.profile))
                 self._told.add(edit.profile)
             self.put_file(edit.key, content, edit.profile)
-            brought += 1
         own = [key for key in keys if key not in there and key in self]
         if own:
             records = self.records()
             self.share({key: records[key] for key in own if key in records}, progress)
-        return brought
 
     def share(self, stored: Mapping[str, Record], progress: Progress = silent) -> None:
         """Put edits of this store where other machines find them, if there is such a place."""
@@ -177,7 +174,10 @@ class EditStore:
         return Status(made_by.total(), size, dict(made_by), self.profiles(), quarantined)
 
     def remove(self, keys: Iterable[str]) -> None:
-        """Forget edits for good, and what killed writers left; nobody else may be writing."""
+        """Delete edits' files, and what killed writers left; nobody else may be writing.
+
+        Their records stay: where one is made again with other bytes, `records` goes by these.
+        """
         shutil.rmtree(self._folder / _ASIDE, ignore_errors=True)
         for key in keys:
             self.path(key).unlink(missing_ok=True)

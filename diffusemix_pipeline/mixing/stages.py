@@ -24,7 +24,7 @@ from diffusemix_pipeline.datasets.manifest import (
     layout_of,
     read_stage,
 )
-from diffusemix_pipeline.datasets.parts import Image, Part, write_stage
+from diffusemix_pipeline.datasets.parts import Part, StoredRow, write_stage
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import digest, draw
 from diffusemix_pipeline.mixing.blending import hybrid, mix
@@ -145,7 +145,7 @@ class Mixer:
     settings: Settings
     join: Join
 
-    def __call__(self, part: str, threads: int) -> Iterator[Image]:
+    def __call__(self, part: str, threads: int) -> Iterator[StoredRow]:
         """Give each image's manifest row and bytes."""
         raw, generated = read_stage(self.raw), read_stage(self.generated)
         originals, edits = raw.files, generated.files
@@ -158,7 +158,7 @@ class Mixer:
         names = sorted(mixing.masks)
         masks: dict[str, Mask] = {m: half_mask(m, size, size, mixing.seam) for m in names}
 
-        def mixed(row: dict[str, Any]) -> Image:
+        def mixed(row: dict[str, Any]) -> StoredRow:
             mask = draw(names, self.settings.seed, "mask", row["edit_key"])
             original = originals.pixels(row.pop("original"), size)
             edit = edits.pixels(row["file_name"], size)

@@ -10,7 +10,6 @@ _IMPORTED_ONCE = (
     "diffusemix_pipeline.editing.instruct_pix2pix",
     "diffusemix_pipeline.orchestration.learning",
     "diffusemix_pipeline.training.loop",
-    "dvc.repo",
     "mlflow",
 )
 

@@ -30,7 +30,7 @@ from diffusemix_pipeline.training import augmentations
 from diffusemix_pipeline.training.augmentations import Augmentation
 from diffusemix_pipeline.training.classifier import build_classifier, save_classifier, trained_anew
 from diffusemix_pipeline.training.data import LabelledImages, LoadImages, load_images, ordered_rows
-from diffusemix_pipeline.training.loop import Kept, fit
+from diffusemix_pipeline.training.loop import Checkpoint, fit
 from diffusemix_pipeline.training.processes import Tell, train_together
 
 if TYPE_CHECKING:
@@ -154,9 +154,9 @@ def fit_arm(
             on_point(int(point.pop("step")), point)
         return finished
     images = _images_of(wanted, stages, settings, load, fractal_cache, aside, progress)
-    kept = Kept(checkpoints / f"{fingerprint}{BEGUN}", aside)
+    checkpoint = Checkpoint(checkpoints / f"{fingerprint}{BEGUN}", aside)
     with replaced_folder(checkpoints / fingerprint, mark=_FIT, aside=aside) as folder:
-        task = _Task(wanted, images, settings, kept, folder)
+        task = _Task(wanted, images, settings, checkpoint, folder)
         if settings.training.processes == 1:
             _train(task, device, on_point, progress)
         else:
@@ -175,7 +175,7 @@ def fit_arm(
             "steps": int(pd.read_csv(folder / _CURVE)["step"].iloc[-1]),
         }
         write_json(folder / _FIT, facts)
-    kept.path.unlink(missing_ok=True)
+    checkpoint.path.unlink(missing_ok=True)
     done = finished_fit(checkpoints, fingerprint)
     assert done is not None
     return done
@@ -225,7 +225,7 @@ class _Task(NamedTuple):
     wanted: Wanted
     images: _Images
     settings: Settings
-    kept: Kept
+    checkpoint: Checkpoint
     folder: Path
 
 
@@ -237,7 +237,7 @@ def _train(
     group: "Accelerator | None" = None,
 ) -> None:
     """Train a classifier, and write it and its curve into the task's folder; see `loop.fit`."""
-    wanted, images, settings, kept, folder = task
+    wanted, images, settings, checkpoint, folder = task
     training = settings.training
     # Every arm of a seed starts from the same weights.
     torch.manual_seed(seed_from(settings.seed, "weights", wanted.seed))
@@ -255,7 +255,7 @@ def _train(
         augmentation=_augmentation(wanted.arm, images, settings),
         on_point=on_point,
         progress=progress,
-        kept=kept,
+        checkpoint=checkpoint,
         group=group,
     )
     if group is None or group.is_main_process:

@@ -18,9 +18,9 @@ import torch
 from diffusemix_pipeline.datasets.manifest import Stage, class_names
 from diffusemix_pipeline.editing.gate import class_thresholds, verdicts
 from diffusemix_pipeline.editing.generate import LabelGate
-from diffusemix_pipeline.editing.planning import Plan, Source, teacher_recipe
+from diffusemix_pipeline.editing.planning import Plan, SourceImage, teacher_recipe
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.files import replaced_folder, write_bytes
+from diffusemix_pipeline.files import replaced_folder, undamaged, write_bytes
 from diffusemix_pipeline.identity import digest, seed_from
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings
@@ -152,12 +152,14 @@ def label_gate(
             )
             _keep_fitted(known, found, gate.false_reject_rate, aside)
             del found  # not to be held beside what is read
-        with np.load(known, allow_pickle=False) as kept:
-            read = _load(home, kept["folders"].tolist(), device)
-            teachers = FoldTeachers(classes, kept["ids"], kept["folds"], read)
-            return teachers, kept["thresholds"], float(kept["accuracy"])
+        kept = _read_fitted(known)
+        read = _load(home, kept["folders"].tolist(), device)
+        teachers = FoldTeachers(classes, kept["ids"], kept["folds"], read)
+        return teachers, kept["thresholds"], float(kept["accuracy"])
 
-    def judge(sources: Sequence[Source], originals: np.ndarray, edits: np.ndarray) -> list[str]:
+    def judge(
+        sources: Sequence[SourceImage], originals: np.ndarray, edits: np.ndarray
+    ) -> list[str]:
         teachers, thresholds, _ = fitted()
         labels = np.array([index[source.label] for source in sources])
         probabilities = teachers.probabilities([source.sha256 for source in sources], edits)
@@ -179,6 +181,13 @@ def _keep_fitted(path: Path, fitted: Fitted, false_reject_rate: float, aside: Pa
         accuracy=fitted.accuracy,
     )
     write_bytes(path, buffer.getvalue(), aside=aside)
+
+
+def _read_fitted(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays that `_keep_fitted` wrote."""
+    repair = "Delete it and run again: it is made anew from the teachers, which stay."
+    with undamaged(path, repair), np.load(path, allow_pickle=False) as kept:
+        return dict(kept)
 
 
 def assign_folds(train: LabelledImages, folds: int, seed: int) -> np.ndarray:

@@ -37,7 +37,7 @@ _MOMENTUM = 0.9
 _MOST_READERS = 8
 
 
-class Kept(NamedTuple):
+class Checkpoint(NamedTuple):
     """The file of what a training has learnt so far, and a folder on its file system."""
 
     path: Path
@@ -57,79 +57,55 @@ def fit(
     augmentation: Augmentation = NONE,
     on_point: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
     progress: Progress = silent,
-    kept: Kept | None = None,
+    checkpoint: Checkpoint | None = None,
     group: "Accelerator | None" = None,
 ) -> pd.DataFrame:
     """Train `classifier` in place for `training.steps` steps and keep its best weights on val.
 
     Returns the curve: a row a validation, with step, train_loss, val_loss, val_accuracy and
     learning_rate. Val decides, test is never seen (DESIGN, promise 7). Everything random follows
-    from `seed`. What was learnt is `kept` at each validation and every two minutes: another call
-    goes on from there. Of the processes of a `group`, each takes its share of every batch; the
-    first alone validates, keeps the best weights and returns a curve.
+    from `seed`. What was learnt goes to `checkpoint` at each validation and every two minutes:
+    another call goes on from there. Of the processes of a `group`, each takes its share of every
+    batch; the first alone validates, keeps the best weights and returns a curve.
     """
     model = classifier.model.to(device).to(memory_format=torch.channels_last)
     recipe = recipe_of(training)
     optimizer = _optimizer(model, recipe)
-    kind = torch.device(device).type
-    half = is_fast_at_bfloat16(device)
     every = max(1, training.steps // training.validations)
     rank, of = (group.process_index, group.num_processes) if group else (0, 1)
     shared = group.prepare_model(model) if group else model
 
     state = TrainingState.begin(model, optimizer)
-    if kept and kept.path.exists():
-        state.read(kept.path)
+    if checkpoint and checkpoint.path.exists():
+        state.read(checkpoint.path)
         for point in state.points:
             on_point(int(point["step"]), {k: v for k, v in point.items() if k != "step"})
     written = time.monotonic()
     batches = _Batches(train, training, augmentation, seed, rank, of)
-    ahead = _read_ahead(batches, range(state.step, training.steps), on_gpu=kind == "cuda")
+    ahead = _read_ahead(batches, range(state.step, training.steps), device)
     for step, (pixels, labels) in enumerate(ahead, state.step + 1):
         rate = recipe.learning_rate * _schedule(step / training.steps)
         for param_group in optimizer.param_groups:
             param_group["lr"] = rate
         model.train()
-        parts = list(
-            zip(pixels.chunk(training.accumulate), labels.chunk(training.accumulate), strict=True)
-        )
         with _seeded(batches.seed_of_share, step, device):
-            for number, (part, its_labels) in enumerate(parts, 1):
-                images = to_tensor(part, device)
-                targets = its_labels.to(device, non_blocking=True)
-                if augmentation.batch:
-                    images, targets = augmentation.batch(images, targets)
-                last = number == len(parts)  # gradients are summed over the processes once a step
-                with group.no_sync(shared) if group and not last else nullcontext():
-                    with torch.autocast(kind, torch.bfloat16, enabled=half):
-                        loss = functional.cross_entropy(
-                            shared(images), targets, label_smoothing=training.label_smoothing
-                        )
-                    if number == 1:
-                        # Freed before the forward pass, the gradients' memory would go to its
-                        # tensors and be paged in anew for the next ones.
-                        optimizer.zero_grad(set_to_none=True)
-                    (loss / len(parts)).backward()
-                if rank == 0:
-                    state.losses.append(loss.detach())  # to read it would wait for the device
+            losses = _backward(
+                shared, optimizer, pixels, labels, training, augmentation, device, group
+            )
         optimizer.step()
         state.step = step
 
+        if rank == 0:
+            state.losses += losses
         validates = rank == 0 and (step % every == 0 or step == training.steps)
         if validates:
-            val_loss, val_accuracy = _validate(classifier, val)
-            point = {
-                "train_loss": float(torch.stack(state.losses).mean()),
-                "val_loss": val_loss,
-                "val_accuracy": val_accuracy,
-                "learning_rate": rate,
-            }
+            point = _point(classifier, val, state.losses, rate)
             state.losses.clear()
             state.points.append({"step": step, **point})
-            state.keep_if_best(val_accuracy)
+            state.keep_if_best(point["val_accuracy"])
         overdue = rank == 0 and time.monotonic() - written > _KEEP_EVERY_SECONDS
-        if kept and (validates or overdue):
-            state.write(kept.path, aside=kept.aside)
+        if checkpoint and (validates or overdue):
+            state.write(checkpoint.path, aside=checkpoint.aside)
             written = time.monotonic()
         if validates:
             on_point(step, point)
@@ -138,6 +114,58 @@ def fit(
     model.load_state_dict(state.best_weights)
     model.eval()
     return pd.DataFrame(state.points)
+
+
+def _backward(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    pixels: torch.Tensor,
+    labels: torch.Tensor,
+    training: Training,
+    augmentation: Augmentation,
+    device: str,
+    group: "Accelerator | None",
+) -> list[torch.Tensor]:
+    """Give the weights the gradients of a batch, uint8 (B, S, S, 3) and int64 (B,), by its parts.
+
+    Returns the loss of each part, on the device: to read them would wait for it.
+    """
+    half = is_fast_at_bfloat16(device)
+    parts = list(
+        zip(pixels.chunk(training.accumulate), labels.chunk(training.accumulate), strict=True)
+    )
+    losses = []
+    for number, (part, its_labels) in enumerate(parts, 1):
+        images = to_tensor(part, device)
+        targets = its_labels.to(device, non_blocking=True)
+        if augmentation.batch:
+            images, targets = augmentation.batch(images, targets)
+        last = number == len(parts)  # gradients are summed over the processes once a step
+        with group.no_sync(model) if group and not last else nullcontext():
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half):
+                loss = functional.cross_entropy(
+                    model(images), targets, label_smoothing=training.label_smoothing
+                )
+            if number == 1:
+                # Freed before the forward pass, the gradients' memory would go to its tensors and
+                # be paged in anew for the next ones.
+                optimizer.zero_grad(set_to_none=True)
+            (loss / len(parts)).backward()
+        losses.append(loss.detach())
+    return losses
+
+
+def _point(
+    classifier: Classifier, val: LabelledImages, losses: list[torch.Tensor], rate: float
+) -> dict[str, float]:
+    """Return a point of the curve, `losses` being those since the last one."""
+    val_loss, val_accuracy = _validate(classifier, val)
+    return {
+        "train_loss": float(torch.stack(losses).mean()),
+        "val_loss": val_loss,
+        "val_accuracy": val_accuracy,
+        "learning_rate": rate,
+    }
 
 
 def _optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -194,12 +222,13 @@ class _Batches(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 def _read_ahead(
-    batches: _Batches, steps: range, on_gpu: bool
+    batches: _Batches, steps: range, device: str
 ) -> DataLoader[tuple[torch.Tensor, torch.Tensor]]:
     """Give the batches of `steps`; beside a GPU, other processes make them while it computes.
 
     Without one, they would take the cores that compute.
     """
+    on_gpu = torch.device(device).type == "cuda"
     readers = min(_MOST_READERS, usable_cores()) if on_gpu else 0
     return DataLoader(
         batches,

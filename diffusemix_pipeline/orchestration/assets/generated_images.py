@@ -17,7 +17,7 @@ from diffusemix_pipeline.settings import Settings
 
 if TYPE_CHECKING:
     from diffusemix_pipeline.datasets.manifest import Stage
-    from diffusemix_pipeline.editing.generate import LabelGate
+    from diffusemix_pipeline.editing.generate import LabelGate, Prepared
     from diffusemix_pipeline.editing.planning import Plan
 
 # The only way for an op to give its asset a data version; dagster is pinned, so it cannot change.
@@ -38,11 +38,7 @@ def plan_edits(
     context: dg.OpExecutionContext,
 ) -> Iterator[dg.DynamicOutput[dict] | dg.Output[dict]]:
     from diffusemix_pipeline.datasets.manifest import finished_stage
-    from diffusemix_pipeline.editing.generate import (
-        adopt_verdicts,
-        fit_where_needed,
-        without_parts_there,
-    )
+    from diffusemix_pipeline.editing.generate import prepare
     from diffusemix_pipeline.editing.store import EditStore
 
     project, settings = context.resources.project, context.resources.settings
@@ -51,13 +47,10 @@ def plan_edits(
         context.log.info(f"{project.generated} is there already")
         yield dg.Output({}, "predicted")
         return
-    lacking = without_parts_there(plan, project.generated, EditStore(project.edits))
     gate = _gate(context, plan, choose_device(settings.device))
-    accuracy = None
-    if gate:
-        adopt_verdicts(project.generated, plan, gate.verdicts)
-        accuracy = fit_where_needed(gate, lacking)
-    predicted = _predicted(context, lacking, gate, there=len(plan) - len(lacking))
+    prepared = prepare(plan, project.generated, EditStore(project.edits), gate)
+    predicted = _predicted(context, prepared, gate)
+    accuracy = prepared.accuracy
     observed = {} if accuracy is None else {"gate_teachers_accuracy": accuracy}
     if observed or predicted:
         metadata = {**observed, **predicted}
@@ -75,7 +68,7 @@ def plan_edits(
     "fail once; run again, it goes on.",
 )
 def edit_shard(context: dg.OpExecutionContext, shard: dict[str, Any]) -> dict[str, Any]:
-    from diffusemix_pipeline.editing.generate import make_edits, without_parts_there
+    from diffusemix_pipeline.editing.generate import make_edits, prepare
     from diffusemix_pipeline.editing.store import EditStore
 
     project, settings = context.resources.project, context.resources.settings
@@ -86,8 +79,8 @@ def edit_shard(context: dg.OpExecutionContext, shard: dict[str, Any]) -> dict[st
             store = EditStore(project.edits, settings.storage.edits)
             if plan.fingerprint == shard["plan"]:  # for which `plan_edits` looked at what is there
                 lacking = plan.without_parts(plan.parts_in(project.generated))
-            else:  # something was dropped meanwhile
-                lacking = without_parts_there(plan, project.generated, store)
+            else:  # something was dropped meanwhile, for which no gate is fitted
+                lacking = prepare(plan, project.generated, store, gate=None).lacking
             made = make_edits(
                 lacking,
                 store=store,
@@ -151,9 +144,10 @@ def collect_edits(
 def _plan(project: Project, settings: Settings) -> "Plan":
     from diffusemix_pipeline.datasets.dropped import read_dropped
     from diffusemix_pipeline.datasets.manifest import read_stage
-    from diffusemix_pipeline.editing.planning import plan_edits
+    from diffusemix_pipeline.editing import planning
 
-    return plan_edits(read_stage(project.raw), settings, read_dropped(project.dropped))
+    raw, dropped = read_stage(project.raw), read_dropped(project.dropped)
+    return planning.plan_edits(raw, settings, dropped)
 
 
 def _gate(context: dg.OpExecutionContext, plan: "Plan", device: str) -> "LabelGate | None":
@@ -174,27 +168,27 @@ def _gate(context: dg.OpExecutionContext, plan: "Plan", device: str) -> "LabelGa
 
 
 def _predicted(
-    context: dg.OpExecutionContext, plan: "Plan", gate: "LabelGate | None", there: int
+    context: dg.OpExecutionContext, prepared: "Prepared", gate: "LabelGate | None"
 ) -> dict[str, Any]:
     """Run a pilot of what is lacking, and return what it predicts, with the images that are there.
 
     Nothing where too few edits are missing.
     """
-    from diffusemix_pipeline.editing.cost import forecast, run_pilot
+    from diffusemix_pipeline.editing.cost import forecast_by_pilot
     from diffusemix_pipeline.editing.store import EditStore
 
-    store = EditStore(context.resources.project.edits, plan.settings.storage.edits)
-    cost = run_pilot(
-        plan,
-        store,
-        device=choose_device(plan.settings.device),
+    settings = context.resources.settings
+    left = forecast_by_pilot(
+        prepared.lacking,
+        EditStore(context.resources.project.edits, settings.storage.edits),
+        device=choose_device(settings.device),
         gate=gate,
         progress=context.resources.progress(context.log),
     )
-    if cost is None:
+    if left is None:
         return {}
-    left = forecast(plan, store, gate, cost)
-    left = replace(left, images=left.images + there)
+    left = replace(left, images=left.images + prepared.there)
+    cost = left.cost
     return {
         "pilot_edits": cost.pilot,
         "predicted_edits": left.edits,
