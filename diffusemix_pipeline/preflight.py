@@ -153,8 +153,8 @@ def _check_edits_and_mixing(settings: Settings) -> None:
     unknown = [prompt for prompt in editing.prompts if prompt.lower() not in PAPER_PROMPTS]
     if editing.editor == BUNDLED and unknown:
         warnings.warn(
-            f"The bundled editor does not know the prompts {', '.join(unknown)}: it draws "
-            "something near one of its own, or nothing. Its own are "
+            f"The bundled editor does not know these prompts: {', '.join(unknown)}. It draws "
+            "something near one of its own for them, or nothing; its own are "
             f"{', '.join(PAPER_PROMPTS)}.",
             stacklevel=3,
         )

@@ -215,7 +215,7 @@ def test_a_failing_check_fails_the_run(weights, tmp_path, monkeypatch):
         ("mixing.fractal_dir=nowhere", "mixing.fractal_dir: nowhere is no folder"),
         ("training.model=inception_v3", "inception_v3 does not take images of 32 px"),
         ("device=cuda:7", "device: this machine has no cuda:7"),
-        ("mixing.seam=40", "mixing.seam: 40 px is wider than size"),
+        ("mixing.seam=40", "mixing.seam: 40 px is wider than the images"),
         ("tracking.uri=http://127.0.0.1:9", "http://127.0.0.1:9 (tracking.uri) cannot be used"),
     ],
 )

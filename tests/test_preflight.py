@@ -71,7 +71,7 @@ def test_the_bundled_editor_says_which_prompts_it_does_not_know(prompts, project
     told = [str(warning.message) for warning in recwarn if "prompts" in str(warning.message)]
     if "night" in prompts:
         [warning] = told
-        assert "does not know the prompts night, fog:" in warning
+        assert "does not know these prompts: night, fog." in warning
     else:
         assert not told
 
