@@ -51,8 +51,8 @@ def augment_folder(
     `sources.parquet` holds the originals' rows: a manifest row's `source_id` is an `image_id`
     there, whose own `source_id` is the path below `train_dir`. Where `storage.format` is `tar`,
     shards are written; `auto` means files, of however many images. Copies of the originals, the
-    edits and the store lie under the project's state folder. Raises UserError where `out` holds
-    something else or lies within `train_dir`.
+    edits and the store lie under the project's state folder. Raises UserError where `train_dir` is
+    not there, and where `out` holds something else or lies within it.
     """
     _check_out(train_dir, out)
     check_augmentation(settings)
@@ -105,6 +105,8 @@ def augment_folder(
 
 
 def _check_out(train_dir: Path, out: Path) -> None:
+    if not train_dir.is_dir():
+        raise UserError(f"--train-dir {train_dir} does not exist. Name a folder of class folders.")
     if out.resolve().is_relative_to(train_dir.resolve()):
         raise UserError(f"--out {out} lies inside --train-dir {train_dir}: choose another folder.")
     if out.exists() and not out.is_dir():

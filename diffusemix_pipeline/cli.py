@@ -23,19 +23,21 @@ from diffusemix_pipeline.project import (
     using_edits,
 )
 from diffusemix_pipeline.settings import (
-    NO_PRESET,
+    SETTINGS_FILE,
+    Layer,
     Settings,
     describe,
     load_layers,
     load_settings,
+    merge,
     nested_overrides,
-    preset_names,
 )
 
 if TYPE_CHECKING:
     from diffusemix_pipeline.orchestration.launch import Outcome
 
 _LOOPBACK = "127.0.0.1"
+_REPORT_ASSET = "robustness_report"
 _FOLDER = click.Path(path_type=Path)
 _THINNED = "{} training images are left out by source.train_per_class"
 
@@ -87,10 +89,18 @@ def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "overrides",
             metavar="KEY=VALUE",
             multiple=True,
-            help="One setting, e.g. editing.steps=20; may be repeated.",
+            help="One setting, e.g. editing.steps=20; may be repeated. `diffusemix settings` "
+            "lists them.",
         ),
-        click.option("--config", type=_FOLDER, help="A YAML file of settings."),
-        click.option("--preset", help=f"One of: {', '.join([*preset_names(), NO_PRESET])}."),
+        click.option("--config", type=_FOLDER, help="A YAML file of settings, over the preset's."),
+        click.option(
+            "--preset",
+            help="A set of settings. demo: the digits, in minutes. paper, official: as the paper "
+            "and the authors' code have it. balanced, turbo: the same in a fifteenth and a "
+            "thirty-third of the UNet evaluations. general, fine_grained, fine_tuning, "
+            "data_scarcity, adversarial: the paper's five tasks. none: no preset. All but demo and "
+            "none fetch a checkpoint from the Hugging Face hub and want a GPU.",
+        ),
     ):
         command = option(command)
     return command
@@ -99,7 +109,8 @@ def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
 _data_option = click.option(
     "--data",
     metavar="FOLDER|NAME",
-    help="A folder of labelled images, or a published dataset: cifar100, cub200, … (source.path).",
+    help="A folder of labelled images, a published dataset (cifar100, cub200, …) or a Python file "
+    "that lists images (source.path).",
 )
 
 
@@ -108,21 +119,48 @@ def _settings_for(
 ) -> Settings:
     """Read the settings, `--data` among them; say the terms of a published dataset."""
     from diffusemix_pipeline.datasets.published import PUBLISHED, terms
-    from diffusemix_pipeline.datasets.sources import NAMES
 
-    given = list(overrides)
-    if data:
-        source = data if data in NAMES else Path(data).resolve()
-        given.append(f"source.path={_quoted(source)}")
-    settings = load_settings(
-        Path.cwd(), preset=preset, own_images=bool(data), config=config, overrides=given
-    )
+    settings = merge(_layers_for(data, preset, config, overrides))
     if settings.source.path in PUBLISHED:
         click.echo(terms(settings.source.path))
     return settings
 
 
-@click.group(cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})
+def _layers_for(
+    data: str | None, preset: str | None, config: Path | None, overrides: Sequence[str]
+) -> list[Layer]:
+    """Read the layers of the settings, the highest of them with what `--data` names."""
+    given = list(overrides)
+    if data:
+        from diffusemix_pipeline.datasets.sources import NAMES
+
+        source = data if data in NAMES else Path(data).resolve()
+        given.append(f"source.path={_quoted(source)}")
+    return load_layers(
+        Path.cwd(), preset=preset, own_images=bool(data), config=config, overrides=given
+    )
+
+
+def _project_here() -> Project:
+    """Return the project that a command looks at; UserError where there is none.
+
+    Otherwise a command in the wrong folder would leave an empty database or repository there.
+    """
+    project = Project(Path.cwd())
+    marks = (project.state, project.root / SETTINGS_FILE, project.root / "data.dvc")
+    if not any(mark.exists() for mark in marks):
+        raise UserError(
+            f"{project.root} holds no project. Change to the project's folder, or start one here "
+            "with `diffusemix run`."
+        )
+    return project
+
+
+@click.group(
+    cls=_Command,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with: diffusemix run --preset demo",
+)
 @click.version_option(package_name="diffusemix-pipeline")
 def main() -> None:
     """DiffuseMix: edit, mix, train and judge, with every image traceable to its source."""
@@ -137,12 +175,13 @@ def main() -> None:
 def run(
     preset: str | None, config: Path | None, overrides: Sequence[str], data: str | None
 ) -> None:
-    """Run the whole pipeline here and now.
+    """Run the whole pipeline, from images to the report.
 
     \b
-    diffusemix run --preset demo
-    diffusemix run --data photos --set size=64
-    diffusemix run --data cifar100 --set size=32
+    Examples:
+      diffusemix run --preset demo
+      diffusemix run --data photos
+      diffusemix run --data cifar100 --set size=32
     """
     from diffusemix_pipeline.orchestration.launch import run_here
     from diffusemix_pipeline.terminal import progress_bars
@@ -154,6 +193,8 @@ def run(
     if not outcome.success:
         for problem in outcome.problems:
             _tell(problem)
+        if _REPORT_ASSET in outcome.metadata:  # a check refused what it says
+            click.echo(f"Report: {project.report / 'index.html'}", err=True)
         raise SystemExit(2 if outcome.user_error else 1)
     _print_outcome(project, outcome)
 
@@ -176,7 +217,9 @@ def augment(
     """Augment a folder of class folders, and nothing else.
 
     \b
-    diffusemix augment --train-dir photos/train --out augmented --prompts "sunset, autumn"
+    Example:
+      diffusemix augment --train-dir photos/train --out augmented \\
+        --prompts "sunset, autumn"
     """
     from diffusemix_pipeline.augmentation import augment_folder
     from diffusemix_pipeline.terminal import progress_bars
@@ -203,8 +246,20 @@ def augment(
 @_settings_options
 @_data_option
 @click.option("--prompts", help='Comma-separated, e.g. "sunset, autumn" (editing.prompts).')
-@click.option("--images", type=click.IntRange(1), default=4, show_default=True, help="Rows.")
-@click.option("--out", type=_FOLDER, default=Path("preview.png"), show_default=True)
+@click.option(
+    "--images",
+    type=click.IntRange(1),
+    default=4,
+    show_default=True,
+    help="How many images to draw, a row each.",
+)
+@click.option(
+    "--out",
+    type=_FOLDER,
+    default=Path("preview.png"),
+    show_default=True,
+    help="The picture to write, as PNG.",
+)
 def preview(
     preset: str | None,
     config: Path | None,
@@ -214,10 +269,13 @@ def preview(
     images: int,
     out: Path,
 ) -> None:
-    """Draw a few images under each prompt, to choose the prompts by eye.
+    """Draw a few images under each prompt, to choose prompts.
+
+    Its edits stay in the store, where a run finds them.
 
     \b
-    diffusemix preview --data photos --prompts "sunset, night, fog"
+    Example:
+      diffusemix preview --data photos --prompts "sunset, autumn, snowy"
     """
     from diffusemix_pipeline.datasets.manifest import STAGE
     from diffusemix_pipeline.datasets.sources import DIGITS
@@ -250,7 +308,11 @@ class _Duration(click.ParamType):
 @main.command()
 @_settings_options
 @_data_option
-@click.option("--budget", type=_Duration(), help="Say which share of the images fits, e.g. 2h.")
+@click.option(
+    "--budget",
+    type=_Duration(),
+    help="The time to spend, e.g. 90m or 2h: says which share of the images can be edited in it.",
+)
 def plan(
     preset: str | None,
     config: Path | None,
@@ -258,10 +320,14 @@ def plan(
     data: str | None,
     budget: float | None,
 ) -> None:
-    """Say what the edits of a run will cost, from a pilot of them, which the run then has.
+    """Say what a run's edits will cost in time and disk.
+
+    It makes and times a few of the edits. They stay in the store, so the run that follows does not
+    make them again. Nothing is trained, but for the label gate's classifiers where that is on.
 
     \b
-    diffusemix plan --data photos --preset balanced --budget 2h
+    Example:
+      diffusemix plan --data photos --preset balanced --budget 2h
     """
     from diffusemix_pipeline.cost_plan import plan_cost
     from diffusemix_pipeline.terminal import print_table, progress_bars
@@ -310,12 +376,15 @@ def _duration(seconds: float) -> str:
 @main.command()
 @click.argument("image_ids", metavar="IMAGE_ID...", nargs=-1, required=True)
 def drop(image_ids: Sequence[str]) -> None:
-    """Take images out of the dataset: sources with all that was made of them, or single edits.
+    """Take images or single edits out of the dataset.
+
+    An image of data/raw goes with all that was made of it. The next run makes a new version of the
+    dataset, without a new edit.
 
     \b
-    diffusemix drop train/cat/0421-1b2c3d4e cat/0007-5f6a7b8c.sunset.0.9d0e1f2a
-
-    The next run makes a new version of the dataset, without a new edit.
+    Examples:
+      diffusemix drop train/cat/0421-1b2c3d4e5f607182
+      diffusemix drop cat/0007-5f6a7b8c9d0e1f2a.sunset.0.9d0e1f2a
     """
     from diffusemix_pipeline.datasets.dropped import drop as add
 
@@ -335,11 +404,15 @@ def drop(image_ids: Sequence[str]) -> None:
     help="Two reports: each a folder, a report.json, or the id of an MLflow run.",
 )
 def report(compare: tuple[str, str] | None) -> None:
-    """Print the last report as Markdown, or what changed from one to another.
+    """Print the last report, or compare two.
+
+    It is Markdown. The next run replaces outputs/report: copy it first to compare it later, or name
+    the MLflow runs, which keep theirs.
 
     \b
-    diffusemix report
-    diffusemix report --compare before/report outputs/report
+    Examples:
+      diffusemix report
+      diffusemix report --compare before/report outputs/report
     """
     import tempfile
 
@@ -355,7 +428,7 @@ def report(compare: tuple[str, str] | None) -> None:
         places = [Path(name) for name in compare]
         for number, place in enumerate(places):
             if not place.exists():  # then it is a run's id
-                tracker = open_tracking(project, load_settings(Path.cwd()).tracking)
+                tracker = open_tracking(_project_here(), load_settings(Path.cwd()).tracking)
                 (Path(aside) / str(number)).mkdir()
                 places[number] = tracker.report(str(place), Path(aside) / str(number))
         click.echo(changes(*(read_document(place) for place in places)), nl=False)
@@ -386,9 +459,16 @@ def _is_loopback(host: str) -> bool:
 
 @main.command()
 @_host_option
-@click.option("--port", default=3000, show_default=True)
+@click.option("--port", default=3000, show_default=True, help="The port to listen on.")
 def ui(host: str, port: int) -> None:
-    """Open Dagster's web UI on this machine, with its daemon for schedules."""
+    """Serve Dagster's web UI, with its daemon for schedules.
+
+    It runs until you press Ctrl-C.
+
+    \b
+    Example:
+      diffusemix ui --port 3000
+    """
     from diffusemix_pipeline.orchestration.launch import prepare_instance
 
     prepare_instance(Project(Path.cwd()))
@@ -402,9 +482,16 @@ def ui(host: str, port: int) -> None:
 
 @main.command()
 @_host_option
-@click.option("--port", default=5000, show_default=True)
+@click.option("--port", default=5000, show_default=True, help="The port to listen on.")
 def mlflow(host: str, port: int) -> None:
-    """Open MLflow's web UI on this machine."""
+    """Serve MLflow's web UI: runs, curves and models.
+
+    It runs until you press Ctrl-C.
+
+    \b
+    Example:
+      diffusemix mlflow --port 5000
+    """
     from diffusemix_pipeline.tracking import mlflow_ui_command
 
     command = mlflow_ui_command(Project(Path.cwd()), load_settings(Path.cwd()).tracking, port, host)
@@ -415,22 +502,37 @@ def mlflow(host: str, port: int) -> None:
 
 @main.command()
 @_settings_options
-def settings(preset: str | None, config: Path | None, overrides: Sequence[str]) -> None:
-    """Print every setting with its value, where that comes from, and what it means."""
-    layers = load_layers(Path.cwd(), preset=preset, config=config, overrides=overrides)
-    for setting in describe(layers):
+@_data_option
+def settings(
+    preset: str | None, config: Path | None, overrides: Sequence[str], data: str | None
+) -> None:
+    """Print every setting: value, origin and meaning.
+
+    With the options of a run, it prints the settings of that run.
+
+    \b
+    Examples:
+      diffusemix settings
+      diffusemix settings --data photos --preset paper
+    """
+    for setting in describe(_layers_for(data, preset, config, overrides)):
         click.echo(f"{click.style(setting.key, bold=True)} = {setting.value!r}")
         click.echo(f"    from {setting.origin}. {setting.description}")
 
 
 @main.group()
 def editor() -> None:
-    """See which editors there are; train and judge the one that the package carries."""
+    """List, train and evaluate editors."""
 
 
 @editor.command("list")
 def list_editors() -> None:
-    """List the kinds of editors, each with a checkpoint to name and the settings that suit it."""
+    """List the kinds of editors, and settings that suit them.
+
+    \b
+    Example:
+      diffusemix editor list
+    """
     from tabulate import tabulate
 
     from diffusemix_pipeline.editing.editor import FAMILIES
@@ -452,9 +554,16 @@ def list_editors() -> None:
 @editor.command()
 @click.option("--out", type=_FOLDER, required=True, help="Where the pipeline folder is written.")
 @click.option("--images", type=_FOLDER, multiple=True, help="A folder of images to train on too.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="What every random draw follows from.")
 def train(out: Path, images: Sequence[Path], seed: int) -> None:
-    """Train an editor from nothing; a cut-off training goes on where it was."""
+    """Train an editor like the bundled one from nothing.
+
+    It takes hours; the same command goes on with a training that was cut off.
+
+    \b
+    Example:
+      diffusemix editor train --out my-editor --images photos
+    """
     from diffusemix_pipeline.bundled_editor.training import train_editor
     from diffusemix_pipeline.terminal import progress_bars
 
@@ -467,11 +576,34 @@ def train(out: Path, images: Sequence[Path], seed: int) -> None:
 
 
 @editor.command()
-@click.option("--editor", "location", default="bundled", show_default=True, help="As in a setting.")
-@click.option("--revision", help="The commit of a hub id, as in a setting.")
-@click.option("--train", type=_NAMED_FOLDER, multiple=True, help="NAME=FOLDER to train judges on.")
-@click.option("--test", type=_NAMED_FOLDER, multiple=True, help="NAME=FOLDER to judge edits of.")
-@click.option("--sheet", type=_FOLDER, default=Path("editor.png"), show_default=True)
+@click.option(
+    "--editor",
+    "location",
+    default="bundled",
+    show_default=True,
+    help="What to evaluate: bundled, a folder or a hub id (editing.editor).",
+)
+@click.option("--revision", help="The commit of a hub id (editing.revision).")
+@click.option(
+    "--train",
+    type=_NAMED_FOLDER,
+    multiple=True,
+    help="Class folders on which the classifiers that judge its edits are trained; the name is for "
+    "the table. May be repeated.",
+)
+@click.option(
+    "--test",
+    type=_NAMED_FOLDER,
+    multiple=True,
+    help="Class folders whose images it edits, under the same name as in --train.",
+)
+@click.option(
+    "--sheet",
+    type=_FOLDER,
+    default=Path("editor.png"),
+    show_default=True,
+    help="The picture of images and edits to write, as PNG.",
+)
 def evaluate(
     location: str,
     revision: str | None,
@@ -479,10 +611,14 @@ def evaluate(
     test: Sequence[tuple[str, Path]],
     sheet: Path,
 ) -> None:
-    """Print an editor's figures on the digits and on image folders, and draw a contact sheet.
+    """Print an editor's figures, and draw a sheet of its edits.
+
+    It is measured on the digits and on the image folders that are named.
 
     \b
-    diffusemix editor evaluate --train cifar10=cifar10/train --test cifar10=cifar10/test
+    Example:
+      diffusemix editor evaluate --train cifar10=cifar10/train \\
+        --test cifar10=cifar10/test
     """
     from diffusemix_pipeline.bundled_editor.evaluation import evaluate_editor
     from diffusemix_pipeline.editing.editor import locate_editor
@@ -515,18 +651,21 @@ def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
 
 @main.group()
 def data() -> None:
-    """Versions of data/: which is here, which trained what, and the way back to one."""
+    """See, share and bring back the versions of data/."""
 
 
 @data.command("status")
 def data_status() -> None:
-    """Say which version is pinned, and whether data/ is that."""
-    from diffusemix_pipeline.versioning import changes, committed_digest, pinned_digest
+    """Say which version is pinned, and whether data/ is that.
+
+    \b
+    Example:
+      diffusemix data status
+    """
+    from diffusemix_pipeline.versioning import changes, committed_digest
 
     root = Path.cwd()
-    pinned = pinned_digest(root)
-    if pinned is None:
-        raise UserError("data.dvc pins nothing: a run makes it.")
+    pinned = _pinned(root)
     click.echo(f"data.dvc pins {pinned}")
     committed = committed_digest(root)
     if committed:
@@ -537,39 +676,72 @@ def data_status() -> None:
     click.echo(f"data/ is {'as pinned' if not changed else f'not as pinned: {counts}'}")
 
 
+def _pinned(root: Path) -> str:
+    """Return the version that data.dvc pins; UserError without one."""
+    from diffusemix_pipeline.versioning import pinned_digest
+
+    pinned = pinned_digest(root)
+    if pinned is None:
+        raise UserError(
+            f"{root / 'data.dvc'} is not there, or pins nothing: `diffusemix run` makes it. In a "
+            "clone, `git checkout data.dvc` brings it back; else change to the project's folder."
+        )
+    return pinned
+
+
 @data.command("push")
 def data_push() -> None:
-    """Send the pinned version to the DVC remote."""
+    """Send the pinned version to the DVC remote.
+
+    \b
+    Example:
+      diffusemix data push
+    """
     from diffusemix_pipeline.versioning import push
 
+    _project_here()
     click.echo(f"Pushed to the DVC remote '{push(Path.cwd())}'.")
 
 
 @data.command("pull")
 def data_pull() -> None:
-    """Make data/ what data.dvc pins."""
+    """Make data/ what data.dvc pins.
+
+    It is taken from DVC's cache here, or from the DVC remote.
+
+    \b
+    Example:
+      diffusemix data pull
+    """
     from diffusemix_pipeline.orchestration.holding import without_runs
-    from diffusemix_pipeline.versioning import pinned_digest, pull
+    from diffusemix_pipeline.versioning import pull
 
     project = Project(Path.cwd())
+    pinned = _pinned(project.root)
     with without_runs(project):
         pulled = pull(project.root, afresh=True)
     if not pulled:
         raise UserError(
-            "data.dvc pins nothing that the DVC cache here or a remote holds: push it from where "
-            "it was made."
+            f"Neither the DVC cache here nor a remote holds {pinned}, which data.dvc pins: run "
+            "`diffusemix data push` where it was made, or add its remote here with "
+            "`dvc remote add -d NAME URL`."
         )
-    click.echo(f"data/ is {pinned_digest(project.root)}")
+    click.echo(f"data/ is {pinned}")
 
 
 @data.command("history")
 def data_history() -> None:
-    """List the versions: which commit pins each, and which models were trained on it."""
+    """List the versions, their commits and their models.
+
+    \b
+    Example:
+      diffusemix data history
+    """
     from diffusemix_pipeline.orchestration.data_versions import history
     from diffusemix_pipeline.terminal import print_table
     from diffusemix_pipeline.versioning import pinned_digest
 
-    project = Project(Path.cwd())
+    project = _project_here()
     here = pinned_digest(project.root)
     rows = []
     for version in history(project, load_settings(project.root)):
@@ -595,11 +767,19 @@ def data_history() -> None:
 @data.command("checkout")
 @click.argument("version")
 def data_checkout(version: str) -> None:
-    """Bring a version back, by the start of its digest or a commit that pins it."""
+    """Bring a version of data/ back.
+
+    VERSION is the start of its digest, as `diffusemix data history` lists it, or a commit that pins
+    it.
+
+    \b
+    Example:
+      diffusemix data checkout 1a2b3c
+    """
     from diffusemix_pipeline.orchestration.data_versions import checkout
     from diffusemix_pipeline.orchestration.holding import without_runs
 
-    project = Project(Path.cwd())
+    project = _project_here()
     with without_runs(project):
         digest, kept = checkout(project, load_settings(project.root), version)
     click.echo(f"data/ is {digest}")
@@ -611,12 +791,17 @@ def data_checkout(version: str) -> None:
 
 @main.group()
 def store() -> None:
-    """Look after the edit store: every edit that was ever paid for."""
+    """Look after the edit store, which keeps every edit."""
 
 
 @store.command()
 def status() -> None:
-    """Count the edits, their bytes, and what made them."""
+    """Count the edits, their bytes and what made them.
+
+    \b
+    Example:
+      diffusemix store status
+    """
     from diffusemix_pipeline.editing.store import EditStore
 
     project = Project(Path.cwd())
@@ -632,14 +817,18 @@ def status() -> None:
 
 @store.command()
 def verify() -> None:
-    """Read every edit; what is not as it was stored is set aside, and made anew when next wanted.
+    """Read every edit, and set damaged ones aside.
 
-    The exit code is 1 where there was any.
+    They are made anew when they are next wanted. The exit code is 1 where there was any.
+
+    \b
+    Example:
+      diffusemix store verify
     """
     from diffusemix_pipeline.editing.store import EditStore
     from diffusemix_pipeline.terminal import progress_bars
 
-    project = Project(Path.cwd())
+    project = _project_here()
     edits = EditStore(project.edits)
     with alone_with_edits(project), progress_bars() as progress:
         keys = list(edits)
@@ -653,15 +842,20 @@ def verify() -> None:
 
 @store.command()
 def share() -> None:
-    """Put every edit of this store where storage.edits says, for other machines.
+    """Copy every edit to the bucket that storage.edits names.
 
-    Runs bring and share the edits that they want by themselves.
+    Other machines then need not make them. A run shares and brings the edits that it wants by
+    itself.
+
+    \b
+    Example:
+      diffusemix store share
     """
     from diffusemix_pipeline.editing.shared_edits import SharedEdits
     from diffusemix_pipeline.editing.store import EditStore
     from diffusemix_pipeline.terminal import progress_bars
 
-    project, url = Project(Path.cwd()), load_settings(Path.cwd()).storage.edits
+    project, url = _project_here(), load_settings(Path.cwd()).storage.edits
     if not url:
         raise UserError("storage.edits names no place: set it to a URL such as s3://bucket/edits.")
     SharedEdits(url).check()
@@ -675,14 +869,24 @@ def share() -> None:
 @store.command()
 @click.option("--yes", is_flag=True, help="Remove them; without it they are only counted.")
 def prune(yes: bool) -> None:
-    """Remove the edits that no present dataset of this project uses and nobody dropped.
+    """Remove edits that no dataset of this project uses.
 
-    Those of a preview, a plan or a run that was cut off are not used yet: they go as well, but for
-    edits of the last day, which may be of a run that is still going on.
+    What was dropped stays. Edits of a preview, a plan or a run that was cut off are not used yet:
+    they go as well, but for those of the last day, which may be of a run that is still going on.
+
+    \b
+    Examples:
+      diffusemix store prune
+      diffusemix store prune --yes
     """
+    from diffusemix_pipeline.editing.store import EditStore
     from diffusemix_pipeline.orchestration.maintenance import unused_edits
 
-    found = unused_edits(Project(Path.cwd()), remove=yes)
+    project = Project(Path.cwd())
+    if not any(EditStore(project.edits)):
+        click.echo("Nothing to prune.")
+        return
+    found = unused_edits(project, remove=yes)
     old = len(found.old)
     if yes:
         click.echo(f"{old:,} edits removed, {found.every - old:,} kept.")
@@ -694,13 +898,22 @@ def prune(yes: bool) -> None:
 
 @main.command()
 @click.argument("images", nargs=-1, required=True, type=_FOLDER)
-@click.option("--alias", default="champion", show_default=True, help="Which registered model.")
+@click.option(
+    "--alias",
+    default="champion",
+    show_default=True,
+    help="Which registered model to ask: champion, challenger or an arm's name, e.g. vanilla.",
+)
 def predict(images: Sequence[Path], alias: str) -> None:
-    """Name what images show, by the registered champion; a folder stands for its images.
+    """Name what images show, with the best model so far.
+
+    That is the champion in MLflow's registry. A folder stands for its images. Each line of the
+    answer is file, class and probability.
 
     \b
-    diffusemix predict cat.jpg
-    diffusemix predict photos --alias challenger
+    Examples:
+      diffusemix predict cat.jpg
+      diffusemix predict photos --alias challenger
     """
     from diffusemix_pipeline.datasets.images import UnreadableImageError
     from diffusemix_pipeline.datasets.items import visible_files
@@ -710,7 +923,8 @@ def predict(images: Sequence[Path], alias: str) -> None:
     if not asked:
         raise UserError(f"No files are in {', '.join(map(str, images))}.")
     tracking = load_settings(Path.cwd()).tracking
-    model = open_tracking(Project(Path.cwd()), tracking).load(alias)
+    project = Project(Path.cwd()) if tracking.uri else _project_here()
+    model = open_tracking(project, tracking).load(alias)
     failed = 0
     for path in asked:
         try:
@@ -725,10 +939,33 @@ def predict(images: Sequence[Path], alias: str) -> None:
 
 
 @main.command()
-@click.option("--url", envvar="DAGSTER_URL", required=True, help="Dagster's address; DAGSTER_URL.")
-@click.option("--job", default="diffusemix", show_default=True, help="What to launch.")
-@click.option("--tag", "tags", metavar="KEY=VALUE", multiple=True, help="A tag of the run.")
-@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="A setting.")
+@click.option(
+    "--url",
+    envvar="DAGSTER_URL",
+    show_envvar=True,
+    required=True,
+    help="Dagster's address, e.g. http://127.0.0.1:3000.",
+)
+@click.option(
+    "--job",
+    default="diffusemix",
+    show_default=True,
+    help="The job to launch: diffusemix is the whole pipeline, maintenance the housekeeping.",
+)
+@click.option(
+    "--tag",
+    "tags",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="A tag to give the run in Dagster, e.g. git_sha=1a2b3c; may be repeated.",
+)
+@click.option(
+    "--set",
+    "overrides",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="A setting for this run, over the server's own, e.g. seed=1; may be repeated.",
+)
 @click.option("--wait", is_flag=True, help="Follow the run; the exit code is how it ended.")
 @click.option("--report", type=_FOLDER, help="Where to write the run's report as Markdown.")
 def trigger(
@@ -739,14 +976,16 @@ def trigger(
     wait: bool,
     report: Path | None,
 ) -> None:
-    """Launch a run on a Dagster that is up elsewhere, with its settings but for those of --set.
+    """Launch a run on a Dagster that is up elsewhere.
 
-    With --wait, the exit code is 0 where the run succeeded and its model is the champion, 1 where
-    the run failed or was cancelled, and 3 where the promotion was refused. A token for a proxy
-    before the server is read from DAGSTER_TOKEN.
+    It runs there with the server's settings, but for those of --set. With --wait, the exit code is
+    0 where the run succeeded and its model is the champion, 1 where the run failed or was
+    cancelled, and 3 where the promotion was refused. A token for a proxy before the server is read
+    from DAGSTER_TOKEN.
 
     \b
-    diffusemix trigger --url http://127.0.0.1:3000 --tag git_sha=$(git rev-parse HEAD) --wait
+    Example:
+      diffusemix trigger --url http://127.0.0.1:3000 --set seed=1 --wait
     """
     from diffusemix_pipeline.orchestration.trigger import launch
 

@@ -13,7 +13,7 @@ _REPAIRS = {
     r"Read-only file system|readonly database|unable to open database file": "make it writable",
     rf"\[Errno ({errno.EPERM}|{errno.EACCES})\]|\(os error {errno.EACCES}\)": "make it writable",
     r"database is locked": "end what holds Dagster's or MLflow's database (`kill PROCESS`)",
-    r"disk I/O error": "see whether disk or memory are full",
+    r"disk I/O error": "see whether the disk or the memory is full",
     r"MlflowException: API request to \S+ failed with (timeout )?exception": "start MLflow's "
     "server",
     r"^[\w.]*MemoryError\b|an(no|')t allocate memory|can't start new thread": "free memory",

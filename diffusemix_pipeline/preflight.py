@@ -1,21 +1,22 @@
 """Everything that can be known to be wrong before any work is done, each with one message."""
 
 import sqlite3
+import warnings
 from contextlib import closing
 from pathlib import Path
 
 from diffusemix_pipeline.datasets.manifest import STAGE
 from diffusemix_pipeline.datasets.published import PUBLISHED, check_at_hand
-from diffusemix_pipeline.datasets.sources import DIGITS, IMAGES, NAMES
+from diffusemix_pipeline.datasets.sources import DIGITS, IMAGES, what_to_name
 from diffusemix_pipeline.devices import choose_device, count_gpus
-from diffusemix_pipeline.editing.editor import check_honoured, locate_editor, locate_lora
+from diffusemix_pipeline.editing.editor import BUNDLED, check_honoured, locate_editor, locate_lora
 from diffusemix_pipeline.editing.shared_edits import SharedEdits
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import check_replaceable
 from diffusemix_pipeline.mixing.fractals import fractals_version
 from diffusemix_pipeline.own_code import is_own, own_code
 from diffusemix_pipeline.project import Project
-from diffusemix_pipeline.settings import Settings
+from diffusemix_pipeline.settings import PAPER_PROMPTS, Settings
 
 
 def check_run(project: Project, settings: Settings) -> None:
@@ -73,7 +74,9 @@ def check_device(settings: Settings) -> None:
     try:
         torch.empty(0, device=choose_device(settings.device))
     except (RuntimeError, AssertionError):
-        raise UserError(f"device: {settings.device} is not here. Use auto or cpu.") from None
+        raise UserError(
+            f"device: this machine has no {settings.device}. Use auto or cpu."
+        ) from None
 
 
 def check_processes(settings: Settings) -> None:
@@ -88,8 +91,8 @@ def check_processes(settings: Settings) -> None:
         )
     if processes > count_gpus():
         raise UserError(
-            f"training.processes: {processes} processes want a GPU each, and {count_gpus()} are "
-            "here."
+            f"training.processes: {processes} processes want a GPU each, and this machine has "
+            f"{count_gpus()}. Set it to no more than that."
         )
 
 
@@ -113,10 +116,7 @@ def _checked_archives(project: Project, chosen: str) -> Path:
 def _check_source(source: Path, project: Project) -> None:
     folder = source.expanduser().resolve()
     if not folder.is_dir():
-        raise UserError(
-            f"source.path: the folder {source} does not exist. Name a folder, or one of "
-            f"{', '.join(NAMES)}."
-        )
+        raise UserError(f"source.path: the folder {source} does not exist. {what_to_name(source)}")
     if any(folder.is_relative_to(own.resolve()) for own in (project.data, project.state)):
         raise UserError(
             f"source.path: {source} lies where only the pipeline writes ({project.data}). "
@@ -149,12 +149,23 @@ def check_augmentation(settings: Settings) -> None:
 
 
 def _check_edits_and_mixing(settings: Settings) -> None:
-    mixing = settings.mixing
+    mixing, editing = settings.mixing, settings.editing
+    unknown = [prompt for prompt in editing.prompts if prompt.lower() not in PAPER_PROMPTS]
+    if editing.editor == BUNDLED and unknown:
+        warnings.warn(
+            f"The bundled editor does not know these prompts: {', '.join(unknown)}. It draws "
+            "something near one of its own for them, or nothing; its own are "
+            f"{', '.join(PAPER_PROMPTS)}.",
+            stacklevel=3,
+        )
     fractals_version(mixing, settings.seed)
     if mixing.seam > settings.size:
-        raise UserError(f"mixing.seam: {mixing.seam} px is wider than size, {settings.size} px.")
-    folder = locate_editor(settings.editing.editor, settings.editing.revision)
-    check_honoured(folder, settings.editing)
-    locate_lora(settings.editing.lora)
+        raise UserError(
+            f"mixing.seam: {mixing.seam} px is wider than the images. Set it to at most size, "
+            f"{settings.size} px."
+        )
+    folder = locate_editor(editing.editor, editing.revision)
+    check_honoured(folder, editing)
+    locate_lora(editing.lora)
     if settings.storage.edits:
         SharedEdits(settings.storage.edits).check()

@@ -40,6 +40,7 @@ from diffusemix_pipeline.own_code import is_own
 SETTINGS_FILE = "diffusemix.yaml"
 NO_PRESET = "none"
 ENVIRONMENT_PREFIX = "DIFFUSEMIX_"
+_ENVIRONMENT = "environment"
 _SHOWN = 200  # characters of a wrong value
 _REPR = reprlib.Repr()  # YAML's aliases make values of which a whole one would not fit in memory
 _REPR.maxlevel, _REPR.maxstring = 3, 2 * _SHOWN
@@ -58,8 +59,29 @@ PAPER_PROMPTS = [
 ]
 
 Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
-Commit = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
-Owner = Annotated[str, StringConstraints(pattern=r"^(team:.+|[^@\s]+@[^@\s]+\.[^@\s]+)$")]
+
+
+def _matching(pattern: str, told: str) -> AfterValidator:
+    """Refuse text that does not match, in words."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(told)
+        return text
+
+    return AfterValidator(check)
+
+
+Commit = Annotated[
+    str,
+    _matching("[0-9a-f]{40}", "write all 40 hex digits of the commit, and no branch or short form"),
+]
+Owner = Annotated[
+    str, _matching(r"team:.+|[^@\s]+@[^@\s]+\.[^@\s]+", "write an email address, or team:NAME")
+]
+Device = Annotated[
+    str, _matching(r"auto|cpu|cuda(:\d+)?|mps", "use auto, cpu, cuda, cuda:N (the GPU N) or mps")
+]
 Mask = Literal["left", "right", "top", "bottom"]
 ARMS = (
     "vanilla",
@@ -171,7 +193,7 @@ class Storage(Section):
             raise ValueError("holds a key or password: give secrets by the environment")
         # fsspec takes a::b for one storage over another, which may be a folder.
         if edits and (urlsplit(edits).scheme in ("", "file", "local") or "::" in edits):
-            raise ValueError("is no bucket's URL, such as s3://bucket/edits")
+            raise ValueError("write a bucket's URL, such as s3://bucket/edits")
         return edits
 
 
@@ -399,8 +421,9 @@ class Training(Section):
     ) -> str | None:
         if info.data.get("pretrained") and revision is None:
             raise ValueError(
-                "pretrained weights are loaded by their commit alone: name it, 40 hex digits, from "
-                "the page of timm/MODEL on the hub, under Files, History"
+                "training.pretrained=true needs it, as weights are loaded by their commit alone: "
+                "name the commit, 40 hex digits, from the page of timm/MODEL on the hub, under "
+                "Files, History"
             )
         return revision
 
@@ -519,9 +542,7 @@ class Settings(Section):
         multiple_of=8,
         description="Side in px of edits, augmented images and the classifier's input.",
     )
-    device: str = Field(
-        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="auto, cpu, cuda, cuda:N, mps."
-    )
+    device: Device = Field("auto", description="auto, cpu, cuda, cuda:N, mps.")
     executor: Executor = Field(
         "in_process",
         description="How a run's steps run: in one process, in one each, or as jobs of the Ray "
@@ -644,8 +665,8 @@ def load_layers(
             choosing.insert(0, layers[0])
         elif not any("preset" in layer.values for layer in choosing) and preset is None:
             warnings.warn(
-                f"the preset '{preset_there}' of {SETTINGS_FILE} is for images of its own and is "
-                "left out; name one with --preset.",
+                f"the preset '{preset_there}' of {SETTINGS_FILE} brings its own images, so with "
+                "yours it is left out. Another may be chosen with --preset.",
                 stacklevel=2,
             )
     named = [layer.values["preset"] for layer in choosing if "preset" in layer.values]
@@ -740,7 +761,7 @@ def _from_environment(environment: Mapping[str, str]) -> Layer:
         if name.startswith(ENVIRONMENT_PREFIX):
             key = name[len(ENVIRONMENT_PREFIX) :].lower().replace("__", ".")
             _merge_into(values, _nested(key, _parse(text, name)))
-    return Layer("environment", values, {})
+    return Layer(_ENVIRONMENT, values, {})
 
 
 def nested_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -822,9 +843,13 @@ def _explain(error: ValidationError, layers: Sequence[Layer]) -> str:
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
         named = ".".join(str(part) for part in problem["loc"] if not isinstance(part, int))
-        where = f" (from {_origin_of(named, layers)})" if layers else ""
+        origin = _origin_of(named, layers)
+        where = f" (from {origin})" if layers else ""
         if problem["type"] == "extra_forbidden":
             near = _nearest(key, known)
+            if origin == _ENVIRONMENT:
+                near = f"{_variable(near)}, with two underscores after each section's name"
+                key = _variable(key)
             lines.append(f"{key}{where}: there is no such setting. Did you mean {near}?")
         else:
             message = problem["msg"].removeprefix("Value error, ")
@@ -832,8 +857,16 @@ def _explain(error: ValidationError, layers: Sequence[Layer]) -> str:
             value = _REPR.repr(without_secrets(given) if isinstance(given, str) else given)
             value = without_secrets(value)
             value = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}…"
+            if problem["type"] == "list_type" and isinstance(given, str | int | float):
+                inner = value.strip("'\"")
+                message = f"write a list, in brackets: [{inner}]"
             lines.append(f"{key} = {value}{where}: {message[0].lower()}{message[1:]}.")
     return "\n".join(lines)
+
+
+def _variable(key: str) -> str:
+    """Return the environment variable that stands for a setting."""
+    return ENVIRONMENT_PREFIX + key.upper().replace(".", "__")
 
 
 def _nearest(key: str, known: Sequence[str]) -> str:

@@ -61,6 +61,8 @@ _MODEL_NAME = "diffusemix.model_name"
 _MODEL_ID = "diffusemix.model_id"
 _MODEL_VERSION = "diffusemix.model_version"
 _REPORT = "report"
+_UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+"""What MLflow answers for a run that it has not, and for what can be no run's id."""
 _PACKAGE = Path(__file__).parent
 _NOT_CODE = shutil.ignore_patterns("__pycache__", "*.safetensors")
 _CLASSIFIER_NEEDS = ("mlflow", "torch", "timm", "safetensors", "numpy", "pandas", "pillow")
@@ -223,6 +225,17 @@ class Tracker:
 
     def report(self, run_id: str, folder: Path) -> Path:
         """Bring a run's report into `folder`; UserError for a run that is not here or has none."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code not in _UNKNOWN:
+                raise
+            raise UserError(
+                f"'{run_id}' is neither a folder, nor a report.json, nor the id of an MLflow run. "
+                "`diffusemix data history` lists the ids."
+            ) from None
         return self._download(run_id, f"{_REPORT}/report.json", folder)
 
     def _download(self, run_id: str, name: str, folder: Path) -> Path:
@@ -484,7 +497,11 @@ def _make_database(project: Project) -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"MLflow {installed} cannot use {database}: {done.stderr.strip()[-500:]}")
+        raise UserError(
+            f"MLflow {installed} cannot use {database}: {done.stderr.strip()[-500:]}\nMove it "
+            "elsewhere (runs and models are then registered anew), or install the MLflow that "
+            "made it."
+        )
     if database.exists():
         kept = project.state / f"mlflow.before-{installed}.db"
         kept.unlink(missing_ok=True)

@@ -238,7 +238,10 @@ def restore(
     pin = pin or _committed_pin(root, str(commit))
     assert pin is not None  # whoever names the commit has read it
     if _md5_of(pin.decode(), "The data.dvc that was kept") != wanted:
-        raise UserError(f"The data.dvc that was kept for the version {wanted} pins another.")
+        raise UserError(
+            f"The data.dvc that was kept for the version {wanted} pins another: it was changed "
+            "since. See `diffusemix data history` for other versions."
+        )
     path = root / "data.dvc"
     before = path.read_bytes() if path.exists() else None
     write_bytes(path, pin)
@@ -423,7 +426,8 @@ def _run_dvc(root: Path, *command: str) -> str:
     done = _dvc(root, *command)
     if done.returncode:
         why = _complaint(done)
-        raise UserError(f"`dvc {' '.join(command)}` failed in {root}: {of_the_machine(why) or why}")
+        told = of_the_machine(why) or f"{why}\nMend what it names, and run again."
+        raise UserError(f"`dvc {' '.join(command)}` failed in {root}: {told}")
     return done.stdout
 
 

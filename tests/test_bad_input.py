@@ -305,10 +305,25 @@ def beside(source: Path) -> None:
     write_classes(source, ["emu"], 2)
 
 
+def split_beside(source: Path) -> None:
+    split_folders(["cat", "dog"], ["cat", "dog"])(source)
+    write_classes(source / "dev", ["cat", "dog"], 2, seed=9000)
+
+
+def one_level_too_high(source: Path) -> None:
+    write_classes(source / "animals", ["cat", "dog"], 6)
+
+
+def capital_splits(source: Path) -> None:
+    write_classes(source / "Training", ["cat", "dog"], 6)
+    write_classes(source / "Testing", ["cat", "dog"], 2, seed=5000)
+
+
 def link_to_class(source: Path) -> None:
     (source / "emu").symlink_to(write_classes(source.parent / "other", ["e"], 6, seed=9000) / "e")
 
 
+SPLIT_NAMES = {"train", "test", "Training", "Testing"}
 EVIL = "'\"`$(id) <img src=x onerror=alert(1)> & |"
 MAKE_FOLDER: dict[str, Make] = {
     "that is not there": lambda source: None,
@@ -318,6 +333,8 @@ MAKE_FOLDER: dict[str, Make] = {
         (source / "0.png").write_bytes(png()),
     ),
     "one class": classes("cat"),
+    "one level too high": one_level_too_high,
+    "`Training` and `Testing`": capital_splits,
     "one image a class": classes("cat", "dog", "emu", images=1),
     "not one image that can be read": with_good_ones(emptied),
     "class folder that may not be read": with_good_ones(lambda source: (source / "cat").chmod(0)),
@@ -340,6 +357,7 @@ MAKE_FOLDER: dict[str, Make] = {
         lambda source: (source / "0.png").write_bytes(png())
     ),
     "folder beside train and test": beside,
+    "folder of class folders beside train and test": split_beside,
     "class folder that is a link": with_good_ones(link_to_class),
     "class folder that is a link to the source": with_good_ones(
         lambda source: (source / "emu").symlink_to(source)
@@ -375,7 +393,7 @@ def test_a_folder(what: str, folder: Path) -> None:
     else:
         assert becomes == "used"
         assert not aside
-        labels = {p.name for p in source.rglob("*") if p.is_dir()} - {"train", "test"}
+        labels = {p.name for p in source.rglob("*") if p.is_dir()} - SPLIT_NAMES
         assert set(stage.manifest()["label"]) == labels
 
 

@@ -1,9 +1,12 @@
 """Promise: the command line says what it did, and a mistake gets one message and exit code 2."""
 
 import os
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -14,6 +17,7 @@ from diffusemix_pipeline.cli import main
 from diffusemix_pipeline.datasets.manifest import read_stage
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.project import Project, using_edits
+from diffusemix_pipeline.settings import preset_names
 
 
 @pytest.fixture(scope="module")
@@ -179,11 +183,96 @@ def test_prompts_reach_the_settings_as_they_were_written(here, weights):
     assert set(pd.read_parquet("out/manifest.parquet")["prompt"]) == {"it's: [odd]"}
 
 
-@pytest.mark.parametrize("command", ["run", "augment", "ui", "mlflow", "settings", "editor"])
-def test_every_command_explains_itself(command, here):
-    result = call(command, "--help")
+def commands(group: click.Group, *path: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    """Give every command of a group, and of its groups, with the words that call it."""
+    for name, command in group.commands.items():
+        yield (*path, name), command
+        if isinstance(command, click.Group):
+            yield from commands(command, *path, name)
+
+
+@pytest.mark.parametrize(("path", "command"), commands(main), ids=lambda of: str(of))
+def test_every_command_explains_itself(path, command, here):
+    result = call(*path, "--help")
     assert result.exit_code == 0
-    assert len(result.output.splitlines()) > 4
+    if not isinstance(command, click.Group):
+        assert f"  diffusemix {' '.join(path)}" in result.output.partition("Example")[2]
+    options = [option for option in command.params if isinstance(option, click.Option)]
+    assert [option.name for option in options if not option.help] == []
+
+
+def test_the_list_of_commands_is_whole_sentences_and_says_where_to_start(here):
+    listed = call("--help").output
+    assert "..." not in listed.partition("Commands:")[2]
+    assert "Start with: diffusemix run --preset demo" in listed
+    for group in ("data", "editor", "store"):
+        assert "..." not in call(group, "--help").output.partition("Commands:")[2]
+
+
+def test_every_preset_is_explained(here):
+    told = call("run", "--help").output.replace("\n", " ")
+    assert all(re.search(rf"\b{name}\b", told) for name in [*preset_names(), "none"])
+
+
+def test_settings_can_be_those_of_own_images(here):
+    (here / "diffusemix.yaml").write_text("preset: demo")
+    photos = write_classes(here / "photos", ["cat", "dog"], 1)
+    assert "source.train_per_class = 20" in call("settings").output
+    own = call("settings", "--data", "photos").output
+    assert f"source.path = '{photos}'" in own
+    assert "source.train_per_class = None" in own
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["predict", "../cat.png"],
+        ["report", "--compare", "a", "b"],
+        *(["data", name] for name in ("status", "history", "push", "pull")),
+        ["data", "checkout", "1a2b3c"],
+        *(["store", name] for name in ("status", "verify", "share", "prune")),
+    ],
+)
+def test_a_command_in_a_folder_without_a_project_leaves_nothing_there(command, here):
+    Image.new("RGB", (8, 8)).save(here.parent / "cat.png")
+    result = call(*command)
+    assert result.exit_code == (
+        0 if command[1] in ("status", "prune") and "store" in command else 2
+    )
+    assert not list(here.iterdir())
+
+
+def test_an_empty_store_has_nothing_to_prune(here):
+    pruned = call("store", "prune", "--yes")
+    assert (pruned.exit_code, pruned.output) == (0, "Nothing to prune.\n")
+
+
+@pytest.mark.parametrize("command", ["run", "preview", "plan"])
+def test_a_published_dataset_that_is_mistyped_is_suggested(command, here):
+    for name in ("CIFAR10", "cifar-10"):
+        result = call(command, "--data", name)
+        assert result.exit_code == 2
+        assert "Did you mean cifar10? Name a folder of class folders, or one of" in result.output
+
+
+def test_a_run_that_a_check_ends_after_its_report_says_where_that_is(here, monkeypatch):
+    from diffusemix_pipeline.orchestration import launch
+
+    refused = launch.Outcome(
+        "id", False, ["the check … failed"], metadata={"robustness_report": {}}
+    )
+    monkeypatch.setattr(launch, "run_here", lambda *_: refused)
+    result = call("run")
+    assert result.exit_code == 1
+    assert f"Report: {here / 'outputs' / 'report' / 'index.html'}" in result.output
+
+
+def test_a_trigger_names_what_does_not_answer(here, monkeypatch):
+    monkeypatch.delenv("DAGSTER_URL", raising=False)
+    assert "DAGSTER_URL" in call("trigger").output
+    away = call("trigger", "--url", "http://127.0.0.1:9")
+    assert away.exit_code == 2
+    assert "No Dagster answers at http://127.0.0.1:9 (connection refused). Start" in away.output
 
 
 def test_the_store_is_looked_after(here, weights):

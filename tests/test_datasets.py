@@ -405,7 +405,7 @@ def test_a_missing_file_makes_the_stage_again(tmp_path):
     [
         (lambda root: None, "does not exist"),
         (lambda root: root.mkdir(), "holds no images in class folders"),
-        (lambda root: write_classes(root, ["cat"], 6), "fewer than two classes"),
+        (lambda root: write_classes(root, ["cat"], 6), "all of one class, cat"),
         (
             lambda root: (
                 write_classes(root / "train", ["cat", "dog"], 6),

@@ -137,7 +137,7 @@ def test_the_reports_of_two_runs_are_compared_by_their_ids(done, monkeypatch):
     assert CliRunner().invoke(main, ["report"]).output.startswith("**Against vanilla")
     unknown = CliRunner().invoke(main, ["report", "--compare", first, "0" * 32])
     assert unknown.exit_code == 2
-    assert f"has no report/report.json of the run {'0' * 32}" in unknown.output
+    assert f"'{'0' * 32}' is neither a folder, nor a report.json, nor the id" in unknown.output
 
 
 def test_without_a_remote_it_says_so_and_goes_on(done):
@@ -214,8 +214,8 @@ def test_a_failing_check_fails_the_run(weights, tmp_path, monkeypatch):
         ("training.model=resnet10s", "timm has no model 'resnet10s'"),
         ("mixing.fractal_dir=nowhere", "mixing.fractal_dir: nowhere is no folder"),
         ("training.model=inception_v3", "inception_v3 does not take images of 32 px"),
-        ("device=cuda:7", "device: cuda:7 is not here"),
-        ("mixing.seam=40", "mixing.seam: 40 px is wider than size"),
+        ("device=cuda:7", "device: this machine has no cuda:7"),
+        ("mixing.seam=40", "mixing.seam: 40 px is wider than the images"),
         ("tracking.uri=http://127.0.0.1:9", "http://127.0.0.1:9 (tracking.uri) cannot be used"),
     ],
 )

@@ -53,7 +53,7 @@ def test_what_would_be_written_over_is_looked_at_first(stage, project):
     [
         ("cuda:1", 4, "the first of this machine's, so not device: cuda:1"),
         ("mps", 0, "so not device: mps"),
-        ("cuda", 1, "2 processes want a GPU each, and 1 are here"),
+        ("cuda", 1, "2 processes want a GPU each, and this machine has 1"),
         ("cuda", 2, None),
         ("cpu", 0, None),
     ],
@@ -65,12 +65,23 @@ def test_processes_that_train_together_need_a_device_each(monkeypatch, device, g
         check_processes(asked)
 
 
+@pytest.mark.parametrize("prompts", ["[sunset, Snowy]", "[sunset, night, fog]"])
+def test_the_bundled_editor_says_which_prompts_it_does_not_know(prompts, project, recwarn):
+    check_run(project, quick_settings(f"editing.prompts={prompts}"))
+    told = [str(warning.message) for warning in recwarn if "prompts" in str(warning.message)]
+    if "night" in prompts:
+        [warning] = told
+        assert "does not know these prompts: night, fog." in warning
+    else:
+        assert not told
+
+
 def test_a_device_is_looked_for_where_its_steps_run(project):
     write_classes(project.root / "photos", ["cat", "dog"], 1)
     asked = [f"source.path={project.root / 'photos'}"]
     (project.root / "project").mkdir()
     inner = Project(project.root / "project")
-    with pytest.raises(UserError, match="device: cuda:7 is not here"):
+    with pytest.raises(UserError, match="device: this machine has no cuda:7"):
         check_run(inner, quick_settings(*asked, "device=cuda:7"))
     check_run(inner, quick_settings(*asked, "device=cuda", "executor=ray"))  # on a node with a GPU
     with pytest.raises(UserError, match="a GPU of its own, so there is no cuda:7"):

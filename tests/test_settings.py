@@ -132,13 +132,19 @@ def test_the_paper_preset_says_how_far_each_value_is_known(tmp_path):
         ("editing.steps=many", "editing.steps = 'many'"),
         ("editing.prompts=[]", "editing.prompts"),
         ("editing.prompts=['']", r"editing\.prompts\.0"),
+        ("editing.prompts=sunset", r"write a list, in brackets: \[sunset\]"),
+        ("training.seeds=3", r"write a list, in brackets: \[3\]"),
+        ("device=gpu", "use auto, cpu, cuda, cuda:N"),
+        ("editing.revision=main", "write all 40 hex digits"),
+        ("owners=[me]", r"owners\.0 = 'me'.*write an email address, or team:NAME"),
+        ("training.pretrained=true", "training.pretrained=true needs it"),
         ("editing.prompts=[fog, fog]", "named twice: fog"),
         ("editing.template=a } {prompt}", "needs {prompt} exactly once"),
         ("editing.template=hello", "needs {prompt} exactly once"),
         ("mixing.lam=1.5", "mixing.lam"),
         ("mixing.lam=.nan", "mixing.lam"),
         ("size=33", "multiple of 8"),
-        ("training.arms=[vanila]", "'vanilla'"),
+        ("training.arms=[vanila]", "use vanilla, "),
         ("nonsense", "write it as key.path=value"),
         ("a: [b=1", "is not a YAML value|no such setting"),
     ],
@@ -196,6 +202,9 @@ def test_wrong_files_and_presets_are_named(tmp_path):
 def test_an_unknown_environment_key_is_not_passed_over(tmp_path):
     with pytest.raises(UserError, match="from environment"):
         load(tmp_path, environment={"DIFFUSEMIX_EDITING__STEPZ": "4"})
+    meant = "DIFFUSEMIX_EDITING_STEPS .*Did you mean DIFFUSEMIX_EDITING__STEPS, with two"
+    with pytest.raises(UserError, match=meant):
+        load(tmp_path, environment={"DIFFUSEMIX_EDITING_STEPS": "4"})
 
 
 def test_every_setting_is_documented(tmp_path):
@@ -252,7 +261,7 @@ def test_a_long_secret_is_not_repeated_either(tmp_path):
 
 @pytest.mark.parametrize("url", ["/tmp/edits", "file:///tmp/e", "simplecache::file:///tmp/e"])
 def test_edits_are_shared_through_a_bucket_alone(url, tmp_path):
-    with pytest.raises(UserError, match="no bucket's URL"):
+    with pytest.raises(UserError, match="write a bucket's URL, such as s3://"):
         load(tmp_path, f"storage.edits={url}")
 
 

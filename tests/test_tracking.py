@@ -248,6 +248,14 @@ def test_a_run_is_found_by_its_tag(tracker: Tracker, project: Project, logged: L
     assert under_another_name.find_run("fingerprint", "f1") is None
 
 
+@pytest.mark.parametrize("name", ["0" * 32, "outputs/reprt", "a"])
+def test_a_report_of_no_run_is_told_by_what_might_be_named(
+    name: str, tracker: Tracker, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=f"'{name}' is neither a folder, nor a report.json, nor"):
+        tracker.report(name, tmp_path)
+
+
 def test_a_registered_version_says_what_it_is(tracker: Tracker, logged: LoggedRun) -> None:
     version = tracker._client.get_model_version_by_alias("diffusemix-classifier", "vanilla")
     assert str(version.version) == logged.model_version

@@ -165,7 +165,7 @@ def test_a_mistake_is_told_in_one_message(project, address):
     assert "stepz" in unknown.stderr
     away = retrain(project, "http://127.0.0.1:9")
     assert away.returncode == 2
-    assert "http://127.0.0.1:9 did not launch diffusemix" in away.stderr
+    assert "No Dagster answers at http://127.0.0.1:9 (connection refused). Start" in away.stderr
     nothing = CliRunner().invoke(main, ["trigger", "--url", address, "--job", "nothing"])
     assert nothing.exit_code == 2
     assert "did not launch nothing" in nothing.output

@@ -321,7 +321,7 @@ def _check_left(labels: set[str], left: Iterable[tuple[str, str]]) -> None:
     empty = [split for split in SPLITS if not any(split == where for where, _ in present)]
     if bare or (empty and empty != ["val", "test"]):
         what = f"class {bare[0]} without a training image" if bare else f"{empty[0]} without images"
-        raise UserError(f"What was dropped leaves {what}: take a line out of the file of it.")
+        raise UserError(f"Dropping leaves {what}: remove a line from dropped.txt.")
 
 
 def _copied(max_pixels: int, kind: Any, images: pd.DataFrame, threads: int) -> Iterator[StoredRow]:

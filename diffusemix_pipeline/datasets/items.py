@@ -175,6 +175,8 @@ def scanned(folder: str | Path) -> Iterator[Iterator["os.DirEntry[str]"]]:
     try:
         entries = os.scandir(folder)
     except PermissionError:
-        raise UserError(f"{folder} cannot be read: allow it, or move it elsewhere.") from None
+        raise UserError(
+            f"{folder} cannot be read. Make it readable (`chmod u+rx`), or move it elsewhere."
+        ) from None
     with entries:
         yield entries

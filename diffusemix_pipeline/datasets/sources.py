@@ -1,5 +1,6 @@
 """Sources of labelled images: scikit-learn's digits, published datasets, and a user's own."""
 
+import difflib
 import hashlib
 import unicodedata
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ _SPLIT_FOLDERS = {
     "valid": "val",
     "validation": "val",
     "test": "test",
+    "testing": "test",
 }
 
 
@@ -127,7 +129,7 @@ def _on_disk(source: str) -> "tuple[Path, Iterator[_Found]]":
 
 def _folder(root: Path) -> "Iterator[_Found]":
     if not root.is_dir():
-        raise UserError(f"The image folder {root} does not exist. Give a folder of class folders.")
+        raise UserError(f"The image folder {root} does not exist. {what_to_name(root)}")
     holds_classes = False
     for found in _found(root):
         holds_classes |= bool(found.label)
@@ -137,6 +139,15 @@ def _folder(root: Path) -> "Iterator[_Found]":
             f"{root} holds no images in class folders. Lay them out as {root.name}/CLASS/IMAGE "
             f"or {root.name}/{{train,val,test}}/CLASS/IMAGE."
         )
+
+
+def what_to_name(source: Path) -> str:
+    """Say what may be named as a source instead of a folder that is not there."""
+    plain = {name.replace("_", ""): name for name in NAMES}
+    meant = "".join(filter(str.isalnum, source.name.lower()))
+    near = difflib.get_close_matches(meant, plain, n=1, cutoff=0.8)
+    choices = f"Name a folder of class folders, or one of {', '.join(NAMES)}."
+    return f"Did you mean {plain[near[0]]}? {choices}" if near else choices
 
 
 class _Found(NamedTuple):
@@ -173,6 +184,11 @@ def _found(root: Path) -> Iterator[_Found]:
         if not entries:
             yield _Found(folder, "", split, "a class without a file")
     for name in beside:
+        if any(_images_in(root / name / inner) for inner in _subfolders(root / name)):
+            raise UserError(
+                f"{root / name} lies beside train, val or test and holds class folders, too. "
+                "Rename it to val or test if it is one, or move it elsewhere."
+            )
         yield _Found(root / name, "", None, "a folder beside those of train, val and test")
     for home in {root: None} | homes:
         for path in _images_in(home):
@@ -226,8 +242,9 @@ def _check_labels(root: Path, labels: set[str]) -> None:
         other = alike.setdefault(unicodedata.normalize("NFC", label).casefold(), label)
         if other != label:
             raise UserError(
-                f"{root}: the classes {other!a} and {label!a} differ in case or accents' encoding "
-                "alone, and on other systems not at all. Rename one, or put their images together."
+                f"{root}: the classes {other!a} and {label!a} differ only in case or in how an "
+                "accent is encoded, which other systems do not tell apart. Rename one, or put "
+                "their images together."
             )
 
 

@@ -1,5 +1,7 @@
 """Which image is for training, which for choosing, which for judging: by class, from a seed."""
 
+from pathlib import PurePosixPath
+
 import numpy as np
 import pandas as pd
 
@@ -12,8 +14,8 @@ from diffusemix_pipeline.settings import Source
 def assign_splits(images: pd.DataFrame, source: Source, seed: int) -> pd.DataFrame:
     """Return the images that are used, each with its split; a source's own splits are kept.
 
-    `images` has a row an image, with `label`, `split` (missing where the source does not say) and
-    `sha256`.
+    `images` has a row an image, with `label`, `split` (missing where the source does not say),
+    `sha256` and `source_id`.
 
     Where there is no test, about `test_fraction` of each class is held out, where there is no val,
     about `val_fraction` of what then is train; `train_per_class` thins train last. Whether an image
@@ -22,7 +24,7 @@ def assign_splits(images: pd.DataFrame, source: Source, seed: int) -> pd.DataFra
     image never is.
 
     Raises UserError for fewer than two classes, for val or test without images, and for a class
-    that has no training image.
+    that has no training image; it names the folder `source.path`.
     """
     present = set(images["split"].unique())
     used = images.assign(split=images["split"].fillna("train"))
@@ -31,7 +33,7 @@ def assign_splits(images: pd.DataFrame, source: Source, seed: int) -> pd.DataFra
     if "val" not in present:
         used = _hold_out(used, "val", source.val_fraction, seed)
     used = thin_train(used, source.train_per_class, seed)
-    _check_classes(used)
+    _check_classes(used, source.path)
     return used
 
 
@@ -65,11 +67,11 @@ def _rank(places: pd.Series, labels: pd.Series) -> pd.Series:
     return places.groupby(labels).rank(method="first")
 
 
-def _check_classes(images: pd.DataFrame) -> None:
+def _check_classes(images: pd.DataFrame, source: str) -> None:
     classes = {split: set(labels) for split, labels in images.groupby("split")["label"]}
     train, val, test = (classes.get(split, set()) for split in ("train", "val", "test"))
     if len(train) < 2:
-        raise UserError("The training images have fewer than two classes: nothing can be learnt.")
+        raise UserError(_too_few_classes(images[images["split"] == "train"], source))
     for split, labels in (("val", val), ("test", test)):
         if not labels:
             raise UserError(
@@ -82,3 +84,19 @@ def _check_classes(images: pd.DataFrame) -> None:
             f"These classes have val or test images but no training images: {', '.join(unknown)}. "
             "Add some, or take the classes out."
         )
+
+
+def _too_few_classes(train: pd.DataFrame, source: str) -> str:
+    """Say that train has one class or none, and where the classes may lie instead."""
+    if train.empty:
+        return f"{source} has no training image that can be read. Add some for each class."
+    label = train["label"].iloc[0]
+    told = f"The training images of {source} are all of one class, {label}: nothing can be learnt."
+    below = (name.partition(f"{label}/")[2] for name in values(train["source_id"]))
+    inner = sorted({name.split("/")[0] for name in below if "/" in name})
+    if inner:  # folders within a class are the class's, or `source` is one level too high
+        return (
+            f"{told} That folder holds folders, such as {inner[0]}: if they are the classes, or "
+            f"train and test, give {PurePosixPath(source, label)} instead."
+        )
+    return f"{told} Give a folder that holds a folder for each class."

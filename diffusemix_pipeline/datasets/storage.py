@@ -282,5 +282,7 @@ def _read_table(path: Path) -> pd.DataFrame:
         table = pd.read_parquet(path).astype({"shard": "category"})
     for shard in table["shard"].cat.categories:
         if not _SHARD.fullmatch(str(shard)):
-            raise UserError(f"{path} names {shard}, which is no shard beside it: pull another.")
+            raise UserError(
+                f"{path} names {shard}, which is no shard beside it. {made_anew(path.parent)}"
+            )
     return table

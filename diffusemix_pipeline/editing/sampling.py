@@ -83,7 +83,7 @@ class Sampler:
         if hashlib.sha256(content).hexdigest() != source.sha256:
             raise UserError(
                 f"{source.files.folder / source.file_name} is not as it was when the images were "
-                "read. Bring it back with `dvc checkout`, or remove the folder `raw` and run "
+                "read. Bring it back with `diffusemix data pull`, or remove data/raw and run "
                 "again, which reads the source."
             )
         return decode_square(content, self._side)

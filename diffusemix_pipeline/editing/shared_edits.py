@@ -52,8 +52,8 @@ class SharedEdits:
             )
         except (ImportError, ValueError) as error:  # its messages name the package, or the protocol
             raise UserError(
-                f"storage.edits: {url} cannot be opened: {error}. For s3:// install "
-                "diffusemix-pipeline[s3]."
+                f"storage.edits: {url} cannot be opened: {error}. What s3:// needs is brought by "
+                "`make install`; elsewhere, by `pip install '.[s3]'` in a clone."
             ) from error
 
     def check(self) -> None:

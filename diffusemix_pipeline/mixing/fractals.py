@@ -83,8 +83,8 @@ def fractals_version(mixing: Mixing, seed: int) -> str:
         contents = [[name, file_sha256(file)] for name, file in files.items()]
     except OSError as error:
         raise UserError(
-            f"mixing.fractal_dir: {error.filename} cannot be read: {error.strerror}. Allow it, or "
-            "take it out."
+            f"mixing.fractal_dir: {error.filename} cannot be read: {error.strerror}. Make it "
+            "readable (`chmod u+r`), or take it out."
         ) from None
     return digest("read", _READ_VERSION, contents)
 

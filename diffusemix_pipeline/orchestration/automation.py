@@ -38,7 +38,9 @@ def retrain_schedule(settings: Settings) -> dg.ScheduleDefinition:
             "Unchanged stages are reused, so a quiet week costs seconds.",
         )
     except dg.DagsterInvalidDefinitionError as error:
-        raise UserError(f"retrain_cron: {error}") from None
+        raise UserError(
+            f"retrain_cron: {error} Write it as cron does: '0 4 * * 1' is Mondays at 04:00."
+        ) from None
 
 
 def new_images_sensor(project: Project, settings: Settings) -> dg.SensorDefinition:

@@ -69,7 +69,10 @@ def _labels_kept(name: str, asset: dg.AssetsDefinition) -> dg.AssetChecksDefinit
         raw = read_manifest(project.raw, ["image_id", "label", "split"])
         made = read_manifest(getattr(project, name), ["image_id", "label", "source_id"])
         wrong = wrong_labels(raw, made)
-        return _result(not wrong, f"{len(wrong)} images with a wrong label", {"wrong": wrong[:20]})
+        told = f"{len(wrong)} images with a wrong label"
+        if wrong:
+            told += f". Remove data/{name} and run again, which makes it anew."
+        return _result(not wrong, told, {"wrong": wrong[:20]})
 
     return labels_kept
 
@@ -138,6 +141,10 @@ def weights_finite(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResul
     broken = {f"{fit.arm}, seed {fit.seed}": broken_weights(fit.folder) for fit in fits}
     broken = {name: weights for name, weights in broken.items() if weights}
     found = f"{len(fits)} classifiers" + "".join(f"; {name}: {w[0]}" for name, w in broken.items())
+    if broken:
+        found += (
+            ". Training diverged: lower training.learning_rate and run again, which trains anew."
+        )
     return _result(not broken, found, {"broken": broken})
 
 

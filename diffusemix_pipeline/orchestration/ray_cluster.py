@@ -48,8 +48,8 @@ try:
     from ray.util.state.exception import RayStateApiException
 except ModuleNotFoundError as error:
     raise UserError(
-        f"executor: ray needs a package that is not here ({error.name}): "
-        "pip install diffusemix-pipeline[ray], or choose in_process or multiprocess."
+        f"executor: ray needs a package that is not here ({error.name}). `make install` brings "
+        "it; elsewhere, `pip install '.[ray]'` in a clone. Or choose in_process or multiprocess."
     ) from error
 
 ADDRESS = "RAY_ADDRESS"

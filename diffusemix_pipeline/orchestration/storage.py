@@ -34,8 +34,8 @@ class StorageByEnvironment(DagsterStorage, ConfigurableClass):
             from dagster_postgres import DagsterPostgresStorage
         except ModuleNotFoundError:
             raise dg.DagsterInvariantViolationError(
-                f"{POSTGRES_URL} is set, and dagster-postgres is not installed: install "
-                "diffusemix-pipeline[postgres]."
+                f"{POSTGRES_URL} is set, and dagster-postgres is not installed. `make install` "
+                "brings it; elsewhere, `pip install '.[postgres]'` in a clone."
             ) from None
         # What dagster-postgres installs, which is no longer SQLAlchemy's first choice.
         url = url.replace("postgresql://", "postgresql+psycopg2://", 1)

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import dagster as dg
 from dagster_graphql import DagsterGraphQLClient, DagsterGraphQLClientError
+from requests.exceptions import ConnectionError as NoConnection
 from requests.exceptions import RequestException
 
 from diffusemix_pipeline.errors import UserError
@@ -101,7 +102,10 @@ class RemoteRun(NamedTuple):
         answer = self.client._execute(_EVENTS, {"run": self.run_id, "cursor": cursor})
         page = answer["logsForRun"]
         if page["__typename"] != "EventConnection":
-            raise UserError(f"The server has no events of run {self.run_id}.")
+            raise UserError(
+                f"The server no longer knows the run {self.run_id}: see {self.address}, or launch "
+                "it again."
+            )
         return page["events"], page["cursor"], page["hasMore"]
 
 
@@ -116,9 +120,14 @@ def launch(
         parts = urlsplit(url if "//" in url else f"//{url}", scheme="http")
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise UserError(f"{url} is no address: {error}.") from None
+        raise UserError(
+            f"{url} is no address ({error}): write it like http://127.0.0.1:3000."
+        ) from None
     if parts.username is not None:  # and do not repeat it: it may be a password
-        raise UserError("An address with a name in it will not do: DAGSTER_TOKEN holds a token.")
+        raise UserError(
+            "The address holds a user name: leave it out, and set the environment variable "
+            "DAGSTER_TOKEN to a token for the proxy."
+        )
     if not host:
         raise UserError(f"{url} is no address: write it like http://127.0.0.1:3000.")
     headers = {"Authorization": f"Bearer {token}"} if token else None
@@ -133,9 +142,22 @@ def launch(
         )
         run_id = client.submit_job_execution(job, run_config=config, tags=dict(tags))
     except (DagsterGraphQLClientError, RequestException) as error:
-        raise UserError(f"{url} did not launch {job}: {error.__cause__ or error}") from None
+        cause = error.__cause__ or error
+        if isinstance(cause.__cause__, NoConnection):
+            raise UserError(
+                f"No Dagster answers at {url} ({_innermost(cause)}). Start it (`diffusemix ui`) or "
+                "correct --url."
+            ) from None
+        raise UserError(f"{url} did not launch {job}: {cause}") from None
     home = f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/")
     return RemoteRun(client, run_id, f"{home}/runs/{run_id}")
+
+
+def _innermost(error: BaseException) -> str:
+    """Return in words what an error follows from, such as 'connection refused'."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return str(getattr(error, "strerror", None) or error).lower()
 
 
 def _take(events: list[dict[str, Any]], ending: Ending, tell: Callable[[str], None]) -> None:
