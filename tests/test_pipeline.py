@@ -157,6 +157,24 @@ def test_a_second_run_does_nothing_and_says_so(done, weights, monkeypatch):
     assert len(mlflow_runs(project)) == runs
 
 
+@pytest.mark.parametrize("damaged", ["report", "note of what is logged"])
+def test_a_damaged_report_is_made_anew(done, weights, damaged):
+    project, _ = done
+    files = {
+        "report": project.report / "report.json",
+        "note of what is logged": project.state / "logged_report.json",
+    }
+    report, runs = bytes_below(project.report), len(mlflow_runs(project))
+    whole = files[damaged].read_bytes()
+    files[damaged].write_bytes(whole[:-100])
+    again = run(project, weights)
+    assert again.success, again.problems
+    assert not again.metadata["robustness_report"]["reused"].value
+    assert bytes_below(project.report) == report
+    assert files[damaged].read_bytes() == whole
+    assert len(mlflow_runs(project)) == runs
+
+
 def test_two_runs_into_empty_folders_give_the_same_bytes(done, weights, tmp_path):
     project, _ = done
     other = Project(tmp_path)

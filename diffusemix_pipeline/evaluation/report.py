@@ -44,7 +44,7 @@ from diffusemix_pipeline.evaluation.comparison import (
 )
 from diffusemix_pipeline.evaluation.evidence import Evidence
 from diffusemix_pipeline.evaluation.published_corruptions import counted
-from diffusemix_pipeline.files import replaced_folder, write_bytes, write_json
+from diffusemix_pipeline.files import replaced_folder, undamaged, write_bytes, write_json
 from diffusemix_pipeline.identity import seed_from
 from diffusemix_pipeline.settings import Arm, Settings
 from diffusemix_pipeline.training.arms import BASELINE, SUBJECTS, slug
@@ -157,22 +157,23 @@ def write_report(inputs: ReportInputs, out: Path, *, aside: Path) -> Report:
 
 
 def read_report(folder: Path) -> Report:
-    """Return what a written report says; UserError where there is none."""
+    """Return what a written report says; UserError where there is none, or a damaged one."""
     path = folder / DOCUMENT
     if not path.exists():
-        raise UserError(f"{folder} holds no {DOCUMENT}: materialize robustness_report first.")
-    document = json.loads(path.read_text(encoding="utf-8"))
-    return Report(
-        headline=document["headline"],
-        summary=_summary(document),
-        versions=document["versions"],
-        fgsm_epsilon=document["fgsm_epsilon"],
-        left_out=tuple(document["shared_families"]["left_out"]),
-        folder=folder,
-        html=folder / PAGE,
-        json=path,
-        plots=tuple(sorted(folder.glob("*.png"))),
-    )
+        raise UserError(f"There is no report in {folder} yet: `diffusemix run` makes one.")
+    with undamaged(path, "`diffusemix run` makes it anew."):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        return Report(
+            headline=document["headline"],
+            summary=_summary(document),
+            versions=document["versions"],
+            fgsm_epsilon=document["fgsm_epsilon"],
+            left_out=tuple(document["shared_families"]["left_out"]),
+            folder=folder,
+            html=folder / PAGE,
+            json=path,
+            plots=tuple(sorted(folder.glob("*.png"))),
+        )
 
 
 def _check(evidence: Mapping[tuple[Arm, int], Evidence]) -> None:
