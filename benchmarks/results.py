@@ -209,8 +209,8 @@ def _more_measures(document: Mapping[str, Any]) -> str:
     at = f"{document['attacks']['epsilon']:g}/255"
     shares = {
         "overall": "Mean of clean and unshared",
-        "relative_mce": "Relative mCE",
-        "relative_mce_unshared": "The same, unshared",
+        "mce_to_vanilla": "mCE, normalised by vanilla",
+        "mce_to_vanilla_unshared": "The same, unshared",
         "pgd": f"PGD-20, {at}",
         "autoattack": f"AutoAttack, {at}",
         "seed_deviation": "SD over seeds",

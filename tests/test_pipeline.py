@@ -119,7 +119,7 @@ def test_each_arm_is_a_run_with_a_model_that_serves_raw_images(done):
     for measure in ("corrupted", "corrupted_unshared", "fgsm_2_255", "pgd_20_8_255"):
         assert runs[f"metrics.test_{measure}"].between(0, 1).all()
     of_vanilla = runs[runs["tags.diffusemix.arm"] == "vanilla"].iloc[0]
-    assert of_vanilla["metrics.test_relative_mce"] == pytest.approx(1)
+    assert of_vanilla["metrics.test_mce_to_vanilla"] == pytest.approx(1)
     assert (runs[["metrics.test_brier", "metrics.test_nll"]] > 0).all(axis=None)
     model = mlflow.pyfunc.load_model("models:/diffusemix-classifier/1")
     files = sorted((project.raw / "test").rglob("*.png"))[:2]

@@ -30,7 +30,7 @@ _SHAPES_NUMBERS = (
 _SCHEMA = Path(__file__).with_name("report.schema.json")
 _SHARES = (
     *MEASURES, "corrupted_unshared", "overall", "published", "fgsm_attack", "pgd", "autoattack",
-    "relative_mce", "relative_mce_unshared",
+    "mce_to_vanilla", "mce_to_vanilla_unshared",
 )  # fmt: skip
 _LOSSES = ("brier", "nll")
 

@@ -52,8 +52,8 @@ from diffusemix_pipeline.training.arms import BASELINE, SUBJECTS, slug
 DOCUMENT = "report.json"
 PAGE = "index.html"
 MARKDOWN = "report.md"
-SCHEMA_VERSION = 6
-CODE_VERSION = "9"
+SCHEMA_VERSION = 7
+CODE_VERSION = "10"
 _NAMED = 5  # classes, in a sentence
 MEASURES = ("clean", "corrupted", "fgsm", "ece")
 
