@@ -20,6 +20,7 @@ from diffusemix_pipeline.evaluation.calibration import (
 from diffusemix_pipeline.evaluation.evidence import Evidence
 from diffusemix_pipeline.evaluation.published_corruptions import counted
 from diffusemix_pipeline.evaluation.statistics import (
+    SIGNIFICANT,
     Estimate,
     Kind,
     Spread,
@@ -34,8 +35,6 @@ from diffusemix_pipeline.evaluation.statistics import (
 from diffusemix_pipeline.own_code import is_own
 from diffusemix_pipeline.settings import ARMS, Arm
 from diffusemix_pipeline.training.arms import BASELINE, SUBJECTS
-
-SIGNIFICANT = 0.05  # a p-value below it, adjusted by Holm for the number of arms
 
 ACCURACIES = (
     "clean", "corrupted", "corrupted_unshared", "overall", "published",

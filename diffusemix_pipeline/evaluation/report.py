@@ -19,7 +19,6 @@ import jinja2
 import numpy as np
 import pandas as pd
 from PIL import Image
-from scipy.special import fdtrc
 
 from diffusemix_pipeline import pictures
 from diffusemix_pipeline.datasets.manifest import without_images
@@ -28,7 +27,6 @@ from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.evaluation.attacks import autoattack_attacks
 from diffusemix_pipeline.evaluation.audit import Audit
 from diffusemix_pipeline.evaluation.comparison import (
-    SIGNIFICANT,
     WITH_EDITS,
     Comparison,
     arm_documents,
@@ -44,6 +42,7 @@ from diffusemix_pipeline.evaluation.comparison import (
 )
 from diffusemix_pipeline.evaluation.evidence import Evidence
 from diffusemix_pipeline.evaluation.published_corruptions import counted
+from diffusemix_pipeline.evaluation.statistics import uneven_seeds
 from diffusemix_pipeline.files import replaced_folder, undamaged, write_bytes, write_json
 from diffusemix_pipeline.identity import seed_from
 from diffusemix_pipeline.settings import Arm, Settings
@@ -401,18 +400,14 @@ def _seeds_note(seeds: Sequence[int]) -> str:
 
 def _uneven_seeds_note(arms: Sequence[Mapping[str, Any]], seeds: int) -> str:
     """Name the arms whose seeds lie apart as the one variance of all arms does not allow for."""
-    deviations = {arm["arm"]: arm["seed_deviation"] for arm in arms}
-    uneven = []
-    for arm, deviation in deviations.items():
-        others = [of for other, of in deviations.items() if other != arm]
-        if not deviation or not others:
-            continue
-        together = float(np.sqrt(np.mean(np.square(others))))
-        ratio = (deviation / together) ** 2 if together else np.inf
-        p = fdtrc(seeds - 1, len(others) * (seeds - 1), ratio)
-        if p * len(arms) < SIGNIFICANT:
-            lie = f"{100 * deviation:.1f} points, the others' {100 * together:.1f}"
-            uneven.append(f"{title_of(arm)} (a standard deviation of {lie})")
+    deviations = {
+        arm["arm"]: arm["seed_deviation"] for arm in arms if arm["seed_deviation"] is not None
+    }
+    uneven = [
+        f"{title_of(arm)} (a standard deviation of {100 * deviations[arm]:.1f} points, the others' "
+        f"{100 * others:.1f})"
+        for arm, others in uneven_seeds(deviations, seeds).items()
+    ]
     if not uneven:
         return ""
     return (
