@@ -288,4 +288,4 @@ def test_seeds_further_apart_than_the_others_are_found_and_seldom_by_chance():
     rng = np.random.default_rng(0)
     of_reports = rng.standard_normal((2000, 12, 3)).std(axis=2, ddof=1)
     alarms = np.mean([bool(uneven_seeds(dict(enumerate(one)), 3)) for one in of_reports])
-    assert 0.02 < alarms <= 0.06
+    assert 0.03 < alarms < 0.07  # 0.05, of 2000
