@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import ASSETS, quick_settings, tiny_editor, write_classes
 
-from diffusemix_pipeline.cli import _what_to_know, main
+from diffusemix_pipeline.cli import _print_outcome, _what_to_know, main
 from diffusemix_pipeline.editing.instruct_pix2pix import InstructPix2PixEditor
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.orchestration.launch import Outcome, prepare_instance, run_here
@@ -138,6 +138,16 @@ def test_the_reports_of_two_runs_are_compared_by_their_ids(done, monkeypatch):
     unknown = CliRunner().invoke(main, ["report", "--compare", first, "0" * 32])
     assert unknown.exit_code == 2
     assert f"has no report/report.json of the run {'0' * 32}" in unknown.output
+
+
+def test_what_came_of_a_run_is_told_with_its_numbers(done, capsys):
+    project, outcome = done
+    _print_outcome(project, outcome)
+    told = capsys.readouterr().out
+    titles, *arms = [line.split() for line in told.splitlines() if "┃" in line or "│" in line]
+    assert titles[1:6] == ["Arm", "┃", "Clean", "┃", "Corrupted"]
+    assert [arm[1] for arm in arms if arm[1] != "│"] == ["vanilla", "diffusemix"]
+    assert f"Report: {project.report / 'index.html'}" in told
 
 
 def test_without_a_remote_it_says_so_and_goes_on(done):

@@ -18,14 +18,8 @@ from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.evaluation.calibration import expected_calibration_error
 from diffusemix_pipeline.evaluation.changes import changes, read_document
 from diffusemix_pipeline.evaluation.evidence import Evidence
-from diffusemix_pipeline.evaluation.report import (
-    MEASURES,
-    Report,
-    ReportInputs,
-    read_report,
-    title_of,
-    write_report,
-)
+from diffusemix_pipeline.evaluation.report import ReportInputs, write_report
+from diffusemix_pipeline.evaluation.written_report import MEASURES, Report, read_report, title_of
 from diffusemix_pipeline.settings import ARMS, Settings
 
 IMAGES = 200
@@ -110,7 +104,7 @@ def test_the_numbers_are_those_of_the_evidence(report):
     vanilla, diffusemix = report.summary.loc["vanilla"], report.summary.loc["diffusemix"]
     assert vanilla[["clean", "corrupted", "fgsm"]].tolist() == pytest.approx([0.8, 0.4, 0.6])
     assert diffusemix[["clean", "corrupted", "fgsm"]].tolist() == pytest.approx([0.8, 0.7, 0.4])
-    assert report.fgsm_epsilon == 2
+    assert report.titles["fgsm"] == "FGSM 2/255"
     for arm, row in (("vanilla", vanilla), ("diffusemix", diffusemix)):
         judged = inputs().evidence[arm, 0]
         expected = expected_calibration_error(judged.probabilities, judged.labels)

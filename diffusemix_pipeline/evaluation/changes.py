@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.evaluation.report import (
+from diffusemix_pipeline.evaluation.written_report import (
     DOCUMENT,
     MEASURES,
     SCHEMA_VERSION,

@@ -24,15 +24,13 @@ from diffusemix_pipeline.evaluation.published_corruptions import (
     read_corrupted_sets,
 )
 from diffusemix_pipeline.evaluation.readings import record_read, version_of_test
-from diffusemix_pipeline.evaluation.report import (
-    CODE_VERSION,
+from diffusemix_pipeline.evaluation.report import CODE_VERSION, ReportInputs, write_report
+from diffusemix_pipeline.evaluation.written_report import (
     DOCUMENT,
     MARKDOWN,
     PAGE,
     Report,
-    ReportInputs,
     read_report,
-    write_report,
 )
 from diffusemix_pipeline.files import BEGUN, replaced_folder, write_json
 from diffusemix_pipeline.identity import digest
