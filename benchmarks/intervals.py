@@ -13,8 +13,8 @@ from itertools import product
 import numpy as np
 import pandas as pd
 
-from diffusemix_pipeline.evaluation.comparison import SIGNIFICANT
 from diffusemix_pipeline.evaluation.statistics import (
+    SIGNIFICANT,
     Estimate,
     difference_spread,
     holm,

@@ -38,8 +38,10 @@ from diffusemix_pipeline.evaluation.comparison import (
 from diffusemix_pipeline.evaluation.evidence import CODE_VERSION as EVIDENCE_VERSION
 from diffusemix_pipeline.evaluation.evidence import Evidence, asked_of
 from diffusemix_pipeline.evaluation.readings import version_of_test
-from diffusemix_pipeline.evaluation.report import ReportInputs, in_points, title_of, write_report
+from diffusemix_pipeline.evaluation.report import ReportInputs, write_report
+from diffusemix_pipeline.evaluation.report_text import in_points
 from diffusemix_pipeline.evaluation.statistics import CONFIDENCE, Estimate, holm
+from diffusemix_pipeline.evaluation.written_report import MARKDOWN, title_of
 from diffusemix_pipeline.files import link_or_copy, write_bytes, write_json
 from diffusemix_pipeline.identity import digest, file_sha256, seed_from
 from diffusemix_pipeline.mixing.fractals import fractals_version
@@ -193,7 +195,7 @@ def tables(out: Path) -> Iterator[str]:
         )
         report = write_report(inputs, out / name, aside=out)
         more = _more_measures(json.loads(report.json.read_text("utf-8")))
-        yield f"## {name}\n\n{(report.folder / 'report.md').read_text('utf-8')}\n{more}"
+        yield f"## {name}\n\n{(report.folder / MARKDOWN).read_text('utf-8')}\n{more}"
         arms = by_arm(evidence)
         if name in TOGETHER and set(arms) == set(settings.training.arms):
             families = next(iter(evidence.values())).corruptions
@@ -209,8 +211,8 @@ def _more_measures(document: Mapping[str, Any]) -> str:
     at = f"{document['attacks']['epsilon']:g}/255"
     shares = {
         "overall": "Mean of clean and unshared",
-        "relative_mce": "Relative mCE",
-        "relative_mce_unshared": "The same, unshared",
+        "mce_to_vanilla": "mCE, normalised by vanilla",
+        "mce_to_vanilla_unshared": "The same, unshared",
         "pgd": f"PGD-20, {at}",
         "autoattack": f"AutoAttack, {at}",
         "seed_deviation": "SD over seeds",

@@ -417,7 +417,7 @@ def report(compare: tuple[str, str] | None) -> None:
     import tempfile
 
     from diffusemix_pipeline.evaluation.changes import changes, read_document
-    from diffusemix_pipeline.evaluation.report import MARKDOWN, read_report
+    from diffusemix_pipeline.evaluation.written_report import MARKDOWN, read_report
     from diffusemix_pipeline.tracking import open_tracking
 
     project = Project(Path.cwd())
@@ -1024,27 +1024,22 @@ def _become(command: list[str]) -> NoReturn:
 
 def _print_outcome(project: Project, outcome: "Outcome") -> None:
     """Print the report's table and where everything is."""
+    from diffusemix_pipeline.evaluation.written_report import read_report
     from diffusemix_pipeline.terminal import console, print_table
 
-    report = json.loads((project.report / "report.json").read_text(encoding="utf-8"))
-    titles = {
-        "clean": "clean",
-        "corrupted": "corrupted",
-        "corrupted_unshared": "unshared",
-        "fgsm": f"FGSM {report['fgsm_epsilon']:g}/255",
-    }
-    measures = {name: title for name, title in titles.items() if report["arms"][0][name]}
+    report = read_report(project.report)
+    accuracies = {name: title for name, title in report.titles.items() if name != "ece"}
     rows = [
-        [arm["arm"], *(_with_interval(arm[measure]) for measure in measures)]
-        for arm in report["arms"]
+        [arm, *(_with_interval(row, name) for name in accuracies)]
+        for arm, row in report.summary.to_dict("index").items()
     ]
     if outcome.reused:
         console.print("Nothing changed, nothing done: every stage was there already.")
     for line in _what_to_know(outcome):
         console.print(line, markup=False)
-    print_table(["arm", *measures.values()], rows, "Accuracy on test in %, 95 % interval")
-    console.print(report["headline"], markup=False)
-    console.print(f"Report: {project.report / 'index.html'}", markup=False)
+    print_table(["Arm", *accuracies.values()], rows, "Accuracy on test in %, 95 % interval")
+    console.print(report.headline, markup=False)
+    console.print(f"Report: {report.html}", markup=False)
 
 
 def _what_to_know(outcome: "Outcome") -> Iterator[str]:
@@ -1074,8 +1069,8 @@ def _editing_took(edits: Mapping[str, Any], seconds: str, images: str, megabytes
     return f"{_duration(time)}, {count:,} images, {size:,.1f} MB"
 
 
-def _with_interval(estimate: dict[str, float]) -> str:
-    value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
+def _with_interval(row: Mapping[Any, float], measure: str) -> str:
+    value, low, high = (100 * row[f"{measure}{end}"] for end in ("", "_low", "_high"))
     return f"{value:.1f} ({low:.1f} to {high:.1f})"
 
 

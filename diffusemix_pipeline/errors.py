@@ -44,6 +44,11 @@ def without_secrets(text: str) -> str:
     return _SECRET_IN_URL.sub(r"\1\2…", text)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says; its type's name where it says nothing."""
+    return str(error).strip().partition("\n")[0].rstrip() or type(error).__name__
+
+
 def of_the_machine(said: str) -> str | None:
     """Return the first line of an error with its repair where a machine failed; else None."""
     repair = next((repair for words, repair in _REPAIRS.items() if re.search(words, said)), None)

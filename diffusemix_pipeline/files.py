@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.errors import UserError, first_line
 
 BEGUN = ".begun"
 """Ends the name of what goes on where it was cut off, and goes when it is finished."""
@@ -86,7 +86,7 @@ def undamaged(path: Path, repair: str) -> Iterator[None]:
     except Exception as error:  # Arrow, PIL and safetensors raise dozens of types for broken files
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        why = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{path} is damaged ({why}). {repair}") from error
 
 

@@ -98,7 +98,7 @@ def check_processes(settings: Settings) -> None:
 
 def check_outputs(project: Project) -> None:
     """Raise UserError where a folder that later stages write anew holds somebody's files."""
-    from diffusemix_pipeline.evaluation.report import DOCUMENT
+    from diffusemix_pipeline.evaluation.written_report import DOCUMENT
 
     for folder in (project.generated, project.hybrid, project.augmented):
         check_replaceable(folder, STAGE)

@@ -1,5 +1,6 @@
 """The house stays as designed: imports one way, a cheap start, a lock that names no index."""
 
+import json
 import re
 import subprocess
 import sys
@@ -49,12 +50,32 @@ def test_importing_the_definitions_loads_nothing_heavy():
     loaded = loaded_by("import diffusemix_pipeline.definitions")
     assert "dagster" in loaded
     heavy = {"torch", "torchvision", "scipy", "diffusers", "transformers", "timm", "mlflow", "dvc"}
+    heavy |= {"numpy", "pandas", "pyarrow", "PIL"}
     assert not loaded & heavy
 
 
 def test_help_and_settings_load_neither_torch_nor_dagster():
     loaded = loaded_by("import diffusemix_pipeline.cli")
     assert not loaded & {"torch", "dagster", "mlflow", "dvc", "pandas"}
+
+
+def test_printing_a_report_loads_no_torch(tmp_path):
+    folder = tmp_path / "outputs" / "report"
+    folder.mkdir(parents=True)
+    (folder / "report.md").write_text("**What it says**")
+    estimate = {"value": 0, "low": 0, "high": 0}
+    measured = {name: estimate for name in ("clean", "corrupted", "fgsm", "ece")}
+    arm = {"arm": "vanilla", "corrupted_unshared": None, "difference": None, **measured}
+    said = {"headline": "What it says", "versions": {}, "fgsm_epsilon": 2, "arms": [arm]}
+    said["shared_families"] = {"left_out": []}
+    (folder / "report.json").write_text(json.dumps(said))
+    loaded = loaded_by(
+        f"import os; os.chdir({str(tmp_path)!r})\n"
+        "from click.testing import CliRunner; from diffusemix_pipeline.cli import main\n"
+        "assert CliRunner().invoke(main, ['report']).output == '**What it says**\\n'"
+    )
+    assert "pandas" in loaded
+    assert not loaded & {"torch", "timm", "matplotlib", "dagster", "mlflow"}
 
 
 def test_selection_strings_parse_beside_dvc():

@@ -8,7 +8,7 @@ from contextlib import closing
 import pytest
 from mlflow.exceptions import MlflowException
 
-from diffusemix_pipeline.errors import of_the_machine
+from diffusemix_pipeline.errors import first_line, of_the_machine
 
 
 def told(error: Exception) -> str | None:
@@ -59,3 +59,16 @@ def test_a_server_that_does_not_answer_is_named_with_the_repair(how):
 )
 def test_a_defect_keeps_its_traceback(defect):
     assert told(defect) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError("\n no such file \nat all"), "no such file"),
+        (OSError("one\r\ntwo"), "one"),
+        (EOFError(), "EOFError"),
+        (ValueError(" \n"), "ValueError"),
+    ],
+)
+def test_of_an_error_the_first_line_is_told_or_what_it_is(error, line):
+    assert first_line(error) == line

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,23 @@ def test_what_autoattack_found_before_a_cut_off_is_not_asked_again(ask, monkeypa
     assert np.array_equal(resumed.autoattack, undisturbed.autoattack)
 
 
+def test_damaged_partial_answers_are_asked_for_anew(tmp_path):
+    models, partial = {"it": digits_model()}, {"it": tmp_path}
+    evaluation = EVALUATION.model_copy(update={"autoattack_images": 2})
+    asked = models, judged(), evaluation, 3, "cpu"
+    [(_, undisturbed)] = evaluate(*asked, partial=partial)
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"junk")
+    [(_, again)] = evaluate(*asked, partial=partial)
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "gaussian_noise.npz",
+        "contrast.npz",
+        "autoattack-000000.npz",
+    }
+    assert np.array_equal(again.corrupted, undisturbed.corrupted)
+    assert np.array_equal(again.autoattack, undisturbed.autoattack)
+
+
 def test_families_that_were_asked_about_before_a_cut_off_are_not_asked_again(ask, monkeypatch):
     undisturbed = ask()
     seen = []
@@ -181,18 +199,68 @@ def test_evidence_comes_back_from_its_file(ask, tmp_path):
 
 
 def test_missing_torn_and_pickled_evidence_is_refused(ask, tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=f"is not there. Remove {tmp_path} and run again"):
         Evidence.load(tmp_path)
     ask().save(tmp_path)
     file = tmp_path / "evidence.npz"
     file.write_bytes(file.read_bytes()[:500])
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is damaged"):
         Evidence.load(tmp_path)
     pickled = io.BytesIO()
     np.savez(pickled, ids=np.array([{"a": 1}], dtype=object))
     file.write_bytes(pickled.getvalue())
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is damaged"):
         Evidence.load(tmp_path)
+
+
+def flipped(content: bytes, places: Iterable[int]) -> Iterator[bytes]:
+    """Yield `content` with another byte at each of some places."""
+    for place in places:
+        for mask in (0x01, 0xFF):
+            other = bytearray(content)
+            other[place] ^= mask
+            yield bytes(other)
+
+
+def test_whichever_byte_is_another_evidence_is_the_same_or_refused(ask, tmp_path):
+    evidence = ask()
+    evidence.save(tmp_path)
+    file = tmp_path / "evidence.npz"
+    content = file.read_bytes()
+    # Headers of the archive lie at both ends of its parts; within one, all bytes are alike.
+    places = {*range(0, len(content), 211), *range(100), *range(len(content) - 900, len(content))}
+    refused = 0
+    for damaged in flipped(content, places):
+        file.write_bytes(damaged)
+        try:
+            loaded = Evidence.load(tmp_path)
+        except UserError as error:
+            assert f"Remove {tmp_path} and run again" in str(error)
+            refused += 1
+            continue
+        for field in dataclasses.fields(Evidence):
+            assert np.array_equal(getattr(loaded, field.name), getattr(evidence, field.name))
+    assert refused > len(places)
+
+
+def test_whichever_byte_of_kept_answers_is_another_they_are_whole_or_asked_anew(tmp_path):
+    file, right = tmp_path / "fog.npz", np.arange(240).reshape(2, 120) % 3 == 0
+    asked = []
+
+    def ask_anew() -> dict[str, np.ndarray]:
+        asked.append("it")
+        return {"it": right}
+
+    kept = evidence_module._kept({"it": file}, ask_anew)
+    assert evidence_module._kept({"it": file}, ask_anew)["it"].tolist() == kept["it"].tolist()
+    assert asked == ["it"]
+    content = file.read_bytes()
+    for damaged in flipped(content, range(len(content))):
+        file.write_bytes(damaged)
+        found = evidence_module._kept({"it": file}, ask_anew)["it"]
+        assert found.dtype == right.dtype
+        assert np.array_equal(found, right)
+    assert len(asked) > len(content)
 
 
 def test_no_test_images_is_an_error_that_names_the_setting():

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import ASSETS, quick_settings, tiny_editor, write_classes
 
-from diffusemix_pipeline.cli import _what_to_know, main
+from diffusemix_pipeline.cli import _print_outcome, _what_to_know, main
 from diffusemix_pipeline.editing.instruct_pix2pix import InstructPix2PixEditor
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.orchestration.launch import Outcome, prepare_instance, run_here
@@ -119,7 +119,7 @@ def test_each_arm_is_a_run_with_a_model_that_serves_raw_images(done):
     for measure in ("corrupted", "corrupted_unshared", "fgsm_2_255", "pgd_20_8_255"):
         assert runs[f"metrics.test_{measure}"].between(0, 1).all()
     of_vanilla = runs[runs["tags.diffusemix.arm"] == "vanilla"].iloc[0]
-    assert of_vanilla["metrics.test_relative_mce"] == pytest.approx(1)
+    assert of_vanilla["metrics.test_mce_to_vanilla"] == pytest.approx(1)
     assert (runs[["metrics.test_brier", "metrics.test_nll"]] > 0).all(axis=None)
     model = mlflow.pyfunc.load_model("models:/diffusemix-classifier/1")
     files = sorted((project.raw / "test").rglob("*.png"))[:2]
@@ -140,6 +140,16 @@ def test_the_reports_of_two_runs_are_compared_by_their_ids(done, monkeypatch):
     assert f"'{'0' * 32}' is neither a folder, nor a report.json, nor the id" in unknown.output
 
 
+def test_what_came_of_a_run_is_told_with_its_numbers(done, capsys):
+    project, outcome = done
+    _print_outcome(project, outcome)
+    told = capsys.readouterr().out
+    titles, *arms = [line.split() for line in told.splitlines() if "┃" in line or "│" in line]
+    assert titles[1:6] == ["Arm", "┃", "Clean", "┃", "Corrupted"]
+    assert [arm[1] for arm in arms if arm[1] != "│"] == ["vanilla", "diffusemix"]
+    assert f"Report: {project.report / 'index.html'}" in told
+
+
 def test_without_a_remote_it_says_so_and_goes_on(done):
     _, outcome = done
     assert "no DVC remote" in outcome.metadata["fractal_augmented_dataset"]["dvc_push"].value
@@ -154,6 +164,24 @@ def test_a_second_run_does_nothing_and_says_so(done, weights, monkeypatch):
     assert again.success
     assert again.reused
     assert times_of(project) == before
+    assert len(mlflow_runs(project)) == runs
+
+
+@pytest.mark.parametrize("damaged", ["report", "note of what is logged"])
+def test_a_damaged_report_is_made_anew(done, weights, damaged):
+    project, _ = done
+    files = {
+        "report": project.report / "report.json",
+        "note of what is logged": project.state / "logged_report.json",
+    }
+    report, runs = bytes_below(project.report), len(mlflow_runs(project))
+    whole = files[damaged].read_bytes()
+    files[damaged].write_bytes(whole[:-100])
+    again = run(project, weights)
+    assert again.success, again.problems
+    assert not again.metadata["robustness_report"]["reused"].value
+    assert bytes_below(project.report) == report
+    assert files[damaged].read_bytes() == whole
     assert len(mlflow_runs(project)) == runs
 
 

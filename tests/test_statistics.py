@@ -22,6 +22,7 @@ from diffusemix_pipeline.evaluation.statistics import (
     ratio_estimate,
     resampled_sums,
     score_spread,
+    uneven_seeds,
 )
 
 RNG = np.random.default_rng(0)
@@ -274,3 +275,17 @@ def test_a_ratio_of_errors_by_hand_and_its_cover():
         assert estimate.value == pytest.approx((errors.sum(0) / base.sum(0)).mean())
         covered += estimate.low <= truth <= estimate.high
     assert covered >= 88
+
+
+def test_seeds_further_apart_than_the_others_are_found_and_seldom_by_chance():
+    alike = {"a": 0.01, "b": 0.02, "c": 0.01}
+    assert uneven_seeds(alike, 3) == {}
+    assert uneven_seeds({"alone": 0.1}, 3) == {}
+    assert uneven_seeds({"a": 0.0, "b": 0.0}, 3) == {}
+    assert uneven_seeds({"a": 0.0, "b": 0.1}, 3) == {"b": 0}
+    found = uneven_seeds({**alike, "far": 0.3}, 3)
+    assert found == {"far": pytest.approx(np.sqrt((0.01**2 + 0.02**2 + 0.01**2) / 3))}
+    rng = np.random.default_rng(0)
+    of_reports = rng.standard_normal((2000, 12, 3)).std(axis=2, ddof=1)
+    alarms = np.mean([bool(uneven_seeds(dict(enumerate(one)), 3)) for one in of_reports])
+    assert 0.03 < alarms < 0.07  # 0.05, of 2000

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.errors import UserError, first_line
 from diffusemix_pipeline.identity import digest, file_sha256
 from diffusemix_pipeline.own_code import is_own, own_code
 from diffusemix_pipeline.settings import Editing
@@ -359,7 +359,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
             )
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"editing.editor: {hub_id} is neither a folder here nor a model that the hub gives at "
             f"{revision} ({reason}). Check the name, editing.revision and the network, or use "
@@ -380,7 +380,7 @@ def _download_lora(lora: str) -> Path:
     try:
         return Path(hf_hub_download(named["repository"], named["file"], revision=named["commit"]))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"editing.lora: {lora} is neither a file here nor one that the hub gives ({reason}). "
             "Check the name, owner/name@COMMIT/FILE.safetensors, and the network."

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from diffusemix_pipeline.devices import is_fast_at_bfloat16
-from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.errors import UserError, first_line
 from diffusemix_pipeline.settings import Editing
 
 
@@ -45,7 +45,7 @@ def fuse_lora(pipeline: Any, lora: Path) -> None:
             lora.parent, weight_name=lora.name, use_safetensors=True, local_files_only=True
         )
     except Exception as error:  # a converter for each trainer's keys, each with errors of its own
-        raise _unfit(pipeline, lora, f" ({str(error).strip().splitlines()[0]})") from error
+        raise _unfit(pipeline, lora, f" ({first_line(error)})") from error
     if not pipeline.get_list_adapters():
         raise _unfit(pipeline, lora, "")
     pipeline.fuse_lora()

@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.evaluation.report import (
+from diffusemix_pipeline.evaluation.written_report import (
     DOCUMENT,
     MEASURES,
     SCHEMA_VERSION,
@@ -30,7 +30,7 @@ _SHAPES_NUMBERS = (
 _SCHEMA = Path(__file__).with_name("report.schema.json")
 _SHARES = (
     *MEASURES, "corrupted_unshared", "overall", "published", "fgsm_attack", "pgd", "autoattack",
-    "relative_mce", "relative_mce_unshared",
+    "mce_to_vanilla", "mce_to_vanilla_unshared",
 )  # fmt: skip
 _LOSSES = ("brier", "nll")
 

@@ -20,6 +20,7 @@ from diffusemix_pipeline.evaluation.calibration import (
 from diffusemix_pipeline.evaluation.evidence import Evidence
 from diffusemix_pipeline.evaluation.published_corruptions import counted
 from diffusemix_pipeline.evaluation.statistics import (
+    SIGNIFICANT,
     Estimate,
     Kind,
     Spread,
@@ -34,8 +35,6 @@ from diffusemix_pipeline.evaluation.statistics import (
 from diffusemix_pipeline.own_code import is_own
 from diffusemix_pipeline.settings import ARMS, Arm
 from diffusemix_pipeline.training.arms import BASELINE, SUBJECTS
-
-SIGNIFICANT = 0.05  # a p-value below it, adjusted by Holm for the number of arms
 
 ACCURACIES = (
     "clean", "corrupted", "corrupted_unshared", "overall", "published",
@@ -204,7 +203,7 @@ class Comparison:
             spreads = {name: score_spread(self._stacked(group, name)) for name in means}
             found |= self._estimated(means, kind, spreads)
         found["ece"] = calibration_estimate(scores.gaps, self._samples, self._seed)
-        return found | self._relative_errors(arm)
+        return found | self._mces_to_vanilla(arm)
 
     def differences(
         self, arm: Arm, base: Arm, measures: Sequence[Any] = (*ACCURACIES, *LOSSES, "ece")
@@ -246,13 +245,17 @@ class Comparison:
             found |= mean_estimates(alike, self._samples, self._seed, kind=kind, spreads=spreads)
         return {name: found[name] for name in means}
 
-    def _relative_errors(self, arm: Arm) -> dict[str, Estimate]:
-        """Estimate the mean corruption error relative to vanilla; {} where vanilla makes none."""
+    def _mces_to_vanilla(self, arm: Arm) -> dict[str, Estimate]:
+        """Estimate the mean corruption error, normalised by vanilla; {} where vanilla makes none.
+
+        Source: Hendrycks and Dietterich, Benchmarking Neural Network Robustness to Common
+        Corruptions and Perturbations (2019): their mCE, with vanilla in AlexNet's place.
+        """
         if BASELINE not in self._scores or arm == BASELINE:
             return {}
-        groups = {"relative_mce": list(range(self._scores[arm].errors.shape[2]))}
+        groups = {"mce_to_vanilla": list(range(self._scores[arm].errors.shape[2]))}
         if self._partly:
-            groups["relative_mce_unshared"] = self._unshared
+            groups["mce_to_vanilla_unshared"] = self._unshared
         found = {}
         for name, families in groups.items():
             by_arm = {one: s.errors[..., families] for one, s in self._scores.items()}
@@ -288,7 +291,7 @@ def arm_documents(comparison: Comparison, arms: Mapping[Arm, Mapping[int, Eviden
                 },
                 **{
                     name: numbers(found[name]) if name in found else None
-                    for name in ("relative_mce", "relative_mce_unshared")
+                    for name in ("mce_to_vanilla", "mce_to_vanilla_unshared")
                 },
                 "difference": _difference(differences[arm], adjusted[arm])
                 if arm in differences

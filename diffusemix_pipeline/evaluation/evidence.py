@@ -5,9 +5,7 @@ without them. What does not: what follows from them (calibration, statistics, re
 """
 
 import io
-import json
-import zipfile
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +24,7 @@ from diffusemix_pipeline.evaluation.attacks import (
 )
 from diffusemix_pipeline.evaluation.corruptions import corrupt
 from diffusemix_pipeline.evaluation.published_corruptions import CorruptedSet
-from diffusemix_pipeline.files import write_bytes
+from diffusemix_pipeline.files import undamaged, write_bytes
 from diffusemix_pipeline.identity import seed_from
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Corruption, Evaluation
@@ -80,27 +78,24 @@ class Evidence:
 
     def save(self, folder: Path) -> None:
         """Write `evidence.npz` into `folder`: one file, so that it is there as a whole or not."""
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **{name: getattr(self, name) for name in _FIELDS})
-        write_bytes(folder / FILE, buffer.getvalue())
+        _write_arrays(folder / FILE, {name: getattr(self, name) for name in _FIELDS})
 
     @classmethod
     def load(cls, folder: Path) -> "Evidence":
         """Read what `save` wrote; UserError where it is missing or damaged."""
-        try:
-            with np.load(folder / FILE, allow_pickle=False) as arrays:
-                values: dict[str, Any] = {name: arrays[name] for name in _FIELDS}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise UserError(
-                f"{folder / FILE} cannot be read ({error}). Delete {folder} and run again: the "
-                "classifier is then asked anew."
-            ) from None
-        values |= {name: tuple(values[name].tolist()) for name in _AXES}
-        values["attack_epsilon"] = float(values["attack_epsilon"])
+        path = folder / FILE
+        repair = f"Remove {folder} and run again: the classifier is then asked anew."
+        if not path.exists():
+            raise UserError(f"{path} is not there. {repair}")
+        with undamaged(path, repair):
+            values: dict[str, Any] = _read_arrays(path, _FIELDS)
+            values |= {name: tuple(values[name].tolist()) for name in _AXES}
+            values["attack_epsilon"] = float(values["attack_epsilon"])
         return cls(**values)
 
 
 _FIELDS = tuple(field.name for field in fields(Evidence))
+_RIGHT = "right"  # the one array of a file of partial answers
 _AXES = ("ids", "epsilons", "corruptions", "severities", "published_sets")
 
 
@@ -195,7 +190,7 @@ class _Ask:
             name: np.zeros((len(families), len(severities), len(test)), bool) for name in models
         }
         for row, family in enumerate(families):
-            files = {name: folder / f"{family}.npy" for name, folder in partial.items()}
+            files = {name: folder / f"{family}.npz" for name, folder in partial.items()}
 
             def ask(family: Corruption = family) -> dict[Name, np.ndarray]:
                 right = {name: np.zeros((len(severities), len(test)), bool) for name in models}
@@ -223,7 +218,7 @@ class _Ask:
         count, step = len(sets[0].labels) if sets else 0, self.evaluation.batch_size
         found = {name: np.zeros((len(sets), count), bool) for name in models}
         for row, one in enumerate(sets):
-            files = {name: folder / f"published-{row:04d}.npy" for name, folder in partial.items()}
+            files = {name: folder / f"published-{row:04d}.npz" for name, folder in partial.items()}
 
             def ask(one: CorruptedSet = one) -> dict[Name, np.ndarray]:
                 right = {name: np.zeros(count, bool) for name in models}
@@ -272,15 +267,17 @@ class _Ask:
         for start in range(0, len(test), _AUTOATTACKED_AT_ONCE):
             progress("AutoAttack", start, len(test))
             places = np.arange(start, min(start + _AUTOATTACKED_AT_ONCE, len(test)))
-            file = kept / f"autoattack-{start:06d}.json"
-            if not file.exists():
+            file = kept / f"autoattack-{start:06d}.npz"
+            survived = _kept_answers(file)
+            if survived is None:
                 labels = torch.from_numpy(test.labels[places]).to(self.device)
                 images = to_tensor(test.images[places], self.device)
                 seed = seed_from(self.seed, "autoattack", [test.ids[place] for place in places])
                 epsilon = self.evaluation.attack_epsilon / 255
-                survived = survives_autoattack(model, images, labels, epsilon, seed)
-                write_bytes(file, json.dumps(survived.tolist()).encode())
-            found[places] = json.loads(file.read_bytes())
+                answers = survives_autoattack(model, images, labels, epsilon, seed)
+                survived = answers.cpu().numpy()
+                _write_arrays(file, {_RIGHT: survived})
+            found[places] = survived
         progress("AutoAttack", len(test), len(test))
         return found
 
@@ -302,13 +299,41 @@ class _Ask:
 def _kept(
     files: Mapping[Name, Path], ask: Callable[[], dict[Name, np.ndarray]]
 ) -> dict[Name, np.ndarray]:
-    """Return the arrays that lie in `files`, after asking for them where one is missing."""
-    if not all(file.exists() for file in files.values()):
-        for name, right in ask().items():
-            buffer = io.BytesIO()
-            np.save(buffer, right)
-            write_bytes(files[name], buffer.getvalue())
-    return {name: np.load(file, allow_pickle=False) for name, file in files.items()}
+    """Return the answers that lie in `files`, or what `ask` gives where one is not there whole."""
+    answers = {name: _kept_answers(file) for name, file in files.items()}
+    kept = {name: right for name, right in answers.items() if right is not None}
+    if len(kept) == len(files):
+        return kept
+    asked = ask()
+    for name, right in asked.items():
+        _write_arrays(files[name], {_RIGHT: right})
+    return asked
+
+
+def _kept_answers(file: Path) -> np.ndarray | None:
+    """Return what was kept before a cut-off; None where it is missing or damaged: ask again."""
+    if not file.exists():
+        return None
+    try:
+        with undamaged(file, ""):
+            return _read_arrays(file, [_RIGHT])[_RIGHT]
+    except UserError:
+        return None
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # zip: a checksum an array
+    write_bytes(path, buffer.getvalue())
+
+
+def _read_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Read arrays by name, nothing unpickled; one of many errors where a byte is not as written."""
+    content = io.BytesIO(path.read_bytes())  # the system's errors are those of this alone
+    with np.load(content, allow_pickle=False) as arrays:
+        if damaged := arrays.zip.testzip():  # reading alone checks no array that claims to be short
+            raise ValueError(f"{damaged} is not as it was written")
+        return {name: arrays[name] for name in names}
 
 
 def _counted(progress: Progress, total: int) -> Callable[[int], None]:

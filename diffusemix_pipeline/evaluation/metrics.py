@@ -47,7 +47,7 @@ def _published_metrics(evidence: Evidence) -> dict[str, float]:
 def _corruption_metrics(
     evidence: Evidence, base: Evidence | None, left_out: Collection[str]
 ) -> dict[str, float]:
-    """Return accuracy under corruption and relative mCE, of all families and of the unshared."""
+    """Return accuracy under corruption and mCE to vanilla, of all families and of the unshared."""
     places = list(range(len(evidence.corruptions)))
     groups = {
         "": places,
@@ -60,7 +60,7 @@ def _corruption_metrics(
         right = evidence.corrupted[of_group].mean(axis=(1, 2))
         found[f"test_corrupted{name}"] = float(right.mean())
         if base and (missed := 1 - base.corrupted[of_group].mean(axis=(1, 2))).all():
-            found[f"test_relative_mce{name}"] = float(((1 - right) / missed).mean())
+            found[f"test_mce_to_vanilla{name}"] = float(((1 - right) / missed).mean())
     return found
 
 

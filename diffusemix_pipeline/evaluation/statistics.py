@@ -26,9 +26,10 @@ from functools import cache
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
-from scipy.special import ndtr, stdtr, stdtrit
+from scipy.special import fdtrc, ndtr, stdtr, stdtrit
 
 CONFIDENCE = 0.95
+SIGNIFICANT = 0.05  # a p-value below it, adjusted for the number of arms
 Kind = Literal["score", "difference", "loss"]
 # The scores of the made-up images; a loss has no bounds that they could be at.
 _EACH_WAY: dict[Kind, tuple[float, ...]] = {
@@ -103,6 +104,26 @@ def _spread(residuals: np.ndarray, freedom: int, share: float) -> Spread:
     of_means = float((residuals.mean(axis=2) ** 2).sum() / freedom)
     of_images = float((residuals**2).mean(axis=2).sum() / freedom)
     return Spread(float(np.sqrt(of_means * share)), freedom, (of_images - of_means) * share)
+
+
+def uneven_seeds(deviations: Mapping[Name, float], seeds: int) -> dict[Name, float]:
+    """Find the arms whose seeds lie further apart than the others' and than chance explains.
+
+    `deviations` are each arm's standard deviation over its training seeds, two or more. Of an arm
+    that is found, the standard deviation of all others together is returned. By the F test of its
+    variance against theirs, at 0.05 over the number of arms (Bonferroni).
+    """
+    uneven = {}
+    for arm, deviation in deviations.items():
+        others = [of for other, of in deviations.items() if other != arm]
+        if not deviation or not others:
+            continue
+        together = float(np.sqrt(np.mean(np.square(others))))
+        ratio = (deviation / together) ** 2 if together else np.inf
+        p = fdtrc(seeds - 1, len(others) * (seeds - 1), ratio)
+        if p * len(deviations) < SIGNIFICANT:
+            uneven[arm] = together
+    return uneven
 
 
 def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:

@@ -1,9 +1,8 @@
 """Promises that are checked on every run; a blocking one that fails stops what comes after it."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
-import pandas as pd
 
 from diffusemix_pipeline.orchestration.assets.fractal_augmented_dataset import (
     fractal_augmented_dataset,
@@ -13,6 +12,9 @@ from diffusemix_pipeline.orchestration.assets.hybrid_images import hybrid_images
 from diffusemix_pipeline.orchestration.assets.raw_dataset import raw_dataset
 from diffusemix_pipeline.orchestration.assets.robustness_report import robustness_report
 from diffusemix_pipeline.orchestration.assets.trained_classifier import trained_classifier
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _STAGES = {
     "raw": raw_dataset,
@@ -77,7 +79,7 @@ def _labels_kept(name: str, asset: dg.AssetsDefinition) -> dg.AssetChecksDefinit
     return labels_kept
 
 
-def wrong_labels(raw: pd.DataFrame, made: pd.DataFrame) -> list[str]:
+def wrong_labels(raw: "pd.DataFrame", made: "pd.DataFrame") -> list[str]:
     """List the images whose source is no training image of their own label."""
     train = raw[raw["split"] == "train"].set_index("image_id")["label"]
     expected = made["source_id"].map(train)

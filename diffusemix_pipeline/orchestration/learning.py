@@ -24,14 +24,13 @@ from diffusemix_pipeline.evaluation.published_corruptions import (
     read_corrupted_sets,
 )
 from diffusemix_pipeline.evaluation.readings import record_read, version_of_test
-from diffusemix_pipeline.evaluation.report import (
-    CODE_VERSION,
+from diffusemix_pipeline.evaluation.report import CODE_VERSION, ReportInputs, write_report
+from diffusemix_pipeline.evaluation.written_report import (
     DOCUMENT,
+    MARKDOWN,
     PAGE,
     Report,
-    ReportInputs,
     read_report,
-    write_report,
 )
 from diffusemix_pipeline.files import BEGUN, replaced_folder, write_json
 from diffusemix_pipeline.identity import digest
@@ -161,10 +160,9 @@ def judge(project: Project, settings: Settings, progress: Progress) -> Judged:
         "report": CODE_VERSION,
     }
     logged = {"versions": versions, "runs": [tracker.uri, *(run.run_id for run in runs.values())]}
-    if _report_is_there(project) and _is_logged(project, logged):
-        report = read_report(project.report)
-        if report.versions == versions:
-            return Judged(report, digest(versions), reused=True)
+    there = _report_that_is_there(project)
+    if there and there.versions == versions and _is_logged(project, logged):
+        return Judged(there, digest(versions), reused=True)
     found = evidence_of(fits, keys, "test", project, raw, settings, progress)
     evidence = {(fit.arm, fit.seed): found[fit.fingerprint] for fit in fits}
     found |= evidence_of(few, keys, "test", project, raw, clean, progress)
@@ -197,8 +195,14 @@ def judge(project: Project, settings: Settings, progress: Progress) -> Judged:
     return Judged(report, digest(versions), reused=False)
 
 
-def _report_is_there(project: Project) -> bool:
-    return all((project.report / name).exists() for name in (DOCUMENT, PAGE))
+def _report_that_is_there(project: Project) -> Report | None:
+    """Return the report; None where it is not all there, or damaged: it is made anew."""
+    if not all((project.report / name).exists() for name in (DOCUMENT, PAGE, MARKDOWN)):
+        return None
+    try:
+        return read_report(project.report)
+    except UserError:
+        return None
 
 
 def _logged(project: Project) -> Path:
@@ -207,16 +211,17 @@ def _logged(project: Project) -> Path:
 
 
 def _is_logged(project: Project, logged: dict[str, Any]) -> bool:
-    path = _logged(project)
-    return path.exists() and json.loads(path.read_text(encoding="utf-8")) == logged
+    try:
+        return bool(json.loads(_logged(project).read_text(encoding="utf-8")) == logged)
+    except (FileNotFoundError, ValueError):  # damaged: it is logged again
+        return False
 
 
 def logged_run(tracker: Tracker, fit: Fit) -> LoggedRun:
     run = tracker.find_run(FIT_TAG, fit.fingerprint)
     if run is None:
         raise UserError(
-            f"MLflow has no run of the arm {fit.arm}, seed {fit.seed}: "
-            "materialize trained_classifier first."
+            f"MLflow has no run of the arm {fit.arm}, seed {fit.seed}: `diffusemix run` makes one."
         )
     return run
 
@@ -234,7 +239,7 @@ def stages_of(project: Project) -> dict[str, Stage]:
 def _data_digest(project: Project) -> str:
     pinned = pinned_digest(project.root)
     if pinned is None:
-        raise UserError("data.dvc is not there: materialize fractal_augmented_dataset first.")
+        raise UserError("data.dvc is not there: `diffusemix run` makes the dataset and pins it.")
     return pinned
 
 
@@ -250,8 +255,8 @@ def expected_fit(
     fit = finished_fit(project.checkpoints, fit_fingerprint(wanted, stages, settings))
     if fit is None:
         raise UserError(
-            f"The arm {wanted} is not trained with these data and settings: "
-            "materialize trained_classifier first."
+            f"The arm {wanted} is not trained with these data and settings: `diffusemix run` "
+            "trains it."
         )
     return fit
 
@@ -270,7 +275,7 @@ def test_evidence(project: Project, fit: Fit, raw: Stage, settings: Settings) ->
     if not (project.evidence / key).exists():
         raise UserError(
             f"The arm {fit.arm}, seed {fit.seed}, was not judged on the test images: "
-            "materialize robustness_report first."
+            "`diffusemix run` judges it."
         )
     return Evidence.load(project.evidence / key)
 

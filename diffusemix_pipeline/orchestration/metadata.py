@@ -2,12 +2,14 @@
 
 import base64
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from diffusemix_pipeline.datasets.manifest import Stage
 from diffusemix_pipeline.settings import Settings
+
+if TYPE_CHECKING:
+    from diffusemix_pipeline.datasets.manifest import Stage
 
 _SHEET_ROWS = 4
 _SHEET_COLUMNS = 6
@@ -19,7 +21,7 @@ def picture(png: bytes, alt: str) -> dg.MarkdownMetadataValue:
     return dg.MetadataValue.md(f"![{alt}](data:image/png;base64,{encoded})")
 
 
-def stage_metadata(stage: Stage, seconds: float | None) -> dict[str, Any]:
+def stage_metadata(stage: "Stage", seconds: float | None) -> dict[str, Any]:
     """Return what every stage shows: images, their size, whether made anew, where they lie.
 
     `seconds` is what its making took; a stage that was there has no speed, nor one of which parts
@@ -36,7 +38,7 @@ def stage_metadata(stage: Stage, seconds: float | None) -> dict[str, Any]:
     }
 
 
-def stage_sheet(stage: Stage, by: str, settings: Settings) -> dict[str, dg.MarkdownMetadataValue]:
+def stage_sheet(stage: "Stage", by: str, settings: Settings) -> dict[str, dg.MarkdownMetadataValue]:
     """Show a few images of a stage, a row for each of some values of column `by`.
 
     Nothing is shown where the settings say so.
@@ -54,8 +56,8 @@ def stage_sheet(stage: Stage, by: str, settings: Settings) -> dict[str, dg.Markd
     return {"contact_sheet": picture(sheet, f"some {stage.name} images")}
 
 
-def stages_picture(stages: Mapping[str, Stage], images: int = 4) -> bytes:
-    """Draw a few images going through the stages, a row an image; PNG.
+def stages_picture(stages: "Mapping[str, Stage]") -> bytes:
+    """Draw four images going through the stages, a row an image; PNG.
 
     `stages` maps raw, generated, hybrid and augmented to their stages.
     """
@@ -63,7 +65,7 @@ def stages_picture(stages: Mapping[str, Stage], images: int = 4) -> bytes:
 
     columns = ["source_id", "label", "prompt", "file_name", "width"]
     augmented = stages["augmented"].manifest(columns)
-    few = augmented.iloc[:: max(1, len(augmented) // images)].head(images)
+    few = augmented.iloc[:: max(1, len(augmented) // _SHEET_ROWS)].head(_SHEET_ROWS)
     raw = stages["raw"].manifest(["image_id", "file_name"])
     wanted = raw[raw["image_id"].isin(few["source_id"])]
     originals = dict(wanted.itertuples(index=False, name=None))

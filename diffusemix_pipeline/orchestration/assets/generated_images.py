@@ -203,7 +203,7 @@ def _yield_metadata(stage: "Stage") -> dict[str, Any]:
     """Return what the label gate let through, in all and by class and prompt."""
     from diffusemix_pipeline.editing.gate import ACCEPTED, yield_table
     from diffusemix_pipeline.editing.generate import judged_edits
-    from diffusemix_pipeline.evaluation.report import plain_markdown
+    from diffusemix_pipeline.evaluation.written_report import plain_markdown
     from diffusemix_pipeline.pictures import yield_map
 
     judged = judged_edits(stage)

@@ -24,7 +24,7 @@ REPORT_MD = "report_md"
     '"no significant difference" is said in those words.',
 )
 def robustness_report(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-    from diffusemix_pipeline.evaluation.report import MARKDOWN
+    from diffusemix_pipeline.evaluation.written_report import MARKDOWN
     from diffusemix_pipeline.orchestration.learning import judge
 
     project, settings = context.resources.project, context.resources.settings
