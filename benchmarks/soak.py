@@ -42,7 +42,8 @@ import psutil
 import yaml
 
 from diffusemix_pipeline.editing.store import EditStore
-from diffusemix_pipeline.project import Project, holders
+from diffusemix_pipeline.locks import holders
+from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.versioning import ensure_repository, pinned_digest
 
 SETTINGS: dict[str, Any] = {

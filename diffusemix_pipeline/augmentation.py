@@ -22,10 +22,11 @@ from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import write_if_changed
 from diffusemix_pipeline.identity import digest
+from diffusemix_pipeline.locks import using_edits
 from diffusemix_pipeline.mixing.stages import make_augmented
 from diffusemix_pipeline.preflight import check_augmentation
 from diffusemix_pipeline.progress import Progress, silent
-from diffusemix_pipeline.project import Project, using_edits
+from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings
 from diffusemix_pipeline.training.fold_teachers import label_gate
 

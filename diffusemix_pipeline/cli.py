@@ -16,12 +16,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from diffusemix_pipeline.errors import UserError, of_the_machine
-from diffusemix_pipeline.project import (
-    Project,
-    alone_with_edits,
-    holders,
-    using_edits,
-)
+from diffusemix_pipeline.locks import alone_with_edits, holders, using_edits
+from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import (
     SETTINGS_FILE,
     Layer,

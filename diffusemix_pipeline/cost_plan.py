@@ -11,9 +11,10 @@ from diffusemix_pipeline.editing.cost import Forecast, forecast_by_pilot, share_
 from diffusemix_pipeline.editing.generate import adopt_edits, prepare_gate
 from diffusemix_pipeline.editing.planning import plan_edits
 from diffusemix_pipeline.editing.store import EditStore
+from diffusemix_pipeline.locks import using_edits
 from diffusemix_pipeline.preflight import check_augmentation
 from diffusemix_pipeline.progress import Progress, silent
-from diffusemix_pipeline.project import Project, using_edits
+from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings
 from diffusemix_pipeline.training.fold_teachers import label_gate
 

@@ -16,10 +16,11 @@ from diffusemix_pipeline.editing.generate import generate
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import write_bytes
+from diffusemix_pipeline.locks import using_edits
 from diffusemix_pipeline.pictures import contact_sheet
 from diffusemix_pipeline.preflight import check_augmentation
 from diffusemix_pipeline.progress import Progress, silent
-from diffusemix_pipeline.project import Project, using_edits
+from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Gate, Settings
 
 

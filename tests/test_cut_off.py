@@ -19,9 +19,10 @@ from conftest import ASSETS, quick_settings, tiny_editor, wait_for
 
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.locks import taken_alone
 from diffusemix_pipeline.orchestration.launch import prepare_instance, run_here
 from diffusemix_pipeline.progress import Progress, silent
-from diffusemix_pipeline.project import Project, taken_alone
+from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings
 
 pytestmark = pytest.mark.slow

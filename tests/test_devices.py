@@ -6,7 +6,8 @@ import pytest
 
 from diffusemix_pipeline import devices
 from diffusemix_pipeline import project as projects
-from diffusemix_pipeline.project import Project, own_device
+from diffusemix_pipeline.locks import own_device
+from diffusemix_pipeline.project import Project
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def test_a_full_disk(bench):
     assert done["code"] == 2
     # SQLite, which may be the first, does not say which it was.
     assert re.search(
-        "(make room on the disk|whether disk or memory are full) and run", done["seen"]
+        "(make room on the disk|whether the disk or the memory is full) and run", done["seen"]
     )
 
 

@@ -17,13 +17,14 @@ import pytest
 from conftest import quick_settings
 
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.locks import note_holder, taken_alone
 from diffusemix_pipeline.orchestration import holding
 from diffusemix_pipeline.orchestration.holding import held_for_run, without_runs
 from diffusemix_pipeline.orchestration.launch import prepare_instance, run_here
 from diffusemix_pipeline.orchestration.lost_runs import PROCESS_TAG
 from diffusemix_pipeline.processes import this_process
 from diffusemix_pipeline.progress import silent
-from diffusemix_pipeline.project import Project, note_holder, taken_alone
+from diffusemix_pipeline.project import Project
 
 FORK = multiprocessing.get_context("fork")
 LOG = logging.getLogger(__name__)

@@ -17,10 +17,11 @@ from conftest import ASSETS, quick_settings, tiny_editor, write_classes
 from diffusemix_pipeline.cli import _print_outcome, _what_to_know, main
 from diffusemix_pipeline.editing.instruct_pix2pix import InstructPix2PixEditor
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.locks import note_holder
 from diffusemix_pipeline.orchestration.launch import Outcome, prepare_instance, run_here
 from diffusemix_pipeline.orchestration.lost_runs import PROCESS_TAG
 from diffusemix_pipeline.progress import silent
-from diffusemix_pipeline.project import Project, note_holder
+from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.training import arms, fold_teachers
 from diffusemix_pipeline.versioning import pinned_digest
 

@@ -19,7 +19,8 @@ from diffusemix_pipeline.editing.records import Record, Records
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import file_sha256
-from diffusemix_pipeline.project import Project, alone_with_edits, using_edits
+from diffusemix_pipeline.locks import alone_with_edits, using_edits
+from diffusemix_pipeline.project import Project
 
 PROFILE = {"device": "a", "batch_size": 8}
 PIXELS = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)

@@ -14,8 +14,9 @@ import dagster as dg
 
 from diffusemix_pipeline.errors import UserError, of_the_machine
 from diffusemix_pipeline.files import clear_aside
+from diffusemix_pipeline.locks import at_work, holder, note_holder, opened, taken_alone
 from diffusemix_pipeline.orchestration.lost_runs import end_lost_runs, living_process
-from diffusemix_pipeline.project import Project, at_work, holder, note_holder, opened, taken_alone
+from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Executor
 
 _RUN = "run "

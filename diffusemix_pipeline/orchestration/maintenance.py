@@ -16,7 +16,8 @@ from dagster._core.storage.dagster_run import FINISHED_STATUSES
 
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import BEGUN
-from diffusemix_pipeline.project import Project, alone_with_edits
+from diffusemix_pipeline.locks import alone_with_edits
+from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings
 
 _DAY_SECONDS = 24 * 3600

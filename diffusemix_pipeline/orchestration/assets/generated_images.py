@@ -10,9 +10,10 @@ import dagster as dg
 
 from diffusemix_pipeline.devices import choose_device
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.locks import own_device
 from diffusemix_pipeline.orchestration.metadata import picture, stage_metadata, stage_sheet
 from diffusemix_pipeline.orchestration.resources import RESOURCE_KEYS
-from diffusemix_pipeline.project import Project, own_device
+from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings
 
 if TYPE_CHECKING:
