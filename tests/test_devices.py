@@ -4,17 +4,16 @@ from concurrent.futures import ThreadPoolExecutor, TimeoutError
 
 import pytest
 
-from diffusemix_pipeline import devices
-from diffusemix_pipeline import project as projects
+from diffusemix_pipeline import devices, locks
 from diffusemix_pipeline.locks import own_device
 from diffusemix_pipeline.project import Project
 
 
 @pytest.fixture
 def two_gpus(monkeypatch) -> None:
-    monkeypatch.setattr(projects, "choose_device", lambda device: device.replace("auto", "cuda"))
-    monkeypatch.setattr(projects, "count_gpus", lambda: 2)
-    monkeypatch.setattr(projects, "_LOOK_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(locks, "choose_device", lambda device: device.replace("auto", "cuda"))
+    monkeypatch.setattr(locks, "count_gpus", lambda: 2)
+    monkeypatch.setattr(locks, "_LOOK_AGAIN_SECONDS", 0.01)
 
 
 @pytest.mark.parametrize(
