@@ -92,7 +92,7 @@ class Registered(NamedTuple):
     tags: Mapping[str, str]
 
 
-class Training(NamedTuple):
+class FinishedTraining(NamedTuple):
     """A finished training run as the history of versions shows it."""
 
     run_id: str
@@ -262,13 +262,13 @@ class Tracker:
         tags = found[0].data.tags
         return LoggedRun(found[0].info.run_id, tags.get(_MODEL_ID), tags.get(_MODEL_VERSION))
 
-    def trainings(self) -> list[Training]:
+    def trainings(self) -> list[FinishedTraining]:
         """Return every finished run of this model name, newest first."""
         found = self._search(
             f"tags.`{_MODEL_NAME}` = '{self.model_name}' and attributes.status = 'FINISHED'"
         )
         return [
-            Training(
+            FinishedTraining(
                 run.info.run_id,
                 run.info.run_name,
                 datetime.fromtimestamp(run.info.start_time / 1000, UTC),

@@ -15,7 +15,7 @@ from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import write_bytes
 from diffusemix_pipeline.project import Project
 from diffusemix_pipeline.settings import Settings
-from diffusemix_pipeline.tracking import Run, Training, open_tracking
+from diffusemix_pipeline.tracking import FinishedTraining, Run, open_tracking
 from diffusemix_pipeline.versioning import committed_versions, digest_at, restore
 
 DATA_TAG = "dvc.data"
@@ -27,11 +27,11 @@ class DataVersion(NamedTuple):
 
     digest: str
     commits: Sequence[str]
-    trainings: Sequence[Training]
+    trainings: Sequence[FinishedTraining]
     """Newest first."""
 
 
-class Kept(NamedTuple):
+class KeptInputs(NamedTuple):
     """The files that a version's newest training kept: relative to the project's root."""
 
     settings: Path
@@ -51,7 +51,7 @@ def keep_inputs(run: Run, project: Project, settings: Settings) -> None:
 def history(project: Project, settings: Settings) -> list[DataVersion]:
     """List the versions that git or MLflow knows, those with the newest training first."""
     commits = committed_versions(project.root)
-    trained: dict[str, list[Training]] = defaultdict(list)
+    trained: dict[str, list[FinishedTraining]] = defaultdict(list)
     for training in open_tracking(project, settings.tracking).trainings():
         trained[training.tags.get(DATA_TAG, "")].append(training)
     trained.pop("", None)
@@ -59,7 +59,7 @@ def history(project: Project, settings: Settings) -> list[DataVersion]:
     return [DataVersion(d, commits.get(d, []), trained.get(d, [])) for d in digests]
 
 
-def checkout(project: Project, settings: Settings, wanted: str) -> tuple[str, Kept | None]:
+def checkout(project: Project, settings: Settings, wanted: str) -> tuple[str, KeptInputs | None]:
     """Bring a version back, by the start of its digest or by a commit that pins it.
 
     Returns its digest, and what its newest training kept, if it had one. Raises UserError for a
@@ -84,9 +84,9 @@ def checkout(project: Project, settings: Settings, wanted: str) -> tuple[str, Ke
     write_bytes(project.root / kept, made_by)
     dropped_then = outputs / f"dropped-{short}.txt"
     if dropped == _dropped(project):
-        return version.digest, Kept(kept, None)
+        return version.digest, KeptInputs(kept, None)
     write_bytes(project.root / dropped_then, dropped)
-    return version.digest, Kept(kept, dropped_then)
+    return version.digest, KeptInputs(kept, dropped_then)
 
 
 def _dropped(project: Project) -> bytes:
