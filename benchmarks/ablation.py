@@ -23,12 +23,13 @@ from diffusemix_pipeline.datasets.manifest import Stage
 from diffusemix_pipeline.evaluation.comparison import WITH_EDITS, shared_families
 from diffusemix_pipeline.evaluation.statistics import difference_spread, mean_estimates
 from diffusemix_pipeline.identity import digest
+from diffusemix_pipeline.layers import load_settings
 from diffusemix_pipeline.mixing.blending import hybrid, mix
 from diffusemix_pipeline.mixing.fractals import fractals_version
 from diffusemix_pipeline.mixing.masks import Mask
 from diffusemix_pipeline.mixing.stages import Fractals, Mixer, fractals_in_a_file, write_mixed
 from diffusemix_pipeline.progress import silent
-from diffusemix_pipeline.settings import Arm, Settings, load_settings
+from diffusemix_pipeline.settings import Arm, Settings
 from diffusemix_pipeline.training.arms import Wanted
 
 WEATHER = "[autumn, snowy, sunset, rainbow, aurora]"

@@ -43,8 +43,9 @@ from diffusemix_pipeline.editing.sampling import Sampler, workers_on
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.evaluation.evidence import Evidence
 from diffusemix_pipeline.evaluation.statistics import mean_estimates
+from diffusemix_pipeline.layers import load_settings
 from diffusemix_pipeline.progress import silent
-from diffusemix_pipeline.settings import Arm, Settings, load_settings
+from diffusemix_pipeline.settings import Arm, Settings
 from diffusemix_pipeline.training.arms import Wanted
 
 PAPER = "euler_ancestral, 100 steps, guided 1"

@@ -30,8 +30,9 @@ from diffusemix_pipeline.editing.planning import PlannedEdit, SourceImage
 from diffusemix_pipeline.editing.sampling import Sampler, workers_on
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.identity import file_sha256
+from diffusemix_pipeline.layers import load_settings
 from diffusemix_pipeline.progress import silent
-from diffusemix_pipeline.settings import PAPER_PROMPTS, Editing, Settings, load_settings
+from diffusemix_pipeline.settings import PAPER_PROMPTS, Editing, Settings
 
 SAME_SCHEDULE = {"sampler": "euler_ancestral", "steps": 100}
 

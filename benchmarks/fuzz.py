@@ -29,8 +29,9 @@ from benchmarks.scale import materialize
 from diffusemix_pipeline.datasets.images import read_rgb
 from diffusemix_pipeline.datasets.manifest import read_stage
 from diffusemix_pipeline.identity import file_sha256
+from diffusemix_pipeline.layers import load_settings
 from diffusemix_pipeline.project import Project
-from diffusemix_pipeline.settings import Settings, load_settings
+from diffusemix_pipeline.settings import Settings
 
 _CLASSES = ["cat", "-rf", "q'\"`$()", "<b>&co", "ünï ☃", "a..b", "x" * 250]
 _MODES = ["RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16"]

@@ -72,9 +72,9 @@ def directly(preset: str) -> None:
     from diffusemix_pipeline.evaluation.audit import audit
     from diffusemix_pipeline.evaluation.evidence import evaluate
     from diffusemix_pipeline.evaluation.report import ReportInputs, write_report
+    from diffusemix_pipeline.layers import load_settings
     from diffusemix_pipeline.orchestration.learning import without_attacks
     from diffusemix_pipeline.orchestration.metadata import stages_picture
-    from diffusemix_pipeline.settings import load_settings
     from diffusemix_pipeline.training.arms import SUBJECTS, all_fits, fit_arm
     from diffusemix_pipeline.training.classifier import load_classifier
     from diffusemix_pipeline.training.data import load_images

@@ -44,10 +44,11 @@ from diffusemix_pipeline.evaluation.statistics import CONFIDENCE, Estimate, holm
 from diffusemix_pipeline.evaluation.written_report import MARKDOWN, title_of
 from diffusemix_pipeline.files import link_or_copy, write_bytes, write_json
 from diffusemix_pipeline.identity import digest, file_sha256, seed_from
+from diffusemix_pipeline.layers import load_settings
 from diffusemix_pipeline.mixing.fractals import fractals_version
 from diffusemix_pipeline.mixing.stages import CODE_VERSION as MIX_VERSION
 from diffusemix_pipeline.recipes import training_identity
-from diffusemix_pipeline.settings import Arm, Settings, load_settings
+from diffusemix_pipeline.settings import Arm, Settings
 from diffusemix_pipeline.training.arms import BASELINE, SUBJECTS, all_fits
 from diffusemix_pipeline.training.arms import CODE_VERSION as FIT_VERSION
 from diffusemix_pipeline.training.augmentations import VERSIONS

@@ -35,8 +35,9 @@ import psutil
 from PIL import Image
 
 from benchmarks.mixing import NoEditor, different_pictures
+from diffusemix_pipeline.layers import load_settings
 from diffusemix_pipeline.project import Project
-from diffusemix_pipeline.settings import Settings, load_settings
+from diffusemix_pipeline.settings import Settings
 
 if TYPE_CHECKING:
     import dagster as dg

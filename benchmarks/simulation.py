@@ -25,9 +25,10 @@ from benchmarks.mixing import NoEditor
 from benchmarks.scale import materialize, write_source
 from diffusemix_pipeline.editing import generate
 from diffusemix_pipeline.editing.sampling import Sampler
+from diffusemix_pipeline.layers import SETTINGS_FILE, load_settings
 from diffusemix_pipeline.orchestration.launch import prepare_instance
 from diffusemix_pipeline.project import Project
-from diffusemix_pipeline.settings import SETTINGS_FILE, Settings, load_settings
+from diffusemix_pipeline.settings import Settings
 
 ASSETS = ("raw_dataset", "generated_images")
 _EDIT_SECONDS = 0.01

@@ -330,8 +330,8 @@ def _materialize(root: Path, name: str) -> None:
     import dagster as dg
 
     from benchmarks.scale import materialize
+    from diffusemix_pipeline.layers import load_settings
     from diffusemix_pipeline.orchestration.launch import prepare_instance
-    from diffusemix_pipeline.settings import load_settings
 
     project = Project(root)
     prepare_instance(project)
@@ -342,9 +342,9 @@ def _materialize(root: Path, name: str) -> None:
 def _look(root: Path, how: How, out: Path) -> None:
     """Write down what lies in a project: files and edits by their digests, numbers, the tools'."""
     how.enter()
+    from diffusemix_pipeline.layers import load_settings
     from diffusemix_pipeline.orchestration.learning import FIT_TAG
     from diffusemix_pipeline.orchestration.promotion import CHAMPION
-    from diffusemix_pipeline.settings import load_settings
     from diffusemix_pipeline.tracking import open_tracking
 
     project = Project(root)

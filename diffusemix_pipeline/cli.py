@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from diffusemix_pipeline.errors import UserError, of_the_machine
-from diffusemix_pipeline.locks import alone_with_edits, holders, using_edits
-from diffusemix_pipeline.project import Project
-from diffusemix_pipeline.settings import (
+from diffusemix_pipeline.layers import (
     SETTINGS_FILE,
     Layer,
-    Settings,
     describe,
     load_layers,
     load_settings,
     merge,
     nested_overrides,
 )
+from diffusemix_pipeline.locks import alone_with_edits, holders, using_edits
+from diffusemix_pipeline.project import Project
+from diffusemix_pipeline.settings import Settings
 
 if TYPE_CHECKING:
     from diffusemix_pipeline.orchestration.launch import Outcome

@@ -6,9 +6,9 @@ Every server, daemon and step imports this, so it loads neither torch nor diffus
 import os
 from pathlib import Path
 
+from diffusemix_pipeline.layers import load_settings
 from diffusemix_pipeline.orchestration.build import build_definitions
 from diffusemix_pipeline.project import Project
-from diffusemix_pipeline.settings import load_settings
 
 _root = Path(os.environ.get("DAGSTER_HOME") or Path.cwd())
 

@@ -28,12 +28,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock
 
-from diffusemix_pipeline import settings
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import link_or_copy, write_bytes
 from diffusemix_pipeline.git import git
 from diffusemix_pipeline.processes import is_gone, is_of_this_host, this_process
 from diffusemix_pipeline.project import Project
+from diffusemix_pipeline.settings import Tracking
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -394,7 +394,7 @@ class Tracker:
         return f"{base.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{run_id}"
 
 
-def open_tracking(project: Project, tracking: settings.Tracking) -> Tracker:
+def open_tracking(project: Project, tracking: Tracking) -> Tracker:
     """Open the project's experiment, after making or upgrading the database where need be.
 
     Raises UserError where the server of `tracking.uri` does not answer, and for an experiment that
@@ -447,7 +447,7 @@ def open_tracking(project: Project, tracking: settings.Tracking) -> Tracker:
 
 def mlflow_ui_command(
     project: Project,
-    tracking: settings.Tracking,
+    tracking: Tracking,
     port: int = DEFAULT_PORT,
     host: str = "127.0.0.1",
 ) -> list[str]:

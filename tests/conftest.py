@@ -26,8 +26,9 @@ from diffusemix_pipeline.datasets.images import decode_square, png_bytes
 from diffusemix_pipeline.datasets.manifest import Stage, read_stage
 from diffusemix_pipeline.datasets.parts import Part, write_stage
 from diffusemix_pipeline.datasets.storage import Layout
+from diffusemix_pipeline.layers import load_settings
 from diffusemix_pipeline.project import Project
-from diffusemix_pipeline.settings import Settings, load_settings
+from diffusemix_pipeline.settings import Settings
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

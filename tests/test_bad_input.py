@@ -27,12 +27,13 @@ from diffusemix_pipeline.datasets.images import read_rgb
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.manifest import Stage
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.layers import load_settings
 from diffusemix_pipeline.mixing.fractals import fractals_version, load_fractals
 from diffusemix_pipeline.orchestration.launch import run_here
 from diffusemix_pipeline.preflight import check_run
 from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.project import Project
-from diffusemix_pipeline.settings import Settings, load_settings
+from diffusemix_pipeline.settings import Settings
 from diffusemix_pipeline.versioning import ensure_repository
 
 PAGE = (Path(__file__).parent.parent / "docs" / "bad_input.md").read_text("utf-8")

@@ -16,9 +16,9 @@ from PIL import Image
 from diffusemix_pipeline.cli import main
 from diffusemix_pipeline.datasets.manifest import read_stage
 from diffusemix_pipeline.editing.store import EditStore
+from diffusemix_pipeline.layers import preset_names
 from diffusemix_pipeline.locks import using_edits
 from diffusemix_pipeline.project import Project
-from diffusemix_pipeline.settings import preset_names
 
 
 @pytest.fixture(scope="module")

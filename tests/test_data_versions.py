@@ -13,11 +13,12 @@ from click.testing import CliRunner, Result
 from conftest import quick_settings, tiny_editor, write_classes
 
 from diffusemix_pipeline.cli import main
+from diffusemix_pipeline.layers import load_settings
 from diffusemix_pipeline.orchestration.data_versions import DataVersion, history
 from diffusemix_pipeline.orchestration.launch import Outcome, run_here
 from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.project import Project
-from diffusemix_pipeline.settings import Settings, load_settings
+from diffusemix_pipeline.settings import Settings
 from diffusemix_pipeline.versioning import pinned_digest
 
 pytestmark = pytest.mark.slow

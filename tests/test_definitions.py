@@ -75,7 +75,7 @@ def test_a_cron_that_is_none_is_named(project):
         ({"editing": {"stepz": 3}}, 'unexpected config entry "stepz"'),
         ({"editing": {"steps": "many"}}, 'Expected type "Int"|not valid for expected type "Int"'),
         ({"editing": {"sampler": "dpm"}}, "not in enum"),
-        ({"training": {"arms": ["vanila"]}}, "not in enum"),
+        ({"mixing": {"masks": ["lef"]}}, "not in enum"),
     ],
 )
 def test_the_launchpad_refuses_unknown_keys_and_wrong_types(config, message, definitions):

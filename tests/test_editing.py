@@ -53,9 +53,10 @@ from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import Ledger
 from diffusemix_pipeline.identity import file_sha256
+from diffusemix_pipeline.layers import load_settings, preset_names
 from diffusemix_pipeline.mixing.stages import make_augmented, make_hybrids
 from diffusemix_pipeline.progress import silent
-from diffusemix_pipeline.settings import Settings, load_settings, preset_names
+from diffusemix_pipeline.settings import Settings
 
 IMAGES = np.stack([to_square(picture(seed), 32) for seed in range(3)])
 PROMPTS = ["sunset", "mosaic", "sunset"]

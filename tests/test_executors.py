@@ -34,7 +34,7 @@ MADE = """
 import sys
 import dagster as dg
 from diffusemix_pipeline.orchestration.launch import main_job
-from diffusemix_pipeline.settings import load_settings
+from diffusemix_pipeline.layers import load_settings
 from pathlib import Path
 
 if __name__ == "__main__":

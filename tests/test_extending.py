@@ -17,11 +17,11 @@ from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.datasets.sources import listing_version
 from diffusemix_pipeline.editing.editor import editor_fingerprint, locate_editor
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.layers import load_settings
 from diffusemix_pipeline.orchestration.launch import Outcome, run_here
 from diffusemix_pipeline.preflight import check_run
 from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.project import Project
-from diffusemix_pipeline.settings import load_settings
 from diffusemix_pipeline.training.augmentations import own_version
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -7,16 +7,8 @@ import pytest
 
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.evaluation.evidence import asked_of
-from diffusemix_pipeline.settings import (
-    Corruption,
-    Settings,
-    data_settings,
-    describe,
-    flatten,
-    load_layers,
-    load_settings,
-    preset_names,
-)
+from diffusemix_pipeline.layers import describe, load_layers, load_settings, preset_names
+from diffusemix_pipeline.settings import Corruption, Settings, data_settings, flatten
 
 
 def load(root: Path, *overrides: str, environment: dict[str, str] | None = None, **how) -> Settings:

@@ -11,11 +11,11 @@ from conftest import quick_settings, tiny_editor
 
 from diffusemix_pipeline.editing import generate
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.layers import load_settings
 from diffusemix_pipeline.orchestration.assets import generated_images
 from diffusemix_pipeline.orchestration.build import build_definitions
 from diffusemix_pipeline.orchestration.launch import prepare_instance
 from diffusemix_pipeline.project import Project
-from diffusemix_pipeline.settings import load_settings
 
 pytestmark = pytest.mark.slow
 

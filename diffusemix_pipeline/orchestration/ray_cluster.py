@@ -32,6 +32,7 @@ from dagster._core.system_config.objects import ResolvedRunConfig
 from dagster._utils.error import SerializableErrorInfo
 
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.layers import ENVIRONMENT_PREFIX
 from diffusemix_pipeline.orchestration.assets.generated_images import (
     RETRY_AFTER_SECONDS,
     edit_shard,
@@ -39,7 +40,6 @@ from diffusemix_pipeline.orchestration.assets.generated_images import (
 from diffusemix_pipeline.orchestration.lost_runs import end_lost_runs
 from diffusemix_pipeline.orchestration.storage import POSTGRES_URL
 from diffusemix_pipeline.project import Project
-from diffusemix_pipeline.settings import ENVIRONMENT_PREFIX
 
 try:
     from dagster_ray.core.executor import RayStepHandler

@@ -12,11 +12,12 @@ import dagster as dg
 
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import write_json
+from diffusemix_pipeline.layers import check
 from diffusemix_pipeline.locks import using_edits
 from diffusemix_pipeline.orchestration.holding import held_for_run
 from diffusemix_pipeline.progress import Progress
 from diffusemix_pipeline.project import Project
-from diffusemix_pipeline.settings import Executor, Section, Settings, check
+from diffusemix_pipeline.settings import Executor, Section, Settings
 from diffusemix_pipeline.workers import end_with_parent
 
 RESOURCE_KEYS = {"settings", "project", "progress"}
