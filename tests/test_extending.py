@@ -123,6 +123,18 @@ def test_what_a_listed_dataset_gives_is_looked_through(row, own):
         ingest(str(own / "table.py"), quick_settings(), own / "raw", aside=own / "aside")
 
 
+def test_python_among_the_images_is_not_run(own, tmp_path):
+    marker = tmp_path / "was run"
+    for name in ("cat/evil.py", "evil.py"):
+        (own / name).write_text(f"open({str(marker)!r}, 'w')")
+    with (own / "labels.csv").open("a") as table:
+        table.write("\ncat/evil.py,cat,")
+    for source in (own, own / "table.py"):
+        stage = ingest(str(source), quick_settings(), own / "raw", aside=own / "aside")
+        assert "cat/evil.py" in {item["source_id"] for item in stage.notes["set_aside"]}
+    assert not marker.exists()
+
+
 def test_an_image_is_listed_once(own):
     (own / "table.py").write_text(
         'def images():\n    yield "cat/0.png", "cat", None\n    yield "cat/0.png", "dog", None\n'
