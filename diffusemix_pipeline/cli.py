@@ -544,7 +544,10 @@ def list_editors() -> None:
     for family in FAMILIES:
         if "lora" in family.advice:  # too long for a column
             click.echo(f"{family.example} with editing.lora={family.advice['lora']}")
-    click.echo("A checkpoint of your own, of one of these classes, goes the same way.")
+    click.echo(
+        "A checkpoint of your own, of one of these classes, goes the same way; anything else"
+    )
+    click.echo("that turns images into images is a Python file: docs/extending.md.")
 
 
 @editor.command()
