@@ -64,7 +64,7 @@ def test_printing_a_report_loads_no_torch(tmp_path):
     folder.mkdir(parents=True)
     (folder / "report.md").write_text("**What it says**")
     estimate = {"value": 0, "low": 0, "high": 0}
-    measured = {name: estimate for name in ("clean", "corrupted", "fgsm", "ece")}
+    measured = dict.fromkeys(("clean", "corrupted", "fgsm", "ece"), estimate)
     arm = {"arm": "vanilla", "corrupted_unshared": None, "difference": None, **measured}
     said = {"headline": "What it says", "versions": {}, "fgsm_epsilon": 2, "arms": [arm]}
     said["shared_families"] = {"left_out": []}
