@@ -9,7 +9,7 @@ whose figures are global.
 """
 
 import io
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ import numpy as np
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap, Normalize
     from matplotlib.figure import Figure
     from PIL import Image
     from PIL.ImageFont import FreeTypeFont
@@ -258,9 +259,6 @@ def heat_map(
 
     Values are 0 to 1; with `reach`, differences, coloured from -reach over a neutral 0 to reach.
     """
-    from matplotlib import colormaps
-    from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
-
     rows, columns = values.shape
     longest = min(_LONGEST_LABEL, max(len(name) for name in column_labels))
     turned = longest > _LEVEL_LABEL
@@ -268,21 +266,14 @@ def heat_map(
     figure, axes = _figure(theme, height=0.95 + 0.36 * rows + below)
     digits = 1 if columns <= _LARGE_NUMBERS else 0
     size = 9 if columns <= _LARGE_NUMBERS else 6.5
-    if reach is not None:
-        ends = ("#d55e00", theme.grid, "#0072b2")
-        colours: Colormap = LinearSegmentedColormap.from_list("worse to better", ends)
-        norm = Normalize(-reach, reach)
-    else:
-        colours, norm = colormaps["cividis"], Normalize(0, 1)
+    colours, norm = _scale(reach, theme)
     axes.imshow(values, cmap=colours, norm=norm, aspect="auto")
-    for (row, column), value in np.ndenumerate(values):
-        red, green, blue, _ = colours(norm(value))
-        bright = 0.3 * red + 0.59 * green + 0.11 * blue > 0.5
+
+    def numbered(value: float) -> str:
         text = f"{100 * value:.0f}" if reach is None else f"{100 * value:+z.{digits}f}"
-        ink = LIGHT.ink if bright else DARK.ink
-        axes.text(
-            column, row, text.replace("-", "−"), color=ink, ha="center", va="center", size=size
-        )
+        return text.replace("-", "−")
+
+    _number_cells(axes, values, numbered, lambda value: colours(norm(value)), size=size)
     how: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(
         range(columns), [_named(name) for name in column_labels], **(how if turned else {})
@@ -300,14 +291,40 @@ def heat_map(
     return _png(figure)
 
 
+def _scale(reach: float | None, theme: Theme) -> "tuple[Colormap, Normalize]":
+    """Return the colours of shares, 0 to 1, or of differences from -reach to reach."""
+    from matplotlib import colormaps
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+
+    if reach is None:
+        return colormaps["cividis"], Normalize(0, 1)
+    ends = ("#d55e00", theme.grid, "#0072b2")
+    return LinearSegmentedColormap.from_list("worse to better", ends), Normalize(-reach, reach)
+
+
+def _number_cells(
+    axes: "Axes",
+    values: np.ndarray,
+    numbered: Callable[[float], str],
+    colour: Callable[[float], tuple[float, float, float, float]],
+    *,
+    size: float,
+) -> None:
+    """Write each finite value into its cell, in the ink that is read on the cell's colour."""
+    for (row, column), value in np.ndenumerate(values):
+        if not np.isfinite(value):
+            continue
+        red, green, blue, _ = colour(value)
+        ink = LIGHT.ink if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else DARK.ink
+        axes.text(column, row, numbered(value), color=ink, ha="center", va="center", size=size)
+
+
 def yield_map(table: "pd.DataFrame", *, theme: Theme = LIGHT) -> bytes:
     """Return a PNG of shares, 0 to 1, in percent: `table` has a row a class, a column a prompt.
 
     A cell without a share (NaN) stays empty. Of more than 60 classes, the 60 with the lowest mean
     are drawn, lowest first; with more than 12 prompts, cells go without numbers.
     """
-    from matplotlib import colormaps
-
     classes, prompts = table.shape
     label = ""
     if classes > _NAMED_CLASSES:
@@ -316,15 +333,10 @@ def yield_map(table: "pd.DataFrame", *, theme: Theme = LIGHT) -> bytes:
         label = f"the {_NAMED_CLASSES} lowest of {classes} classes"
     values = table.to_numpy(float)
     figure, axes = _figure(theme, height=1.6 + 0.24 * len(table))
-    colours = colormaps["cividis"]
-    axes.imshow(values, cmap=colours, vmin=0, vmax=1, aspect="auto")
+    colours, norm = _scale(None, theme)
+    axes.imshow(values, cmap=colours, norm=norm, aspect="auto")
     if prompts <= _NUMBERED_PROMPTS:
-        for (row, column), value in np.ndenumerate(values):
-            if np.isfinite(value):
-                ink = LIGHT.ink if value > 0.5 else DARK.ink  # cividis runs from dark to bright
-                axes.text(
-                    column, row, f"{100 * value:.0f}", color=ink, ha="center", va="center", size=8
-                )
+        _number_cells(axes, values, lambda value: f"{100 * value:.0f}", colours, size=8)
     axes.xaxis.tick_top()
     axes.set_xticks(
         range(prompts), [_named(str(name)) for name in table.columns],
