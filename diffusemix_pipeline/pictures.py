@@ -33,6 +33,8 @@ _LINES = ("-", "--", "-.", ":")
 _NAMED_CLASSES = 60  # more bars than these are drawn without names
 _LEVEL_LABEL = 3  # letters: longer names of columns are turned
 _LONGEST_LABEL = 28  # characters
+_LEGEND_LINES = 4  # what a figure has room for
+_LEGEND_LINE_INCHES = 0.18
 _TURNED_INCHES = 0.05  # that a character of a turned label takes below the cells
 _LARGE_NUMBERS = 8  # columns: more have no room for decimals
 _NUMBERED_PROMPTS = 12  # narrower cells have no room for a number
@@ -195,7 +197,7 @@ def class_histogram(counts: Mapping[str, Mapping[str, int]], *, theme: Theme = L
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("images", color=theme.muted)
-    _legend_above(axes, theme)
+    _legend_above(figure, axes, theme)
     return _png(figure)
 
 
@@ -214,11 +216,11 @@ def learning_curves(curves: "Mapping[str, pd.DataFrame]", *, theme: Theme = LIGH
         for index, (name, curve) in enumerate(curves.items()):
             known = curve.dropna(subset=[column])
             line = _line_style(index, theme, marked=column == "val_accuracy")
-            axes.plot(known["step"], known[column], label=_escaped(name), **line)
+            axes.plot(known["step"], known[column], label=_named(name), **line)
         axes.set_ylabel(label, color=theme.muted)
     panels[1].yaxis.set_major_formatter(_percent)
     panels[1].set_xlabel("optimiser step", color=theme.muted)
-    _legend_above(panels[0], theme)
+    _legend_above(figure, panels[0], theme)
     return _png(figure)
 
 
@@ -235,13 +237,13 @@ def accuracy_curves(
         value, low, high = np.array(intervals).T
         line = _line_style(index, theme, marked=True)
         axes.fill_between(strengths, low, high, color=line["color"], alpha=0.16, linewidth=0)
-        axes.plot(strengths, value, label=_escaped(name), **line)
+        axes.plot(strengths, value, label=_named(name), **line)
     axes.set_xticks(list(strengths), [f"{strength:g}" for strength in strengths])
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(_percent)
     axes.set_xlabel(label, color=theme.muted)
     axes.set_ylabel("accuracy", color=theme.muted)
-    _legend_above(axes, theme)
+    _legend_above(figure, axes, theme)
     return _png(figure)
 
 
@@ -368,7 +370,7 @@ def reliability_diagram(curves: "Mapping[str, pd.DataFrame]", *, theme: Theme = 
         known = curve.dropna()
         line = _line_style(index, theme, marked=False)
         marker, sizes = _MARKERS[index % len(_MARKERS)], 8 + 90 * known["share"]
-        top.plot(known["confidence"], known["accuracy"], label=_escaped(name), **line)
+        top.plot(known["confidence"], known["accuracy"], label=_named(name), **line)
         top.scatter(
             known["confidence"], known["accuracy"], sizes, line["color"], marker=marker, zorder=3
         )
@@ -379,7 +381,7 @@ def reliability_diagram(curves: "Mapping[str, pd.DataFrame]", *, theme: Theme = 
     bottom.set_xlabel("confidence of the prediction", color=theme.muted)
     for axis in (top.yaxis, bottom.yaxis, bottom.xaxis):
         axis.set_major_formatter(_percent)
-    _legend_above(top, theme)
+    _legend_above(figure, top, theme)
     return _png(figure)
 
 
@@ -416,7 +418,7 @@ def differences(
         axes.plot(
             value, y, style["marker"], color=style["color"], markerfacecolor=fill, markersize=6
         )
-    axes.set_yticks(range(len(rows)), [_escaped(row[0]) for row in rows])
+    axes.set_yticks(range(len(rows)), [_named(row[0]) for row in rows])
     for tick, (_, _, drawn, _) in zip(axes.get_yticklabels(), rows, strict=True):
         tick.set_fontweight("bold" if several and drawn is None else "normal")
     axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -456,12 +458,29 @@ def _line_style(index: int, theme: Theme, *, marked: bool) -> dict[str, Any]:
     return style
 
 
-def _legend_above(axes: "Axes", theme: Theme) -> None:
+def _legend_above(figure: "Figure", axes: "Axes", theme: Theme) -> None:
+    """Explain the lines over the whole figure, which grows where they are many."""
     handles, labels = axes.get_legend_handles_labels()
-    axes.figure.legend(
-        handles, labels, loc="outside upper left", ncols=3, frameon=False, fontsize=9,
+    columns = _legend_columns(labels)
+    more_lines = -(-len(labels) // columns) - _LEGEND_LINES
+    figure.set_figheight(figure.get_figheight() + _LEGEND_LINE_INCHES * max(0, more_lines))
+    figure.legend(
+        handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=9,
         labelcolor=theme.ink, handlelength=2.4, columnspacing=1.4,
     )  # fmt: skip
+
+
+def _legend_columns(labels: Sequence[str]) -> int:
+    """Return how many columns of a legend, three at most, fit side by side."""
+    em = round(9 / 72 * _DOTS_PER_INCH)  # px; 9 points
+    font = _label_font(em)
+    for columns in (3, 2):
+        parts = [part for part in np.array_split(np.array(labels), columns) if len(part)]
+        names = sum(max(map(font.getlength, part)) for part in parts)
+        beside = 3.2 * len(parts) + 1.4 * (len(parts) - 1) + 1  # lines, gaps and the margin; em
+        if names + beside * em <= _WIDTH * _DOTS_PER_INCH:
+            return columns
+    return 1
 
 
 def _percent(value: float, _position: float) -> str:
@@ -475,11 +494,12 @@ def _escaped(text: str) -> str:
 
 
 def _named(text: str) -> str:
-    return _escaped(_shortened(text, _LONGEST_LABEL))
+    return _escaped(shortened(text))
 
 
-def _shortened(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"
+def shortened(name: str) -> str:
+    """Cut a name to what a plot has room for."""
+    return name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}…"
 
 
 def _png(figure: "Figure") -> bytes:
