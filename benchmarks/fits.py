@@ -4,7 +4,6 @@ Two fits on a core each are 1.4 times as fast as one after the other on both. Wh
 stays in the folder, so a run that was cut off goes on.
 """
 
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,8 +22,7 @@ from diffusemix_pipeline.devices import choose_device, usable_cores
 from diffusemix_pipeline.editing.generate import generate
 from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.evaluation.evidence import CODE_VERSION as EVIDENCE_VERSION
-from diffusemix_pipeline.evaluation.evidence import FILE, Evidence, asked_of, evaluate
-from diffusemix_pipeline.files import BEGUN, replaced_folder
+from diffusemix_pipeline.evaluation.evidence import Evidence, ask_and_keep, asked_of
 from diffusemix_pipeline.identity import digest
 from diffusemix_pipeline.mixing.stages import make_augmented, make_hybrids
 from diffusemix_pipeline.settings import Settings
@@ -163,15 +161,12 @@ def _ask(tasks: Sequence[Task]) -> None:
     aside, settings, raw = first.folder / "aside", first.settings, first.stages["raw"]
     images = load_images([raw], first.split, class_names(raw.counts), settings.size, aside=aside)
     kept = {task.answers.name: task.answers for task in tasks}  # choices share arms and seeds
-    found = evaluate(
+    ask_and_keep(
         {task.answers.name: load_classifier(_fit(task).folder, device).model for task in tasks},
+        kept,
         images,
         settings.evaluation,
         settings.seed,
         device,
-        partial={one: answers.with_name(f"{answers.name}{BEGUN}") for one, answers in kept.items()},
+        aside=aside,
     )
-    for one, evidence in found:
-        with replaced_folder(kept[one], mark=FILE, aside=aside) as folder:
-            evidence.save(folder)
-        shutil.rmtree(kept[one].with_name(f"{one}{BEGUN}"), ignore_errors=True)

@@ -9,7 +9,7 @@ whose figures are global.
 """
 
 import io
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ import numpy as np
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap, Normalize
     from matplotlib.figure import Figure
     from PIL import Image
     from PIL.ImageFont import FreeTypeFont
@@ -32,6 +33,8 @@ _LINES = ("-", "--", "-.", ":")
 _NAMED_CLASSES = 60  # more bars than these are drawn without names
 _LEVEL_LABEL = 3  # letters: longer names of columns are turned
 _LONGEST_LABEL = 28  # characters
+_LEGEND_LINES = 4  # what a figure has room for
+_LEGEND_LINE_INCHES = 0.18
 _TURNED_INCHES = 0.05  # that a character of a turned label takes below the cells
 _LARGE_NUMBERS = 8  # columns: more have no room for decimals
 _NUMBERED_PROMPTS = 12  # narrower cells have no room for a number
@@ -194,7 +197,7 @@ def class_histogram(counts: Mapping[str, Mapping[str, int]], *, theme: Theme = L
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("images", color=theme.muted)
-    _legend_above(axes, theme)
+    _legend_above(figure, axes, theme)
     return _png(figure)
 
 
@@ -213,11 +216,11 @@ def learning_curves(curves: "Mapping[str, pd.DataFrame]", *, theme: Theme = LIGH
         for index, (name, curve) in enumerate(curves.items()):
             known = curve.dropna(subset=[column])
             line = _line_style(index, theme, marked=column == "val_accuracy")
-            axes.plot(known["step"], known[column], label=_escaped(name), **line)
+            axes.plot(known["step"], known[column], label=_named(name), **line)
         axes.set_ylabel(label, color=theme.muted)
     panels[1].yaxis.set_major_formatter(_percent)
     panels[1].set_xlabel("optimiser step", color=theme.muted)
-    _legend_above(panels[0], theme)
+    _legend_above(figure, panels[0], theme)
     return _png(figure)
 
 
@@ -234,13 +237,13 @@ def accuracy_curves(
         value, low, high = np.array(intervals).T
         line = _line_style(index, theme, marked=True)
         axes.fill_between(strengths, low, high, color=line["color"], alpha=0.16, linewidth=0)
-        axes.plot(strengths, value, label=_escaped(name), **line)
+        axes.plot(strengths, value, label=_named(name), **line)
     axes.set_xticks(list(strengths), [f"{strength:g}" for strength in strengths])
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(_percent)
     axes.set_xlabel(label, color=theme.muted)
     axes.set_ylabel("accuracy", color=theme.muted)
-    _legend_above(axes, theme)
+    _legend_above(figure, axes, theme)
     return _png(figure)
 
 
@@ -258,9 +261,6 @@ def heat_map(
 
     Values are 0 to 1; with `reach`, differences, coloured from -reach over a neutral 0 to reach.
     """
-    from matplotlib import colormaps
-    from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
-
     rows, columns = values.shape
     longest = min(_LONGEST_LABEL, max(len(name) for name in column_labels))
     turned = longest > _LEVEL_LABEL
@@ -268,21 +268,14 @@ def heat_map(
     figure, axes = _figure(theme, height=0.95 + 0.36 * rows + below)
     digits = 1 if columns <= _LARGE_NUMBERS else 0
     size = 9 if columns <= _LARGE_NUMBERS else 6.5
-    if reach is not None:
-        ends = ("#d55e00", theme.grid, "#0072b2")
-        colours: Colormap = LinearSegmentedColormap.from_list("worse to better", ends)
-        norm = Normalize(-reach, reach)
-    else:
-        colours, norm = colormaps["cividis"], Normalize(0, 1)
+    colours, norm = _scale(reach, theme)
     axes.imshow(values, cmap=colours, norm=norm, aspect="auto")
-    for (row, column), value in np.ndenumerate(values):
-        red, green, blue, _ = colours(norm(value))
-        bright = 0.3 * red + 0.59 * green + 0.11 * blue > 0.5
+
+    def numbered(value: float) -> str:
         text = f"{100 * value:.0f}" if reach is None else f"{100 * value:+z.{digits}f}"
-        ink = LIGHT.ink if bright else DARK.ink
-        axes.text(
-            column, row, text.replace("-", "−"), color=ink, ha="center", va="center", size=size
-        )
+        return text.replace("-", "−")
+
+    _number_cells(axes, values, numbered, lambda value: colours(norm(value)), size=size)
     how: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(
         range(columns), [_named(name) for name in column_labels], **(how if turned else {})
@@ -300,14 +293,40 @@ def heat_map(
     return _png(figure)
 
 
+def _scale(reach: float | None, theme: Theme) -> "tuple[Colormap, Normalize]":
+    """Return the colours of shares, 0 to 1, or of differences from -reach to reach."""
+    from matplotlib import colormaps
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+
+    if reach is None:
+        return colormaps["cividis"], Normalize(0, 1)
+    ends = ("#d55e00", theme.grid, "#0072b2")
+    return LinearSegmentedColormap.from_list("worse to better", ends), Normalize(-reach, reach)
+
+
+def _number_cells(
+    axes: "Axes",
+    values: np.ndarray,
+    numbered: Callable[[float], str],
+    colour: Callable[[float], tuple[float, float, float, float]],
+    *,
+    size: float,
+) -> None:
+    """Write each finite value into its cell, in the ink that is read on the cell's colour."""
+    for (row, column), value in np.ndenumerate(values):
+        if not np.isfinite(value):
+            continue
+        red, green, blue, _ = colour(value)
+        ink = LIGHT.ink if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else DARK.ink
+        axes.text(column, row, numbered(value), color=ink, ha="center", va="center", size=size)
+
+
 def yield_map(table: "pd.DataFrame", *, theme: Theme = LIGHT) -> bytes:
     """Return a PNG of shares, 0 to 1, in percent: `table` has a row a class, a column a prompt.
 
     A cell without a share (NaN) stays empty. Of more than 60 classes, the 60 with the lowest mean
     are drawn, lowest first; with more than 12 prompts, cells go without numbers.
     """
-    from matplotlib import colormaps
-
     classes, prompts = table.shape
     label = ""
     if classes > _NAMED_CLASSES:
@@ -316,15 +335,10 @@ def yield_map(table: "pd.DataFrame", *, theme: Theme = LIGHT) -> bytes:
         label = f"the {_NAMED_CLASSES} lowest of {classes} classes"
     values = table.to_numpy(float)
     figure, axes = _figure(theme, height=1.6 + 0.24 * len(table))
-    colours = colormaps["cividis"]
-    axes.imshow(values, cmap=colours, vmin=0, vmax=1, aspect="auto")
+    colours, norm = _scale(None, theme)
+    axes.imshow(values, cmap=colours, norm=norm, aspect="auto")
     if prompts <= _NUMBERED_PROMPTS:
-        for (row, column), value in np.ndenumerate(values):
-            if np.isfinite(value):
-                ink = LIGHT.ink if value > 0.5 else DARK.ink  # cividis runs from dark to bright
-                axes.text(
-                    column, row, f"{100 * value:.0f}", color=ink, ha="center", va="center", size=8
-                )
+        _number_cells(axes, values, lambda value: f"{100 * value:.0f}", colours, size=8)
     axes.xaxis.tick_top()
     axes.set_xticks(
         range(prompts), [_named(str(name)) for name in table.columns],
@@ -356,7 +370,7 @@ def reliability_diagram(curves: "Mapping[str, pd.DataFrame]", *, theme: Theme = 
         known = curve.dropna()
         line = _line_style(index, theme, marked=False)
         marker, sizes = _MARKERS[index % len(_MARKERS)], 8 + 90 * known["share"]
-        top.plot(known["confidence"], known["accuracy"], label=_escaped(name), **line)
+        top.plot(known["confidence"], known["accuracy"], label=_named(name), **line)
         top.scatter(
             known["confidence"], known["accuracy"], sizes, line["color"], marker=marker, zorder=3
         )
@@ -367,7 +381,7 @@ def reliability_diagram(curves: "Mapping[str, pd.DataFrame]", *, theme: Theme = 
     bottom.set_xlabel("confidence of the prediction", color=theme.muted)
     for axis in (top.yaxis, bottom.yaxis, bottom.xaxis):
         axis.set_major_formatter(_percent)
-    _legend_above(top, theme)
+    _legend_above(figure, top, theme)
     return _png(figure)
 
 
@@ -404,7 +418,7 @@ def differences(
         axes.plot(
             value, y, style["marker"], color=style["color"], markerfacecolor=fill, markersize=6
         )
-    axes.set_yticks(range(len(rows)), [_escaped(row[0]) for row in rows])
+    axes.set_yticks(range(len(rows)), [_named(row[0]) for row in rows])
     for tick, (_, _, drawn, _) in zip(axes.get_yticklabels(), rows, strict=True):
         tick.set_fontweight("bold" if several and drawn is None else "normal")
     axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -444,12 +458,29 @@ def _line_style(index: int, theme: Theme, *, marked: bool) -> dict[str, Any]:
     return style
 
 
-def _legend_above(axes: "Axes", theme: Theme) -> None:
+def _legend_above(figure: "Figure", axes: "Axes", theme: Theme) -> None:
+    """Explain the lines over the whole figure, which grows where they are many."""
     handles, labels = axes.get_legend_handles_labels()
-    axes.figure.legend(
-        handles, labels, loc="outside upper left", ncols=3, frameon=False, fontsize=9,
+    columns = _legend_columns(labels)
+    more_lines = -(-len(labels) // columns) - _LEGEND_LINES
+    figure.set_figheight(figure.get_figheight() + _LEGEND_LINE_INCHES * max(0, more_lines))
+    figure.legend(
+        handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=9,
         labelcolor=theme.ink, handlelength=2.4, columnspacing=1.4,
     )  # fmt: skip
+
+
+def _legend_columns(labels: Sequence[str]) -> int:
+    """Return how many columns of a legend, three at most, fit side by side."""
+    em = round(9 / 72 * _DOTS_PER_INCH)  # px; 9 points
+    font = _label_font(em)
+    for columns in (3, 2):
+        parts = [part for part in np.array_split(np.array(labels), columns) if len(part)]
+        names = sum(max(map(font.getlength, part)) for part in parts)
+        beside = 3.2 * len(parts) + 1.4 * (len(parts) - 1) + 1  # lines, gaps and the margin; em
+        if names + beside * em <= _WIDTH * _DOTS_PER_INCH:
+            return columns
+    return 1
 
 
 def _percent(value: float, _position: float) -> str:
@@ -463,11 +494,12 @@ def _escaped(text: str) -> str:
 
 
 def _named(text: str) -> str:
-    return _escaped(_shortened(text, _LONGEST_LABEL))
+    return _escaped(shortened(text))
 
 
-def _shortened(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"
+def shortened(name: str) -> str:
+    """Cut a name to what a plot has room for."""
+    return name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}…"
 
 
 def _png(figure: "Figure") -> bytes:

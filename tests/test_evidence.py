@@ -16,7 +16,7 @@ from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.evaluation import evidence as evidence_module
 from diffusemix_pipeline.evaluation.attacks import fgsm, gradient, survives_autoattack
 from diffusemix_pipeline.evaluation.corruptions import corrupt
-from diffusemix_pipeline.evaluation.evidence import Evidence, evaluate
+from diffusemix_pipeline.evaluation.evidence import Evidence, ask_and_keep, evaluate
 from diffusemix_pipeline.settings import Evaluation
 from diffusemix_pipeline.training.data import DecodedImages, LabelledImages
 
@@ -161,6 +161,16 @@ def test_families_that_were_asked_about_before_a_cut_off_are_not_asked_again(ask
     assert set(seen[: seen.index("cut off")]) == {"gaussian_noise"}
     assert set(seen[seen.index("cut off") + 1 :]) == {"contrast"}
     assert np.array_equal(resumed.corrupted, undisturbed.corrupted)
+
+
+def test_answers_are_kept_each_in_its_folder_and_nothing_beside_it(ask, tmp_path):
+    folders = {"it": tmp_path / "kept" / "it"}
+    models = {"it": digits_model()}
+    ask_and_keep(models, folders, judged(), EVALUATION, 3, "cpu", aside=tmp_path / "aside")
+    kept, asked = Evidence.load(folders["it"]), ask()
+    for field in dataclasses.fields(Evidence):
+        assert np.array_equal(getattr(kept, field.name), getattr(asked, field.name)), field.name
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["it"]
 
 
 def test_batches_change_no_answer(ask):

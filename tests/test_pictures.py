@@ -98,3 +98,30 @@ def test_the_page_colour_is_the_themes():
     for theme in (pictures.LIGHT, pictures.DARK):
         plot = pixels_of(pictures.learning_curves({"vanilla": CURVE}, theme=theme))
         assert tuple(plot[0, 0]) == tuple(bytes.fromhex(theme.paper[1:]))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("arms", [2, 6, 36])
+def test_arms_of_long_names_leave_room_for_what_is_drawn(arms):
+    """matplotlib warns where names take all the room of the axes."""
+    names = [f"{number} {'W' * 60}" for number in range(arms)]
+    points = {arm: [(0.5, 0.4, 0.6)] * 2 for arm in names}
+    pictures.learning_curves(dict.fromkeys(names, CURVE))
+    pictures.accuracy_curves([1, 2], points, label="ε")
+    pictures.reliability_diagram(dict.fromkeys(names, BINS))
+    intervals = dict.fromkeys(names, (0.1, -0.2, 0.3))
+    pictures.differences({"Clean": intervals}, set(), label="points")
+    pictures.heat_map(np.eye(15, arms), "abcdefghijklmno", names, title="t", label="")
+
+
+@pytest.mark.parametrize(
+    ("labels", "columns"),
+    [
+        (["Vanilla", "DiffuseMix"], 3),
+        (["DiffuseMix + CutMix"] * 6, 2),
+        (["W" * 28] * 2, 1),
+        (["Vanilla"], 3),
+    ],
+)
+def test_a_legend_has_as_many_columns_as_fit(labels, columns):
+    assert pictures._legend_columns(labels) == columns

@@ -145,9 +145,11 @@ def test_what_came_of_a_run_is_told_with_its_numbers(done, capsys):
     project, outcome = done
     _print_outcome(project, outcome)
     told = capsys.readouterr().out
-    titles, *arms = [line.split() for line in told.splitlines() if "┃" in line or "│" in line]
-    assert titles[1:6] == ["Arm", "┃", "Clean", "┃", "Corrupted"]
-    assert [arm[1] for arm in arms if arm[1] != "│"] == ["vanilla", "diffusemix"]
+    report = json.loads((project.report / "report.json").read_text())
+    for said in ("Clean", "Corrupted", "FGSM 2/255", "vanilla", report["headline"]):
+        assert said in told
+    [accuracy] = [arm["clean"] for arm in report["arms"] if arm["arm"] == "vanilla"]
+    assert f"{100 * accuracy['value']:.1f} ({100 * accuracy['low']:.1f} to" in told
     assert f"Report: {project.report / 'index.html'}" in told
 
 

@@ -514,6 +514,19 @@ def with_prompts(*prompts: str) -> Settings:
     return Settings.model_validate(asked)
 
 
+@pytest.mark.filterwarnings("error:.*constrained_layout")
+def test_an_arm_of_ones_own_is_called_by_its_file_and_fits_the_plots(tmp_path):
+    own = f"arms/{'long_' * 12}.py"
+    arms = {("vanilla", 0): evidence(0.8, 0.6, 0.4), (own, 0): evidence(0.8, 0.4, 0.7, seed=1)}
+    curves, steps = dict.fromkeys(arms, CURVE), {"vanilla": 900, own: 900}
+    report = written(tmp_path, inputs(evidence=arms, curves=curves, steps=steps))
+    validate(report)
+    assert title_of(own) == "long_" * 12
+    assert {path.parent for path in report.folder.rglob("*.png")} == {report.folder}
+    assert "long_" * 12 in words(report)
+    assert "What these arms are shown in training is not known" in words(report)
+
+
 def test_what_is_significant_is_drawn_solid(monkeypatch, tmp_path):
     drawn: list[set[tuple[str, str]]] = []
     differences = pictures.differences

@@ -1,6 +1,6 @@
-"""A classifier becomes evidence, and evidence becomes a report.
+"""A classifier becomes evidence, evidence becomes a report, and val says which model is served.
 
-What belongs here: attacks, corruptions, calibration, the statistics of comparing arms, and the page
-that a person reads. What does not: training (`training/`), and anything that knows of Dagster,
-MLflow or DVC. Nothing here chooses a model: by then that was done, on val.
+What belongs here: attacks, corruptions, calibration, the statistics of comparing arms, the page
+that a person reads, and whether a new model takes the champion's place, which val alone decides.
+What does not: training (`training/`), and anything that knows of Dagster, MLflow or DVC.
 """

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from diffusemix_pipeline.datasets.manifest import Stage
 from diffusemix_pipeline.pictures import contact_sheet
@@ -16,7 +17,6 @@ from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.training.classifier import Classifier
 from diffusemix_pipeline.training.data import LabelledImages, ordered_rows
 
-_SPLITS = ("train", "test")
 _MOST = 6
 _NEAREST = 3
 _MADE_SHOWN = 2  # of each nearest image
@@ -62,29 +62,16 @@ def audit(
         return None
     classifier.model.to(device).eval()
     near, alike = _nearest(classifier, test.images[wrong], train, progress)
-    names = [list(ordered_rows(raw, split, ["image_id"])["image_id"]) for split in _SPLITS]
+    trained, tested = (
+        _named(raw, split, images, classifier)
+        for split, images in (("train", train), ("test", test))
+    )
+    sources = {trained[place][0] for place in near.flat}
     made = augmented.manifest(["image_id", "source_id", "file_name"])
-    made = made[made["source_id"].isin({names[0][place] for place in near.flat})]
-    made = made.set_index("image_id")
-    made_of = made.groupby("source_id").groups
-    cases = [
-        {
-            "image": names[1][place],
-            "label": classifier.classes[test.labels[place]],
-            "answer": classifier.classes[answers[place]],
-            "confidence": float(probabilities[place].max()),
-            "nearest": [
-                {
-                    "image": names[0][neighbour],
-                    "label": classifier.classes[train.labels[neighbour]],
-                    "similarity": float(similarity),
-                    "made": list(made_of.get(names[0][neighbour], [])),
-                }
-                for neighbour, similarity in zip(near[row], alike[row], strict=True)
-            ],
-        }
-        for row, place in enumerate(wrong)
-    ]
+    made = made[made["source_id"].isin(sources)].set_index("image_id")
+    named_answers = [classifier.classes[answer] for answer in answers]
+    confidence = probabilities.max(axis=1)
+    cases = _cases(wrong, tested, named_answers, confidence, near, alike, trained, made)
     names_of_made = made["file_name"]
 
     def read(image_id: str, size: int) -> np.ndarray:
@@ -92,6 +79,56 @@ def audit(
 
     sheet = _sheet(cases, test.images[wrong], train, near, read) if pictured else None
     return Audit(cases, sheet)
+
+
+def _named(
+    raw: Stage, split: str, images: LabelledImages, classifier: Classifier
+) -> list[tuple[str, str]]:
+    """Return the id and the class of each image of a split."""
+    ids = ordered_rows(raw, split, ["image_id"])["image_id"]
+    labels = (classifier.classes[label] for label in images.labels)
+    return list(zip(ids, labels, strict=True))
+
+
+def _cases(
+    wrong: np.ndarray,
+    tested: Sequence[tuple[str, str]],
+    answers: Sequence[str],
+    confidence: np.ndarray,
+    near: np.ndarray,
+    alike: np.ndarray,
+    trained: Sequence[tuple[str, str]],
+    made: pd.DataFrame,
+) -> list[dict[str, Any]]:
+    """Return `Audit.cases` of the W places `wrong` among the test images.
+
+    `tested` and `trained` hold ids and classes; `near` and `alike`, (W, n), the places of the
+    nearest training images and their cosines; `made` the source of each augmented image, by id.
+    """
+    made_of = made.groupby("source_id").groups
+    cases = []
+    for place, neighbours, cosines in zip(wrong, near, alike, strict=True):
+        nearest = [
+            {
+                "image": trained[neighbour][0],
+                "label": trained[neighbour][1],
+                "similarity": float(cosine),
+                "made": list(made_of.get(trained[neighbour][0], [])),
+            }
+            for neighbour, cosine in zip(neighbours, cosines, strict=True)
+        ]
+        image, label = tested[place]
+        sure = float(confidence[place])
+        cases.append(
+            {
+                "image": image,
+                "label": label,
+                "answer": answers[place],
+                "confidence": sure,
+                "nearest": nearest,
+            }
+        )
+    return cases
 
 
 def _nearest(

@@ -42,7 +42,7 @@ def brier_scores(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return (distance**2).sum(axis=1)
 
 
-def log_losses(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def negative_log_likelihoods(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return float64 (N,): each answer's negative log-likelihood of the truth, in nats."""
     own = probabilities[np.arange(len(labels)), labels].astype(np.float64)
     return -np.log(own.clip(min=_LEAST))

@@ -14,7 +14,7 @@ import numpy as np
 from diffusemix_pipeline.evaluation.calibration import (
     binned_gaps,
     brier_scores,
-    log_losses,
+    negative_log_likelihoods,
     reliability_curve,
 )
 from diffusemix_pipeline.evaluation.evidence import Evidence
@@ -36,13 +36,13 @@ from diffusemix_pipeline.own_code import is_own
 from diffusemix_pipeline.settings import ARMS, Arm
 from diffusemix_pipeline.training.arms import BASELINE, SUBJECTS
 
-ACCURACIES = (
+_ACCURACIES = (
     "clean", "corrupted", "corrupted_unshared", "overall", "published",
     "fgsm", "fgsm_attack", "pgd", "autoattack",
 )  # fmt: skip
-COMPARED = ("clean", "corrupted", "corrupted_unshared", "overall")
+_COMPARED = ("clean", "corrupted", "corrupted_unshared", "overall")
 """By what rivals are compared with DiffuseMix."""
-LOSSES = ("brier", "nll")
+_LOSS_OF = {"brier": brier_scores, "nll": negative_log_likelihoods}
 _KINDS: dict[str, Kind] = {"accuracies": "score", "losses": "loss"}
 _FGSM_SHOWN = 2.0  # of 255: where FGSM tells classifiers apart, neither harmless nor fatal
 _CONFUSED_CLASSES = 10
@@ -90,7 +90,7 @@ def in_order(arm: Arm) -> tuple[int, str]:
     return (ARMS.index(arm) if arm in ARMS else len(ARMS)), arm
 
 
-def shown_epsilon(epsilons: Sequence[float]) -> float:
+def _shown_epsilon(epsilons: Sequence[float]) -> float:
     """Return the FGSM strength that stands for all: the one nearest to 2/255."""
     return min(epsilons, key=lambda strength: abs(strength - _FGSM_SHOWN))
 
@@ -125,7 +125,7 @@ class _Scores:
     """
 
     accuracies: dict[Any, np.ndarray]
-    """Those of ACCURACIES that were taken, then FGSM by strength, then by (family, severity)."""
+    """Those of _ACCURACIES that were taken, then FGSM by strength, then by (family, severity)."""
     losses: dict[Any, np.ndarray]
     errors: np.ndarray
     """(S, N, F): the share of severities at which an image was got wrong, by family."""
@@ -147,7 +147,7 @@ class Comparison:
         self._samples, self._seed = samples, seed
         self._unshared = [f for f, family in enumerate(first.corruptions) if family not in left_out]
         self._partly = len(self._unshared) < len(first.corruptions) and bool(self._unshared)
-        self.epsilon = shown_epsilon(first.epsilons)
+        self.epsilon = _shown_epsilon(first.epsilons)
         self._scores = {arm: self._scores_of(list(of.values())) for arm, of in arms.items()}
 
     def _scores_of(self, evidence: Sequence[Evidence]) -> _Scores:
@@ -185,10 +185,8 @@ class Comparison:
         return _Scores(
             accuracies={**named, **attacked, **by_corruption, **sets},
             losses={
-                "brier": np.stack(
-                    [brier_scores(one.probabilities, one.labels) for one in evidence]
-                ),
-                "nll": np.stack([log_losses(one.probabilities, one.labels) for one in evidence]),
+                name: np.stack([loss(one.probabilities, one.labels) for one in evidence])
+                for name, loss in _LOSS_OF.items()
             },
             errors=1 - by_family.transpose(0, 2, 1),
             gaps=np.stack([binned_gaps(one.probabilities, one.labels) for one in evidence]),
@@ -206,7 +204,7 @@ class Comparison:
         return found | self._mces_to_vanilla(arm)
 
     def differences(
-        self, arm: Arm, base: Arm, measures: Sequence[Any] = (*ACCURACIES, *LOSSES, "ece")
+        self, arm: Arm, base: Arm, measures: Sequence[Any] = (*_ACCURACIES, *_LOSS_OF, "ece")
     ) -> dict[Any, Estimate]:
         """Estimate an arm's differences to another, image by image, of the named measures."""
         found: dict[Any, Estimate] = {}
@@ -287,7 +285,7 @@ def arm_documents(comparison: Comparison, arms: Mapping[Arm, Mapping[int, Eviden
                 "seed_deviation": None if deviation is None else rounded(deviation),
                 **{
                     name: numbers(found[name]) if name in found else None
-                    for name in (*ACCURACIES, "ece", *LOSSES)
+                    for name in (*_ACCURACIES, "ece", *_LOSS_OF)
                 },
                 **{
                     name: numbers(found[name]) if name in found else None
@@ -327,7 +325,7 @@ def rival_documents(comparison: Comparison, arms: Sequence[Arm]) -> list[Any]:
     documents = []
     for subject in (arm for arm in SUBJECTS if arm in arms):
         rivals = [arm for arm in arms if arm not in (BASELINE, subject)]
-        differences = {arm: comparison.differences(arm, subject, COMPARED) for arm in rivals}
+        differences = {arm: comparison.differences(arm, subject, _COMPARED) for arm in rivals}
         adjusted = _adjusted(differences)
         documents += [
             {"arm": arm, "subject": subject, **_difference(differences[arm], adjusted[arm])}

@@ -5,6 +5,7 @@ without them. What does not: what follows from them (calibration, statistics, re
 """
 
 import io
+import shutil
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,7 +25,7 @@ from diffusemix_pipeline.evaluation.attacks import (
 )
 from diffusemix_pipeline.evaluation.corruptions import corrupt
 from diffusemix_pipeline.evaluation.published_corruptions import CorruptedSet
-from diffusemix_pipeline.files import undamaged, write_bytes
+from diffusemix_pipeline.files import BEGUN, replaced_folder, undamaged, write_bytes
 from diffusemix_pipeline.identity import seed_from
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Corruption, Evaluation
@@ -160,6 +161,33 @@ def evaluate(
                 published=published[name],
             ),
         )
+
+
+def ask_and_keep(
+    models: Mapping[Name, nn.Module],
+    folders: Mapping[Name, Path],
+    test: LabelledImages,
+    evaluation: Evaluation,
+    seed: int,
+    device: torch.device | str,
+    *,
+    aside: Path,
+    sets: Sequence[CorruptedSet] = (),
+    progress: Progress = silent,
+) -> None:
+    """Ask `models` about every test image as `evaluate` does, and save each one's in its folder.
+
+    What is known before a model is through lies beside its folder. `aside` lies on the same file
+    system as the folders.
+    """
+    begun = {name: folder.with_name(f"{folder.name}{BEGUN}") for name, folder in folders.items()}
+    answers = evaluate(
+        models, test, evaluation, seed, device, partial=begun, sets=sets, progress=progress
+    )
+    for name, evidence in answers:
+        with replaced_folder(folders[name], mark=FILE, aside=aside) as folder:
+            evidence.save(folder)
+        shutil.rmtree(begun[name], ignore_errors=True)
 
 
 def _chosen(ids: Sequence[str], most: int, seed: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from diffusemix_pipeline.evaluation.calibration import (
     brier_scores,
     expected_calibration_error,
-    log_losses,
+    negative_log_likelihoods,
 )
 from diffusemix_pipeline.evaluation.evidence import Evidence
 from diffusemix_pipeline.evaluation.published_corruptions import counted
@@ -29,7 +29,7 @@ def model_metrics(
         "test_clean": float(evidence.correct.mean()),
         **_corruption_metrics(evidence, base, left_out),
         "test_brier": float(brier_scores(*answers).mean()),
-        "test_nll": float(log_losses(*answers).mean()),
+        "test_nll": float(negative_log_likelihoods(*answers).mean()),
         **_attack_metrics(evidence),
         "test_ece": expected_calibration_error(*answers),
         **{f"test_fgsm_{epsilon:g}_255": float(share) for epsilon, share in by_epsilon},

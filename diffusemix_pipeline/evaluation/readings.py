@@ -1,6 +1,7 @@
 """How often each version of the test images was read, over the project's life on this machine."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from diffusemix_pipeline.datasets.columns import tuples
@@ -20,18 +21,18 @@ def count_reads(path: Path, version: str) -> int:
     return len(_reads(path).get(version, []))
 
 
-def record_read(path: Path, version: str, reading: str) -> int:
-    """Note a reading of this version of the test images; return how many there were by now.
+def record_reads(path: Path, version: str, readings: Iterable[str]) -> int:
+    """Note readings of this version of the test images; return how many there were by now.
 
     A reading is one model's evaluation under one choice of attacks and corruptions. The same one
     counts once: looking again at what is known chooses nothing.
     """
     reads = _reads(path)
-    readings = reads.setdefault(version, [])
-    if reading not in readings:
-        readings.append(reading)
+    known = reads.get(version, [])
+    reads[version] = list(dict.fromkeys([*known, *readings]))
+    if reads[version] != known:
         write_json(path, reads)
-    return len(readings)
+    return len(reads[version])
 
 
 def _reads(path: Path) -> dict[str, list[str]]:

@@ -137,7 +137,7 @@ def _corruption_plots(arms: Sequence[Mapping[str, Any]], theme: pictures.Theme) 
     subject = next((arm for arm in SUBJECTS if arm in tables), next(reversed(tables)))
     plots = {
         f"corruptions_{slug(arm)}": _corruption_map(
-            tables[arm], f"{title_of(arm)}: accuracy, %", theme
+            tables[arm], f"{pictures.shortened(title_of(arm))}: accuracy, %", theme
         )
         for arm in dict.fromkeys((BASELINE, subject))
         if arm in tables
@@ -150,8 +150,10 @@ def _corruption_plots(arms: Sequence[Mapping[str, Any]], theme: pictures.Theme) 
     )
     # One scale for both; and differences of a few points stay pale.
     reach = max(0.1, *(float(t.abs().to_numpy().max()) for t in (by_severity, by_arm)))
-    title = f"{title_of(subject)} less vanilla, points"
-    plots[f"corruptions_{subject}_difference"] = _corruption_map(by_severity, title, theme, reach)
+    title = f"{pictures.shortened(title_of(subject))} less vanilla, points"
+    plots[f"corruptions_{slug(subject)}_difference"] = _corruption_map(
+        by_severity, title, theme, reach
+    )
     if len(by_arm.columns) > 1:
         title = "Arms less vanilla, points"
         plots["corruptions_by_arm"] = _corruption_map(by_arm, title, theme, reach)

@@ -179,7 +179,7 @@ def mean_estimates(
         spread, column = (spreads or {}).get(name, Spread(0.0, 0)), columns[:, place]
         own, centre = _own_share(column, spread), float(drawn_from[:, place].mean())
         of_resamples = centre + (means[:, place] - centre) * own
-        of_resamples += seed_draws(spread, samples, seed)
+        of_resamples += _seed_draws(spread, samples, seed)
         of_resamples = of_resamples.clip(*_BOUNDS[kind])
         of_images = own * float(drawn_from[:, place].std()) / np.sqrt(len(drawn_from))
         p = _p_value(centre, of_images, spread)
@@ -210,7 +210,7 @@ def _own_share(scores: np.ndarray, spread: Spread) -> float:
     return float(np.sqrt(max(0.0, 1 - spread.of_image / variance))) if variance else 1.0
 
 
-def seed_draws(spread: Spread, samples: int, seed: int) -> np.ndarray:
+def _seed_draws(spread: Spread, samples: int, seed: int) -> np.ndarray:
     """Return float64 (samples,): by how much other training seeds would have moved a mean."""
     if not spread.freedom:
         return np.zeros(samples)
@@ -238,7 +238,7 @@ def ratio_estimate(
     value = float((errors.sum(axis=0) / base.sum(axis=0)).mean())
     of_images = (errors - base) @ (len(base) / base.sum(axis=0)) / base.shape[1]
     moved = value + (ratios - value) * _own_share(of_images, spread)
-    moved += seed_draws(spread, samples, seed)
+    moved += _seed_draws(spread, samples, seed)
     return _estimate(value, moved[np.isfinite(moved)])
 
 

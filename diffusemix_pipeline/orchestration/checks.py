@@ -70,7 +70,7 @@ def _labels_kept(name: str, asset: dg.AssetsDefinition) -> dg.AssetChecksDefinit
         project = context.resources.project
         raw = read_manifest(project.raw, ["image_id", "label", "split"])
         made = read_manifest(getattr(project, name), ["image_id", "label", "source_id"])
-        wrong = wrong_labels(raw, made)
+        wrong = _wrong_labels(raw, made)
         told = f"{len(wrong)} images with a wrong label"
         if wrong:
             told += f". Remove data/{name} and run again, which makes it anew."
@@ -79,7 +79,7 @@ def _labels_kept(name: str, asset: dg.AssetsDefinition) -> dg.AssetChecksDefinit
     return labels_kept
 
 
-def wrong_labels(raw: "pd.DataFrame", made: "pd.DataFrame") -> list[str]:
+def _wrong_labels(raw: "pd.DataFrame", made: "pd.DataFrame") -> list[str]:
     """List the images whose source is no training image of their own label."""
     train = raw[raw["split"] == "train"].set_index("image_id")["label"]
     expected = made["source_id"].map(train)

@@ -5,7 +5,6 @@ neither trained nor logged again, and a report is logged to the run of the model
 """
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,13 @@ from diffusemix_pipeline.devices import choose_device
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.evaluation.audit import Audit, audit
 from diffusemix_pipeline.evaluation.evidence import CODE_VERSION as EVIDENCE_VERSION
-from diffusemix_pipeline.evaluation.evidence import FILE as EVIDENCE_FILE
-from diffusemix_pipeline.evaluation.evidence import Evidence, asked_of, evaluate
+from diffusemix_pipeline.evaluation.evidence import Evidence, ask_and_keep, asked_of
 from diffusemix_pipeline.evaluation.metrics import model_metrics
 from diffusemix_pipeline.evaluation.published_corruptions import (
     corrupted_sets_version,
     read_corrupted_sets,
 )
-from diffusemix_pipeline.evaluation.readings import record_read, version_of_test
+from diffusemix_pipeline.evaluation.readings import record_reads, version_of_test
 from diffusemix_pipeline.evaluation.report import CODE_VERSION, ReportInputs, write_report
 from diffusemix_pipeline.evaluation.written_report import (
     DOCUMENT,
@@ -32,15 +30,15 @@ from diffusemix_pipeline.evaluation.written_report import (
     Report,
     read_report,
 )
-from diffusemix_pipeline.files import BEGUN, replaced_folder, write_json
+from diffusemix_pipeline.files import write_json
 from diffusemix_pipeline.identity import digest
 from diffusemix_pipeline.orchestration.data_versions import DATA_TAG, keep_inputs
 from diffusemix_pipeline.orchestration.metadata import stages_picture
 from diffusemix_pipeline.pictures import learning_curves
 from diffusemix_pipeline.progress import Progress
 from diffusemix_pipeline.project import Project
-from diffusemix_pipeline.settings import Arm, Settings, flatten
-from diffusemix_pipeline.tracking import Dataset, LoggedRun, Tracker, open_tracking
+from diffusemix_pipeline.settings import Settings, flatten
+from diffusemix_pipeline.tracking import Dataset, LoggedRun, Run, Tracker, open_tracking
 from diffusemix_pipeline.training.arms import (
     BASELINE,
     SUBJECTS,
@@ -54,7 +52,12 @@ from diffusemix_pipeline.training.arms import (
     slug,
 )
 from diffusemix_pipeline.training.classifier import load_classifier
-from diffusemix_pipeline.training.data import LabelledImages, load_images, loading_once
+from diffusemix_pipeline.training.data import (
+    LabelledImages,
+    LoadImages,
+    load_images,
+    loading_once,
+)
 from diffusemix_pipeline.versioning import pinned_digest
 
 FIT_TAG = "diffusemix.fit"
@@ -85,7 +88,7 @@ def train_arms(
     """Train and log what is not there yet: one MLflow run an arm and seed."""
     tracker = open_tracking(project, settings.tracking)
     tracker.reconcile()
-    stages = stages_of(project)
+    stages = _stages_of(project)
     dataset = Dataset("fractal_augmented_dataset", "data", _data_digest(project))
     fits, urls, reused, load = [], {}, True, loading_once()
     for wanted in (*all_fits(settings), *few_image_fits(settings, stages["raw"])):
@@ -103,24 +106,9 @@ def train_arms(
                 DATA_TAG: dataset.digest,
             }
             with tracker.training_run(str(wanted), flatten(settings), dataset, tags) as run:
-                fit = fit_arm(
-                    wanted,
-                    stages,
-                    settings,
-                    checkpoints=project.checkpoints,
-                    fractal_cache=project.fractals,
-                    aside=project.aside,
-                    device=choose_device(settings.device),
-                    on_point=run.log_curve,
-                    progress=progress,
-                    load=load,
+                fit, logged = _train_and_log(
+                    wanted, run, project, settings, stages, load=load, progress=progress
                 )
-                keep_inputs(run, project, settings)
-                curve = learning_curves({str(wanted): fit.curve})
-                run.log_bytes("figures/learning_curve.png", curve)
-                logged = LoggedRun(run.run_id, None, None)
-                if wanted.per_class is None:  # the others are no models to be used
-                    logged = run.log_classifier(fit.folder, alias=slug(wanted.arm))
         fits.append(fit)
         urls[str(wanted)] = tracker.run_url(logged.run_id)
     if reused and tracker.find_run(DATA_TAG, dataset.digest) is None:
@@ -131,43 +119,110 @@ def train_arms(
     return Trained(fits, urls, reused)
 
 
+def _train_and_log(
+    wanted: Wanted,
+    run: Run,
+    project: Project,
+    settings: Settings,
+    stages: Mapping[str, Stage],
+    *,
+    load: LoadImages,
+    progress: Progress,
+) -> tuple[Fit, LoggedRun]:
+    """Train one arm and seed, and give MLflow its curve and its model; `load` as in `fit_arm`."""
+    fit = fit_arm(
+        wanted,
+        stages,
+        settings,
+        checkpoints=project.checkpoints,
+        fractal_cache=project.fractals,
+        aside=project.aside,
+        device=choose_device(settings.device),
+        on_point=run.log_curve,
+        progress=progress,
+        load=load,
+    )
+    keep_inputs(run, project, settings)
+    run.log_bytes("figures/learning_curve.png", learning_curves({str(wanted): fit.curve}))
+    if wanted.per_class is not None:  # no model to be used
+        return fit, LoggedRun(run.run_id, None, None)
+    return fit, run.log_classifier(fit.folder, alias=slug(wanted.arm))
+
+
 def judge(project: Project, settings: Settings, progress: Progress) -> Judged:
     """Judge every fit on the test images, each once in its life, and write the report.
 
     A report on the same fits, test images and settings is left as it is.
     """
-    stages = stages_of(project)
+    stages = _stages_of(project)
     raw = stages["raw"]
-    fits = [expected_fit(project, wanted, stages, settings) for wanted in all_fits(settings)]
+    fits = [_expected_fit(project, wanted, stages, settings) for wanted in all_fits(settings)]
     few = [
-        expected_fit(project, wanted, stages, settings) for wanted in few_image_fits(settings, raw)
+        _expected_fit(project, wanted, stages, settings) for wanted in few_image_fits(settings, raw)
     ]
     test = version_of_test(raw)
     clean = without_attacks(settings, corruptions=False)
     sets = corrupted_sets_version(settings.evaluation.corrupted_sets)
     keys = {fit.fingerprint: _evidence_key(fit, test, settings, sets) for fit in fits}
     keys |= {fit.fingerprint: _evidence_key(fit, test, clean, "") for fit in few}
-    reads = [record_read(project.test_reads, test, key) for key in keys.values()][-1]
+    reads = record_reads(project.test_reads, test, keys.values())
     tracker = open_tracking(project, settings.tracking)
     runs = {fit.fingerprint: logged_run(tracker, fit) for fit in (*fits, *few)}
-    versions = {
-        "data.dvc": _data_digest(project),
-        "test": test,
-        **{name: stage.version for name, stage in stages.items()},
-        "fits": digest([fit.fingerprint for fit in (*fits, *few)]),
-        "evidence": digest(sorted(keys.values())),
-        "settings": digest(flatten(settings)),
-        "report": CODE_VERSION,
-    }
+    versions = _versions(project, settings, stages, test, keys)
     logged = {"versions": versions, "runs": [tracker.uri, *(run.run_id for run in runs.values())]}
     there = _report_that_is_there(project)
     if there and there.versions == versions and _is_logged(project, logged):
         return Judged(there, digest(versions), reused=True)
     found = evidence_of(fits, keys, "test", project, raw, settings, progress)
-    evidence = {(fit.arm, fit.seed): found[fit.fingerprint] for fit in fits}
     found |= evidence_of(few, keys, "test", project, raw, clean, progress)
-    inputs = ReportInputs(
-        evidence=evidence,
+    traced = _audited(project, fits, found, stages, settings, progress)
+    inputs = _report_inputs(
+        fits, few, found, stages, settings, audit=traced, test_reads=reads, versions=versions
+    )
+    report = write_report(inputs, project.report, aside=project.aside)
+    for fit in (*fits, *few):
+        base = inputs.evidence.get((BASELINE, fit.seed)) if fit.per_class is None else None
+        metrics = model_metrics(found[fit.fingerprint], base, report.left_out)
+        dataset = Dataset("test", "data/raw/test", test)
+        tracker.log_evaluation(runs[fit.fingerprint], metrics, dataset, report.folder)
+    write_json(_logged(project), logged)  # last: a run cut off before this logs again
+    return Judged(report, digest(versions), reused=False)
+
+
+def _versions(
+    project: Project,
+    settings: Settings,
+    stages: Mapping[str, Stage],
+    test: str,
+    keys: Mapping[str, str],
+) -> dict[str, str]:
+    """Say what a report judges, on what, by which settings; `keys` of answers, by fit."""
+    return {
+        "data.dvc": _data_digest(project),
+        "test": test,
+        **{name: stage.version for name, stage in stages.items()},
+        "fits": digest(list(keys)),
+        "evidence": digest(sorted(keys.values())),
+        "settings": digest(flatten(settings)),
+        "report": CODE_VERSION,
+    }
+
+
+def _report_inputs(
+    fits: Sequence[Fit],
+    few: Sequence[Fit],
+    found: Mapping[str, Evidence],
+    stages: Mapping[str, Stage],
+    settings: Settings,
+    *,
+    audit: Audit | None,
+    test_reads: int,
+    versions: Mapping[str, str],
+) -> ReportInputs:
+    """Gather what a report says of fits on all images and on `few`; `found` by fingerprint."""
+    raw = stages["raw"]
+    return ReportInputs(
+        evidence={(fit.arm, fit.seed): found[fit.fingerprint] for fit in fits},
         classes=class_names(raw.counts),
         settings=settings,
         counts=raw.counts["by_split"],
@@ -178,21 +233,13 @@ def judge(project: Project, settings: Settings, progress: Progress) -> Judged:
             for fit in few
             if fit.per_class is not None
         },
-        test_reads=reads,
+        test_reads=test_reads,
         versions=versions,
         copies=raw.notes["copies_across_splits"],
         set_aside=raw.notes["set_aside"],
-        audit=_audited(project, fits, evidence, stages, settings, progress),
+        audit=audit,
         stages=stages_picture(stages) if settings.thumbnails else None,
     )
-    report = write_report(inputs, project.report, aside=project.aside)
-    for fit in (*fits, *few):
-        base = evidence.get((BASELINE, fit.seed)) if fit.per_class is None else None
-        metrics = model_metrics(found[fit.fingerprint], base, report.left_out)
-        dataset = Dataset("test", "data/raw/test", test)
-        tracker.log_evaluation(runs[fit.fingerprint], metrics, dataset, report.folder)
-    write_json(_logged(project), logged)  # last: a run cut off before this logs again
-    return Judged(report, digest(versions), reused=False)
 
 
 def _report_that_is_there(project: Project) -> Report | None:
@@ -218,6 +265,7 @@ def _is_logged(project: Project, logged: dict[str, Any]) -> bool:
 
 
 def logged_run(tracker: Tracker, fit: Fit) -> LoggedRun:
+    """Return the MLflow run of a fit; UserError where there is none."""
     run = tracker.find_run(FIT_TAG, fit.fingerprint)
     if run is None:
         raise UserError(
@@ -226,7 +274,8 @@ def logged_run(tracker: Tracker, fit: Fit) -> LoggedRun:
     return run
 
 
-def stages_of(project: Project) -> dict[str, Stage]:
+def _stages_of(project: Project) -> dict[str, Stage]:
+    """Read all stages of the data, by name; UserError where one is not there."""
     folders = {
         "raw": project.raw,
         "generated": project.generated,
@@ -245,13 +294,14 @@ def _data_digest(project: Project) -> str:
 
 def trained_fits(project: Project, settings: Settings) -> list[Fit]:
     """Return the fits of all arms and seeds on all images; UserError where one is not there."""
-    stages = stages_of(project)
-    return [expected_fit(project, wanted, stages, settings) for wanted in all_fits(settings)]
+    stages = _stages_of(project)
+    return [_expected_fit(project, wanted, stages, settings) for wanted in all_fits(settings)]
 
 
-def expected_fit(
+def _expected_fit(
     project: Project, wanted: Wanted, stages: dict[str, Stage], settings: Settings
 ) -> Fit:
+    """Return what was trained; UserError where it was not."""
     fit = finished_fit(project.checkpoints, fit_fingerprint(wanted, stages, settings))
     if fit is None:
         raise UserError(
@@ -327,39 +377,35 @@ def _ask(
     settings: Settings,
     progress: Progress,
 ) -> None:
-    """Ask some fits about a split's images, and keep what each answers in its folder."""
+    """Ask some fits of one seed about a split's images, and keep what each answers in its folder.
+
+    Both are by the fit's fingerprint.
+    """
     device = choose_device(settings.device)
     classifiers = {fit.fingerprint: load_classifier(fit.folder, device) for fit in fits}
     classes = classifiers[fits[0].fingerprint].classes
-    begun = {
-        fit.fingerprint: project.evidence / f"{folders[fit.fingerprint].name}{BEGUN}"
-        for fit in fits
-    }
-    answers = evaluate(
+    ask_and_keep(
         {name: classifier.model for name, classifier in classifiers.items()},
+        {name: folders[name] for name in classifiers},
         images,
         settings.evaluation,
         settings.seed,
         device,
-        partial=begun,
+        aside=project.aside,
         sets=read_corrupted_sets(settings.evaluation.corrupted_sets, classes),
         progress=lambda what, done, total: progress(f"{what}, seed {fits[0].seed}", done, total),
     )
-    for name, evidence in answers:
-        with replaced_folder(folders[name], mark=EVIDENCE_FILE, aside=project.aside) as partial:
-            evidence.save(partial)
-        shutil.rmtree(begun[name], ignore_errors=True)
 
 
 def _audited(
     project: Project,
     fits: Sequence[Fit],
-    evidence: Mapping[tuple[Arm, int], Evidence],
+    found: Mapping[str, Evidence],
     stages: Mapping[str, Stage],
     settings: Settings,
     progress: Progress,
 ) -> Audit | None:
-    """Trace the wrong answers of the first fit of the report's subject."""
+    """Trace the wrong answers of the first fit of the report's subject; `found` by fingerprint."""
     subjects = [fit for subject in SUBJECTS for fit in fits if fit.arm == subject]
     if not subjects:
         return None
@@ -371,7 +417,7 @@ def _audited(
         load_images([raw], split, classes, size, aside=aside, progress=progress)
         for split in ("train", "test")
     )
-    answers = evidence[fit.arm, fit.seed].probabilities
+    answers = found[fit.fingerprint].probabilities
     return audit(
         classifier,
         answers,

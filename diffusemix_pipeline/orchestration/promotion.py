@@ -4,18 +4,15 @@ What belongs here: who is challenger, asking both about the same val images, and
 decision on the model. What does not: the rule itself (evaluation/promotion.py).
 """
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from diffusemix_pipeline.datasets.manifest import Stage, class_names, read_stage
 from diffusemix_pipeline.devices import choose_device
 from diffusemix_pipeline.evaluation.evidence import CODE_VERSION as EVIDENCE_VERSION
-from diffusemix_pipeline.evaluation.evidence import FILE as EVIDENCE_FILE
-from diffusemix_pipeline.evaluation.evidence import Evidence, asked_of, evaluate
+from diffusemix_pipeline.evaluation.evidence import Evidence, ask_and_keep, asked_of
 from diffusemix_pipeline.evaluation.promotion import Decision, InClasses, ValScore, decide, score
 from diffusemix_pipeline.evaluation.readings import count_reads, version_of_test
-from diffusemix_pipeline.files import BEGUN, replaced_folder
 from diffusemix_pipeline.identity import digest
 from diffusemix_pipeline.orchestration.learning import (
     FIT_TAG,
@@ -131,20 +128,17 @@ def _champion_on_val(
     device = choose_device(settings.device)
     model = InClasses(tracker.classifier_of(champion.version, device), classes)
     val = load_images([raw], "val", classes, settings.size, aside=project.aside, progress=progress)
-    begun = folder.with_name(f"{key}{BEGUN}")
-    [(_, evidence)] = evaluate(
+    ask_and_keep(
         {CHAMPION: model},
+        {CHAMPION: folder},
         val,
         settings.evaluation,
         settings.seed,
         device,
-        partial={CHAMPION: begun},
+        aside=project.aside,
         progress=lambda what, done, total: progress(f"{what}, champion", done, total),
     )
-    with replaced_folder(folder, mark=EVIDENCE_FILE, aside=project.aside) as partial:
-        evidence.save(partial)
-    shutil.rmtree(begun, ignore_errors=True)
-    return evidence
+    return Evidence.load(folder)
 
 
 def _record(promotion: Promotion, tracker: Tracker) -> None:
