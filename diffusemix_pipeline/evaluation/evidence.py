@@ -6,6 +6,7 @@ without them. What does not: what follows from them (calibration, statistics, re
 
 import io
 import shutil
+import zipfile
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -358,6 +359,9 @@ def _write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
 def _read_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     """Read arrays by name, nothing unpickled; one of many errors where a byte is not as written."""
     content = io.BytesIO(path.read_bytes())  # the system's errors are those of this alone
+    if not zipfile.is_zipfile(content):  # numpy takes it for a pickle, and says how to trust one
+        raise ValueError("it is no archive of arrays")
+    content.seek(0)
     with np.load(content, allow_pickle=False) as arrays:
         if damaged := arrays.zip.testzip():  # reading alone checks no array that claims to be short
             raise ValueError(f"{damaged} is not as it was written")
