@@ -666,7 +666,7 @@ def test_terms_are_told():
     ("data", "messages"),
     [
         ("stanford_cars", ["Stanford Cars: the archives state none", "lacks car_devkit.tgz"]),
-        ("./stanford_cars", ["stanford_cars does not exist. Name a folder, or one of digits"]),
+        ("./stanford_cars", ["stanford_cars does not exist. Did you mean stanford_cars?"]),
     ],
 )
 def test_the_command_line_knows_a_name_from_a_folder(data, messages, tmp_path, monkeypatch):

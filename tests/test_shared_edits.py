@@ -224,8 +224,8 @@ def test_a_command_shares_all_edits_of_a_project(bucket, tmp_path, monkeypatch):
     ("url", "told"),
     [
         ("ftp://me:secret@host/edits", "holds a key or password"),
-        ("/mnt/team/edits", "is no bucket's URL"),
-        ("file:///mnt/team/edits", "is no bucket's URL"),
+        ("/mnt/team/edits", "write a bucket's URL"),
+        ("file:///mnt/team/edits", "write a bucket's URL"),
     ],
 )
 def test_what_cannot_be_a_bucket_is_refused_with_the_settings(url, told):
