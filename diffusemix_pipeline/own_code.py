@@ -2,16 +2,21 @@
 
 What belongs here: finding what such a file defines. What does not: what it has to define, which is
 said where that is used (an editor, a source of images, an arm). It runs with all that its user may
-do, so only settings name one: never a dataset, a checkpoint or a remote.
+do, so only settings name one, and none that came with data: those lie where only the pipeline
+writes.
 """
 
-import importlib.util
 import sys
+import threading
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.identity import digest, file_sha256
+from diffusemix_pipeline.identity import digest
+
+_THE_PIPELINES = ("data", "outputs", ".diffusemix")
+_one_at_a_time = threading.Lock()
 
 
 def is_own(name: str) -> bool:
@@ -22,25 +27,41 @@ def is_own(name: str) -> bool:
 def own_code(setting: str, name: str, wanted: str) -> Any:
     """Return what a file defines as `wanted`; it is run once, and again when its bytes change.
 
-    UserError, with the setting, for a file that is not there, fails, or defines no such thing.
+    UserError, with the setting, for a file that is not there, lies where only the pipeline writes,
+    fails, or defines no such thing.
     """
     path = Path(name).expanduser().resolve()
     if not path.is_file():
         raise UserError(f"{setting}: there is no file {name}. Name one that defines {wanted}.")
-    # Known to Python by its bytes: dataclasses and pickle look up where a class was defined.
-    known_as = f"{__name__}_{digest(str(path), file_sha256(path))}"
-    if known_as not in sys.modules:
-        spec = importlib.util.spec_from_file_location(known_as, path)
-        assert spec is not None and spec.loader is not None
-        module = sys.modules[known_as] = importlib.util.module_from_spec(spec)
+    if any(path.is_relative_to(Path(folder).resolve()) for folder in _THE_PIPELINES):
+        raise UserError(
+            f"{setting}: {name} lies where only the pipeline writes, and may have come from "
+            "elsewhere. Read it, and move it to a folder of your own."
+        )
+    with _one_at_a_time:
         try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            del sys.modules[known_as]
+            module = _run(path)
+        except (Exception, SystemExit) as error:
             raise UserError(
                 f"{setting}: {name} fails ({type(error).__name__}: {error}). Mend it."
             ) from error
-    found = getattr(sys.modules[known_as], wanted, None)
+    found = getattr(module, wanted, None)
     if found is None:
         raise UserError(f"{setting}: {name} defines no {wanted}. See docs/extending.md.")
     return found
+
+
+def _run(path: Path) -> ModuleType:
+    """Run a file as a module that is known by its bytes: Python's own way goes by their time."""
+    content = path.read_bytes()
+    known_as = f"{__name__}_{digest(str(path), content.hex())}"
+    if known_as not in sys.modules:
+        module = ModuleType(known_as)
+        module.__file__ = str(path)
+        sys.modules[known_as] = module  # where dataclasses look up how a class was defined
+        try:
+            exec(compile(content, path, "exec"), module.__dict__)
+        except BaseException:
+            del sys.modules[known_as]
+            raise
+    return sys.modules[known_as]

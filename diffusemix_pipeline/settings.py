@@ -415,7 +415,8 @@ class Training(Section):
     @classmethod
     def _each_once(cls, values: list[Any]) -> list[Any]:
         names = [Path(value).stem if is_own(str(value)) else str(value) for value in values]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        alike = Counter(re.sub(r"[\W_]", "", name.lower()) for name in names)
+        twice = sorted({name for name in names if alike[re.sub(r"[\W_]", "", name.lower())] > 1})
         if twice:
             raise ValueError(f"named twice: {', '.join(twice)}")
         return values
@@ -567,6 +568,11 @@ _OF_RUNNING = {
     "tracking", "executor", "storage", "owners", "retrain_cron", "keep_runs_days", "checks",
 }  # fmt: skip
 """What shapes no image and no classifier."""
+
+
+def own_files(settings: Settings) -> list[str]:
+    """Return the Python files of the user's own that shape what is made of images."""
+    return [name for name in (settings.editing.editor, *settings.training.arms) if is_own(name)]
 
 
 def flatten(settings: Settings) -> dict[str, Any]:

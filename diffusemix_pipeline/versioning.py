@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from configparser import ParsingError, RawConfigParser
@@ -184,7 +185,8 @@ def pull(root: Path, *, afresh: bool = False) -> bool:
         made_since = not afresh and basis_digest(root) == pinned
         if made_since and project.raw.exists():
             return True  # what a killed run left half made since then is for its stages to finish
-        wanted = "data/raw" if made_since else "data"
+        others_stay = made_since and any(stage.exists() for stage in project.stages)
+        wanted = "data/raw" if others_stay else "data"
         if not _fill_cache(root, pinned, wanted):
             return False
         done = _dvc(root, "checkout", wanted)
@@ -215,9 +217,11 @@ def _fill_cache(root: Path, pinned: str, wanted: str) -> bool:
             f"The DVC remote '{remote}' does not hold the version {pinned} that "
             f"{root / 'data.dvc'} pins. Run `dvc push` where that version was made."
         )
-    if _lost(root, pinned, wanted):  # it was not asked for what seemed to be there
+    lost = _lost(root, pinned, wanted)
+    if lost:  # the remote was not asked for what seemed to be there
         _use_remote(root, remote, "fetch", wanted)
-    if lost := _lost(root, pinned, wanted):
+        lost = _lost(root, pinned, wanted)
+    if lost:
         name, md5 = next(iter(lost.items()))
         raise UserError(
             f"The DVC remote '{remote}' holds damaged files of the version {pinned}, {len(lost)} "
@@ -348,7 +352,9 @@ def _listed(root: Path, pinned: str) -> dict[str, str]:
 
 
 def _lost(root: Path, pinned: str, wanted: str = "data") -> dict[str, str]:
-    """Return what of a version the cache lacks, or had damaged, which is taken out of it; digests.
+    """Return the files of a version, with digests, that the cache lacks or has damaged.
+
+    Damaged ones are moved out of it, into the project's state: nothing is deleted.
 
     DVC believes what is read-only there, though damage done in place to a file of `data/` is done
     to the cache's as well, by the hard link. What is linked still is not looked at: who finds it
@@ -362,11 +368,18 @@ def _lost(root: Path, pinned: str, wanted: str = "data") -> dict[str, str]:
             continue
         kept, used = cache / _place(md5), root / name
         if kept.exists():
-            if (used.exists() and used.samefile(kept)) or _md5(kept.read_bytes()) == md5:
+            if (used.exists() and used.samefile(kept)) or _md5_of_file(kept) == md5:
                 continue
-            kept.unlink()
+            aside = Project(root).state / "damaged"
+            aside.mkdir(parents=True, exist_ok=True)
+            shutil.move(kept, aside / md5)
         lost[name] = md5
     return lost
+
+
+def _md5_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def _md5(content: bytes) -> str:

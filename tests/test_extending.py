@@ -1,6 +1,7 @@
 """docs/extending.md: its files run as they are, and what is wrong with such a file is told."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from diffusemix_pipeline.editing.editor import editor_fingerprint, locate_editor
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.layers import load_settings
 from diffusemix_pipeline.orchestration.launch import Outcome, run_here
+from diffusemix_pipeline.own_code import own_code
 from diffusemix_pipeline.preflight import check_run
 from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.project import Project
@@ -81,6 +83,24 @@ def test_an_editor_a_dataset_and_an_arm_of_ones_own_go_through_the_pipeline(own)
     assert run(own, *wanted).reused, "nothing changed, nothing done"
 
 
+def test_changed_bytes_run_at_once_and_nothing_is_written_beside_them(own):
+    file = own / "number.py"
+    for number in (1, 2):  # of one size, within one second
+        file.write_text(f"NUMBER = {number}")
+        assert own_code("editing.editor", str(file), "NUMBER") == number
+    assert not (own / "__pycache__").exists()
+
+
+@pytest.mark.parametrize("folder", ["data", "outputs", ".diffusemix"])
+def test_what_came_with_data_is_not_run(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "evil.py").write_text("open('was run', 'w')")
+    with pytest.raises(UserError, match="lies where only the pipeline writes"):
+        own_code("editing.editor", f"{folder}/evil.py", "Editor")
+    assert not (tmp_path / "was run").exists()
+
+
 @pytest.mark.parametrize("name", ["filters", "autoaugment"])
 def test_a_changed_file_is_another_thing(name, own):
     def identity() -> str:
@@ -103,7 +123,21 @@ def test_new_images_of_a_listed_dataset_are_seen(own):
     with (own / "labels.csv").open("a") as table:
         table.write("\ncat/more.png,cat,")
     Image.fromarray(np.full((8, 8, 3), 90, np.uint8)).save(own / "cat/more.png")
-    assert listing_version(source) != before
+    after = listing_version(source)
+    assert after != before
+    table = own / "labels.csv"
+    table.write_text(table.read_text().replace("cat/more.png,cat", "cat/more.png,dog"))
+    assert listing_version(source) != after, "a corrected label is a change"
+
+
+def test_what_is_listed_and_not_there_is_set_aside(own):
+    os.mkfifo(own / "cat/pipe.png")
+    with (own / "labels.csv").open("a") as table:
+        table.write("\ncat/gone.png,cat,\ncat/pipe.png,cat,")
+    assert listing_version(str(own / "table.py"))
+    stage = ingest(str(own / "table.py"), quick_settings(), own / "raw", aside=own / "aside")
+    aside = {item["source_id"]: item["reason"] for item in stage.notes["set_aside"]}
+    assert aside.keys() == {"cat/gone.png", "cat/pipe.png"}
 
 
 WRONG_ROWS = {
@@ -172,10 +206,35 @@ def test_a_file_that_is_none_is_refused_before_any_work(setting, code, told, pro
 
 
 def test_arms_that_the_report_could_not_tell_apart_are_refused():
-    for arm in ("a/vanilla.py", "a/cutout.py"):
+    for arm in ("a/vanilla.py", "a/cutout.py", "Cut_Out.py"):
         arms = f"training.arms=[vanilla, b/cutout.py, {arm}]"
         with pytest.raises(UserError, match=f"named twice: {Path(arm).stem}"):
             load_settings(Path("/nonexistent"), overrides=[arms], environment={})
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("augmentation = lambda classes: None", "returns NoneType, which is no Augmentation"),
+        ("augmentation = lambda: None", "takes 0 positional arguments but"),
+    ],
+)
+def test_an_arm_that_makes_no_augmentation_is_refused_before_any_work(code, told, project, own):
+    (own / "wrong.py").write_text(code)
+    chosen = quick_settings(
+        f"editing.editor={own / 'filters.py'}", f"training.arms=[vanilla, {own / 'wrong.py'}]"
+    )
+    with pytest.raises(UserError, match=told):
+        check_run(project, chosen)
+
+
+def test_an_editor_that_makes_too_few_edits_is_named(own):
+    editor = (own / "filters.py").read_text()
+    (own / "filters.py").write_text(editor.replace("pictures, strict=True)])", "pictures)][1:])"))
+    edits = ["editing.prompts=[emboss]", "editing.template='{prompt}'"]
+    outcome = run(own, f"editing.editor={own / 'filters.py'}", *edits)
+    assert outcome.user_error
+    assert re.search(r"filters\.py made uint8 \(\d+, .*: an edit has its", outcome.problems[0])
 
 
 def test_an_arm_that_is_neither_known_nor_a_file_is_refused():

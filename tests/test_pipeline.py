@@ -375,6 +375,25 @@ def test_images_whose_pin_is_nowhere_are_kept(weights, tmp_path):
     assert bytes_below(project.raw) == before
 
 
+def test_images_that_nobody_can_give_any_more_do_not_become_digits(weights, tmp_path):
+    project = Project(tmp_path / "project")
+    project.root.mkdir()
+    photos = write_classes(tmp_path / "photos", ["cat", "dog"], 10)
+    assert run(project, weights, f"source.path={photos}", "source.train_per_class=null").success
+    image = next(project.raw.rglob("*.png"))
+    image.chmod(0o644)
+    with image.open("r+b") as file:  # as a disk damages it, and DVC's cache by the link
+        file.write(b"junk")
+    shutil.rmtree(project.raw)
+    pin = (project.root / "data.dvc").read_bytes()
+    again = run(project, weights, "source.path=''")
+    assert again.user_error
+    assert "The images that data.dvc pins are gone from data/raw" in again.problems[0]
+    assert (project.root / "data.dvc").read_bytes() == pin
+    [kept] = (project.state / "damaged").iterdir()
+    assert kept.read_bytes().startswith(b"junk"), "nothing is deleted"
+
+
 def test_another_experiment_gets_the_runs_and_their_evaluation(done, weights):
     project, _ = done
     assert run(project, weights, "tracking.experiment=other").success

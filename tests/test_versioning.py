@@ -342,6 +342,23 @@ def test_what_is_damaged_in_place_comes_back_from_the_remote(remote: Path) -> No
     assert content(root) == whole
 
 
+def test_what_was_made_since_stays_where_the_images_alone_are_gone(tmp_path: Path) -> None:
+    fill(tmp_path, "first")
+    made = tmp_path / "data/generated/edit.png"
+    made.parent.mkdir()
+    made.write_text("edit")
+    versioning.snapshot(tmp_path)
+    whole = content(tmp_path)
+    shutil.rmtree(tmp_path / "data")
+    assert versioning.pull(tmp_path)
+    assert content(tmp_path) == whole, "all of it is gone, so all of it is brought back"
+    made.unlink()
+    made.write_text("a newer edit")
+    shutil.rmtree(tmp_path / "data/raw")
+    assert versioning.pull(tmp_path)
+    assert content(tmp_path) == {**whole, "generated/edit.png": b"a newer edit"}
+
+
 def test_what_is_damaged_in_place_is_made_anew_without_a_remote(tmp_path: Path) -> None:
     whole = fill(tmp_path, "first")
     first = versioning.snapshot(tmp_path)

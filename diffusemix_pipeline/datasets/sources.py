@@ -74,11 +74,19 @@ def listing_version(source: str) -> str:
 
     UserError for a folder that is not there.
     """
-    stats = (
-        (path, path.lstat() if unusable else path.stat())
-        for path, _, _, unusable in sorted(_on_disk(source)[1])
-    )
-    return digest_of_text(digest(written(str(p)), s.st_size, s.st_mtime_ns) for p, s in stats)
+    found = sorted(_on_disk(source)[1], key=lambda image: image.path)
+    return digest_of_text(digest(*_seen(image)) for image in found)
+
+
+def _seen(image: "_Found") -> tuple[str, str, str | None, int, int]:
+    """Return all of an image that can be seen without reading it."""
+    path, label, split, unusable = image
+    try:
+        there = path.lstat() if unusable else path.stat()
+        size, changed = there.st_size, there.st_mtime_ns
+    except (OSError, ValueError):  # listed, and not there
+        size, changed = 0, 0
+    return written(str(path)), label, split, size, changed
 
 
 def source_digest(images: pd.DataFrame) -> str:
@@ -216,16 +224,18 @@ def _listed(source: str) -> Iterator[_Found]:
                 raise refused(f"{path} the split {split!r}, which is none of {', '.join(SPLITS)}")
             seen.add(path)
             labels.add(label)
-            yield _Found(path, label, split, "")
+            # A pipe would be waited for.
+            unusable = "" if path.is_file() else "no file of that name is there"
+            yield _Found(path, label, split, unusable)
+        if not seen:
+            raise refused("no image")
+        _check_labels(root, labels)
     except UserError:
         raise
     except Exception as error:
         raise UserError(
             f"source.path: {source} fails ({type(error).__name__}: {error}). Mend it."
         ) from error
-    if not seen:
-        raise refused("no image")
-    _check_labels(root, labels)
 
 
 def _check_labels(root: Path, labels: set[str]) -> None:

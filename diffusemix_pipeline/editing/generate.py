@@ -292,8 +292,9 @@ class _Collected:
                 verdict = self._judged.get(edit.case) if self._gated else ACCEPTED
                 if not verdict or (verdict == ACCEPTED and not self._is_stored(edit)):
                     raise UserError(
-                        f"{edit.source.image_id} lacks its edit to '{edit.prompt}': dropped.txt or "
-                        "the store changed during the run. Run it again: what was made is kept."
+                        f"{edit.source.image_id} lacks its edit to '{edit.prompt}': dropped.txt, "
+                        "the store or a file that is the editor changed during the run. Run it "
+                        "again: what was made is kept."
                     )
                 row = _row(edit, verdict if self._gated else None, plan.settings.size)
                 if verdict == ACCEPTED:

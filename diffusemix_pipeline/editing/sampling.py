@@ -36,7 +36,7 @@ class Sampler:
     def __init__(self, editor: Editor, device: str, settings: Settings, batch_size: int) -> None:
         self._editor = editor
         self._side, self._size = edited_side(settings), settings.size
-        self._batch_size = batch_size
+        self._batch_size, self._called = batch_size, settings.editing.editor
         on_cpu = device == "cpu"
         self._workers = workers_on(device) if on_cpu else 2
         self._device = Semaphore(workers_on(device))
@@ -83,8 +83,7 @@ class Sampler:
         if hashlib.sha256(content).hexdigest() != source.sha256:
             raise UserError(
                 f"{source.files.folder / source.file_name} is not as it was when the images were "
-                "read. Bring it back with `diffusemix data pull`, or remove data/raw and run "
-                "again, which reads the source."
+                "read. Remove data/raw and run again: it is read from its source anew, or pulled."
             )
         return decode_square(content, self._side)
 
@@ -127,6 +126,11 @@ class Sampler:
             [batch[index].instruction for index in filled],
             [batch[index].seed for index in filled],
         )
+        if edited.shape != images[filled].shape or edited.dtype != np.uint8:
+            raise UserError(
+                f"editing.editor: {self._called} made {edited.dtype} "
+                f"{edited.shape} of uint8 {images[filled].shape}: an edit has its image's shape."
+            )
         return edited[: len(batch)]
 
 

@@ -14,7 +14,7 @@ import yaml
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.files import write_bytes
 from diffusemix_pipeline.project import Project
-from diffusemix_pipeline.settings import Settings
+from diffusemix_pipeline.settings import Settings, own_files
 from diffusemix_pipeline.tracking import FinishedTraining, Run, open_tracking
 from diffusemix_pipeline.versioning import committed_versions, digest_at, restore
 
@@ -43,6 +43,8 @@ def keep_inputs(run: Run, project: Project, settings: Settings) -> None:
     """Keep with a training run what is needed to come back to it."""
     run.log_bytes(_PIN, (project.root / "data.dvc").read_bytes())
     run.log_bytes(_DROPPED, _dropped(project))
+    for name in own_files(settings):
+        run.log_bytes(f"code/{Path(name).name}", Path(name).expanduser().read_bytes())
     kept = settings.model_dump(mode="json", exclude={"tracking"})
     kept["source"] |= {"path": "", "archives": ""}  # the images are those of the version
     run.log_bytes(_SETTINGS, yaml.safe_dump(kept, sort_keys=False).encode())

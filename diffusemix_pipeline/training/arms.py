@@ -89,7 +89,8 @@ class Wanted(NamedTuple):
 
 def slug(arm: Arm) -> str:
     """Return an arm's name as files and MLflow's aliases may bear it."""
-    return re.sub(r"[^\w-]", "-", arm.replace("+", "-with-"))
+    name = Path(arm).stem if is_own(arm) else arm.replace("+", "-with-")
+    return re.sub(r"[^\w-]", "-", name)
 
 
 def fit_fingerprint(wanted: Wanted, stages: Mapping[str, Stage], settings: Settings) -> str:

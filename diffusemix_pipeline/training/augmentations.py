@@ -20,6 +20,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
+from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import file_sha256
 from diffusemix_pipeline.mixing.blending import mix
 from diffusemix_pipeline.mixing.masks import Mask
@@ -151,9 +152,17 @@ def own_version(arm: str) -> str:
 
 
 def check_own_arms(arms: Sequence[str]) -> None:
-    """Raise UserError for files of a user's own that are no augmentation."""
+    """Raise UserError for files of a user's own that make no augmentation."""
     for arm in filter(is_own, arms):
-        _own(arm)
+        try:
+            made = own_augmentation(arm, classes=2)
+        except (TypeError, ValueError, LookupError) as error:
+            raise UserError(f"training.arms: {arm} fails ({error}). Mend it.") from error
+        if not isinstance(made, Augmentation):
+            raise UserError(
+                f"training.arms: augmentation(classes) of {arm} returns {type(made).__name__}, "
+                "which is no Augmentation. See docs/extending.md."
+            )
 
 
 def _own(arm: str) -> Callable[[int], Augmentation]:

@@ -103,11 +103,13 @@ def _bring(context: dg.AssetExecutionContext) -> "tuple[Stage, str]":
 def _pinned(project: Project, progress: Progress) -> "tuple[Stage, str] | None":
     """Return the images that data.dvc pins, else those that lie in data/, and which it is.
 
-    None where there are none, and where they are the digits, which can be made anew.
+    None where there are none, and where they are the digits, which can be made anew. UserError for
+    images that were here and that nobody can give any more.
     """
     from diffusemix_pipeline.datasets.manifest import STAGE, read_stage
     from diffusemix_pipeline.datasets.sources import DIGITS
-    from diffusemix_pipeline.versioning import pull
+    from diffusemix_pipeline.errors import UserError
+    from diffusemix_pipeline.versioning import basis_digest, pinned_digest, pull
 
     manifest = project.raw / STAGE
     before = read_stage(project.raw).version if manifest.exists() else None
@@ -115,6 +117,13 @@ def _pinned(project: Project, progress: Progress) -> "tuple[Stage, str] | None":
     pulled = pull(project.root)
     progress("Bringing what data.dvc pins", 1, 1)
     if not manifest.exists():
+        pinned = pinned_digest(project.root)
+        if pinned and basis_digest(project.root) == pinned:  # they were here
+            raise UserError(
+                "The images that data.dvc pins are gone from data/raw, and neither DVC's cache nor "
+                "a remote has all of them. Name the folder that they came from (source.path), or "
+                "add the remote that holds them; without data.dvc, the digits are made."
+            )
         return None
     stage = read_stage(project.raw)
     if stage.notes["source"]["kind"] == DIGITS:
