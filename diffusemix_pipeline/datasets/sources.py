@@ -72,7 +72,7 @@ def source_version(source: str) -> str:
 def listing_version(source: str) -> str:
     """Identify a user's files by name, size and time: cheap, and another where any was touched.
 
-    UserError for a folder that is not there.
+    UserError where `list_images` gives one.
     """
     found = sorted(_on_disk(source)[1], key=lambda image: image.path)
     return digest_of_text(digest(*_seen(image)) for image in found)

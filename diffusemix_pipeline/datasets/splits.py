@@ -8,6 +8,7 @@ import pandas as pd
 from diffusemix_pipeline.datasets.columns import values
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import seed_from
+from diffusemix_pipeline.own_code import is_own
 from diffusemix_pipeline.settings import Source
 
 
@@ -92,11 +93,14 @@ def _too_few_classes(train: pd.DataFrame, source: str) -> str:
         return f"{source} has no training image that can be read. Add some for each class."
     label = train["label"].iloc[0]
     told = f"The training images of {source} are all of one class, {label}: nothing can be learnt."
-    below = (name.partition(f"{label}/")[2] for name in values(train["source_id"]))
-    inner = sorted({name.split("/")[0] for name in below if "/" in name})
-    if inner:  # folders within a class are the class's, or `source` is one level too high
-        return (
-            f"{told} That folder holds folders, such as {inner[0]}: if they are the classes, or "
-            f"train and test, give {PurePosixPath(source, label)} instead."
-        )
+    for source_id in values(train["source_id"]):
+        *folders, _ = source_id.split("/")
+        if label in folders[:-1] and not is_own(source):
+            # Folders within a class are the class's, or `source` is one level too high.
+            class_folder = folders[: folders.index(label) + 1]
+            return (
+                f"{told} That folder holds folders, such as {folders[len(class_folder)]}: if they "
+                f"are the classes, or train and test, give {PurePosixPath(source, *class_folder)} "
+                "instead."
+            )
     return f"{told} Give a folder that holds a folder for each class."

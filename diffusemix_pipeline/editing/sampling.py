@@ -83,7 +83,7 @@ class Sampler:
         if hashlib.sha256(content).hexdigest() != source.sha256:
             raise UserError(
                 f"{source.files.folder / source.file_name} is not as it was when the images were "
-                "read. Remove data/raw and run again: it is read from its source anew, or pulled."
+                f"read. Remove {source.files.folder} and run again: it is read anew, or pulled."
             )
         return decode_square(content, self._side)
 

@@ -4,10 +4,8 @@ What belongs here: asking classifiers, and keeping their answers so that a repor
 without them. What does not: what follows from them (calibration, statistics, report).
 """
 
-import io
 import shutil
-import zipfile
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffusemix_pipeline.arrays import read_arrays, write_arrays
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.evaluation.attacks import (
     PGD_STEPS,
@@ -26,7 +25,7 @@ from diffusemix_pipeline.evaluation.attacks import (
 )
 from diffusemix_pipeline.evaluation.corruptions import corrupt
 from diffusemix_pipeline.evaluation.published_corruptions import CorruptedSet
-from diffusemix_pipeline.files import BEGUN, replaced_folder, undamaged, write_bytes
+from diffusemix_pipeline.files import BEGUN, replaced_folder, undamaged
 from diffusemix_pipeline.identity import seed_from
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Corruption, Evaluation
@@ -80,7 +79,7 @@ class Evidence:
 
     def save(self, folder: Path) -> None:
         """Write `evidence.npz` into `folder`: one file, so that it is there as a whole or not."""
-        _write_arrays(folder / FILE, {name: getattr(self, name) for name in _FIELDS})
+        write_arrays(folder / FILE, {name: getattr(self, name) for name in _FIELDS})
 
     @classmethod
     def load(cls, folder: Path) -> "Evidence":
@@ -90,7 +89,7 @@ class Evidence:
         if not path.exists():
             raise UserError(f"{path} is not there. {repair}")
         with undamaged(path, repair):
-            values: dict[str, Any] = _read_arrays(path, _FIELDS)
+            values: dict[str, Any] = read_arrays(path, _FIELDS)
             values |= {name: tuple(values[name].tolist()) for name in _AXES}
             values["attack_epsilon"] = float(values["attack_epsilon"])
         return cls(**values)
@@ -305,7 +304,7 @@ class _Ask:
                 epsilon = self.evaluation.attack_epsilon / 255
                 answers = survives_autoattack(model, images, labels, epsilon, seed)
                 survived = answers.cpu().numpy()
-                _write_arrays(file, {_RIGHT: survived})
+                write_arrays(file, {_RIGHT: survived})
             found[places] = survived
         progress("AutoAttack", len(test), len(test))
         return found
@@ -335,7 +334,7 @@ def _kept(
         return kept
     asked = ask()
     for name, right in asked.items():
-        _write_arrays(files[name], {_RIGHT: right})
+        write_arrays(files[name], {_RIGHT: right})
     return asked
 
 
@@ -345,27 +344,9 @@ def _kept_answers(file: Path) -> np.ndarray | None:
         return None
     try:
         with undamaged(file, ""):
-            return _read_arrays(file, [_RIGHT])[_RIGHT]
+            return read_arrays(file, [_RIGHT])[_RIGHT]
     except UserError:
         return None
-
-
-def _write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # zip: a checksum an array
-    write_bytes(path, buffer.getvalue())
-
-
-def _read_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Read arrays by name, nothing unpickled; one of many errors where a byte is not as written."""
-    content = io.BytesIO(path.read_bytes())  # the system's errors are those of this alone
-    if not zipfile.is_zipfile(content):  # numpy takes it for a pickle, and says how to trust one
-        raise ValueError("it is no archive of arrays")
-    content.seek(0)
-    with np.load(content, allow_pickle=False) as arrays:
-        if damaged := arrays.zip.testzip():  # reading alone checks no array that claims to be short
-            raise ValueError(f"{damaged} is not as it was written")
-        return {name: arrays[name] for name in names}
 
 
 def _counted(progress: Progress, total: int) -> Callable[[int], None]:

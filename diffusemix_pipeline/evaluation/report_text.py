@@ -331,13 +331,14 @@ def markdown(document: Mapping[str, Any]) -> str:
     """Return the report for a pull request: the headline, a table, and what it does not show."""
     measures = measure_titles(document)
     rows = [
-        [title_of(arm["arm"]), *(_cell(arm, measure) for measure in measures)]
+        [plain_markdown(title_of(arm["arm"])), *(_cell(arm, measure) for measure in measures)]
         for arm in document["arms"]
     ]
     table = pd.DataFrame(rows, columns=["Arm", *measures.values()])
     notes = "\n".join(f"- {plain_markdown(note)}" for note in document["notes"])
     return (
-        f"**{document['headline']}**\n\n{table.to_markdown(index=False, disable_numparse=True)}"
+        f"**{plain_markdown(document['headline'])}**\n\n"
+        f"{table.to_markdown(index=False, disable_numparse=True)}"
         f"\n\nIn %, with 95 % intervals; below, the difference to vanilla in points.\n\n{notes}\n"
     )
 

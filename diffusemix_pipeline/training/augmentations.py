@@ -147,7 +147,8 @@ def own_augmentation(arm: str, classes: int) -> Augmentation:
 
 
 def own_version(arm: str) -> str:
-    """Identify what a user's own file draws, by its bytes."""
+    """Identify what a user's own file draws, by its bytes; UserError where there is none."""
+    _own(arm)
     return file_sha256(Path(arm).expanduser())
 
 

@@ -5,7 +5,6 @@ know it by heart. What a teacher's probabilities mean for an edit is decided in 
 """
 
 import hashlib
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,12 +14,13 @@ import numpy as np
 import pandas as pd
 import torch
 
+from diffusemix_pipeline.arrays import read_arrays, write_arrays
 from diffusemix_pipeline.datasets.manifest import Stage, class_names
 from diffusemix_pipeline.editing.gate import class_thresholds, verdicts
 from diffusemix_pipeline.editing.generate import LabelGate
 from diffusemix_pipeline.editing.planning import Plan, SourceImage, teacher_recipe
 from diffusemix_pipeline.errors import UserError
-from diffusemix_pipeline.files import replaced_folder, undamaged, write_bytes
+from diffusemix_pipeline.files import replaced_folder, undamaged
 from diffusemix_pipeline.identity import digest, seed_from
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Settings
@@ -171,23 +171,21 @@ def label_gate(
 def _keep_fitted(path: Path, fitted: Fitted, false_reject_rate: float, aside: Path) -> None:
     """Write what is known of fitted teachers, as one file: it is there as a whole or not."""
     classes = len(fitted.teachers.classes)
-    buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        ids=fitted.teachers.ids,
-        folds=fitted.teachers.folds,
-        folders=fitted.folders,
-        thresholds=class_thresholds(fitted.held_out, fitted.labels, classes, false_reject_rate),
-        accuracy=fitted.accuracy,
-    )
-    write_bytes(path, buffer.getvalue(), aside=aside)
+    known = {
+        "ids": fitted.teachers.ids,
+        "folds": fitted.teachers.folds,
+        "folders": fitted.folders,
+        "thresholds": class_thresholds(fitted.held_out, fitted.labels, classes, false_reject_rate),
+        "accuracy": fitted.accuracy,
+    }
+    write_arrays(path, known, aside=aside)
 
 
 def _read_fitted(path: Path) -> dict[str, np.ndarray]:
     """Return the arrays that `_keep_fitted` wrote."""
     repair = "Delete it and run again: it is made anew from the teachers, which stay."
-    with undamaged(path, repair), np.load(path, allow_pickle=False) as kept:
-        return dict(kept)
+    with undamaged(path, repair):
+        return read_arrays(path, ("ids", "folds", "folders", "thresholds", "accuracy"))
 
 
 def assign_folds(train: LabelledImages, folds: int, seed: int) -> np.ndarray:
