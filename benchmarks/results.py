@@ -1,14 +1,16 @@
 """The published results: every arm of an experiment, three seeds, read on test once.
 
     python -m benchmarks.results EXPERIMENT --data DATASET --folder FOLDER [--seeds 0,1]
+    python -m benchmarks.results EXPERIMENT --data DATASET --folder FOLDER --arms mixup --again
     python -m benchmarks.results
 
 The first trains and asks what is not answered yet, hours on two cores, and goes on where it was
 cut off. An experiment is a YAML file of settings in `benchmarks/results`. Answers are kept beside
 it, each with the question that it answers, which follows from data, settings and code, not from
-where it was computed, so that seeds can come from several machines. The second makes all tables
-anew from the answers, without a classifier: a report an experiment in `outputs/results`, and what
-the arms come to on two of them together.
+where it was computed, so that seeds can come from several machines. The second is for who doubts
+them: it answers once more, into FOLDER alone, and sets the two side by side. The third makes all
+tables anew from the answers, without a classifier: a report an experiment in `outputs/results`, and
+what the arms come to on two of them together.
 """
 
 import argparse
@@ -25,10 +27,11 @@ import torch
 from scipy import stats
 
 from benchmarks.fits import Task, ask_all, fit_all, make_stages, without_copies
-from diffusemix_pipeline.datasets.manifest import class_names
+from diffusemix_pipeline.datasets.manifest import Stage, class_names
 from diffusemix_pipeline.devices import choose_device, is_fast_at_bfloat16
 from diffusemix_pipeline.editing.editor import editor_fingerprint, locate_editor, locate_lora
 from diffusemix_pipeline.editing.planning import CODE_VERSION as PLAN_VERSION
+from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.evaluation.comparison import (
     WITH_EDITS,
     Comparison,
@@ -49,7 +52,7 @@ from diffusemix_pipeline.mixing.fractals import fractals_version
 from diffusemix_pipeline.mixing.stages import CODE_VERSION as MIX_VERSION
 from diffusemix_pipeline.recipes import training_identity
 from diffusemix_pipeline.settings import Arm, Settings
-from diffusemix_pipeline.training.arms import BASELINE, SUBJECTS, all_fits
+from diffusemix_pipeline.training.arms import BASELINE, SUBJECTS, Wanted, all_fits
 from diffusemix_pipeline.training.arms import CODE_VERSION as FIT_VERSION
 from diffusemix_pipeline.training.augmentations import VERSIONS
 
@@ -66,33 +69,21 @@ def produce(
     name: str, data: Path, folder: Path, seeds: Sequence[int], arms: Sequence[str] | None
 ) -> None:
     """Answer what an experiment asks for, seed by seed, and keep it in `HOME`; `arms` None: all."""
-    source = _taken(data, folder / "taken", IMAGES_TAKEN[name]) if name in IMAGES_TAKEN else data
-    settings = _settings(name, [f"source.path={source.resolve()}"])
-    raw = without_copies(str(source), settings, folder)
+    settings, raw = _experiment(name, data, folder)
     facts = {"counts": raw.counts, "test": version_of_test(raw), "raw": raw.version}
     write_json(HOME / name / "data.json", facts | {key: raw.notes[key] for key in _NOTED})
     readings = _readings(name)
     answered = set(_last_answers(readings)["question"])
     missing = [
         wanted
-        for wanted in all_fits(settings)
-        if wanted.seed in seeds
-        and (arms is None or wanted.arm in arms)
-        and _question(wanted.arm, wanted.seed, raw.version, settings) not in answered
+        for wanted in _chosen(settings, seeds, arms)
+        if _question(wanted.arm, wanted.seed, raw.version, settings) not in answered
     ]
-    if not missing:
-        return
-    stages = {"raw": raw}
-    if any(wanted.arm in WITH_EDITS for wanted in missing):
-        stages = make_stages(raw, settings, folder, kept=folder)
+    tasks = _tasks(missing, raw, settings, folder)
     for seed in sorted({wanted.seed for wanted in missing}):
-        tasks = [
-            Task(wanted, stages, settings, "test", folder)
-            for wanted in missing
-            if wanted.seed == seed
-        ]
-        fits = fit_all(tasks)
-        for fit, evidence in zip(fits, ask_all(tasks), strict=True):
+        of_seed = [task for task in tasks if task.wanted.seed == seed]
+        fits = fit_all(of_seed)
+        for fit, evidence in zip(fits, ask_all(of_seed), strict=True):
             evidence.save(_answers(name, fit.arm, seed))
             fit.curve.to_csv(_answers(name, fit.arm, seed) / "curve.csv", index=False)
             reading = {
@@ -109,6 +100,77 @@ def produce(
             # Joined to a table without rows, whole numbers would become fractions.
             readings = row if readings.empty else pd.concat([readings, row])
             write_bytes(HOME / name / "readings.csv", readings.to_csv(index=False).encode())
+
+
+def reproduce(
+    name: str, data: Path, folder: Path, seeds: Sequence[int], arms: Sequence[str] | None
+) -> str:
+    """Answer once more, into `folder` alone; return Markdown: what is published, and this."""
+    settings, raw = _experiment(name, data, folder)
+    if raw.version != _facts(name)["raw"]:
+        raise UserError(f"{data} does not hold the images that {name} is published on.")
+    wanted = _chosen(settings, seeds, arms)
+    tasks = _tasks(wanted, raw, settings, folder)
+    fit_all(tasks)
+    pairs = {
+        (fit.arm, fit.seed): (Evidence.load(_answers(name, fit.arm, fit.seed)), again)
+        for fit, again in zip(wanted, ask_all(tasks), strict=True)
+    }
+    return _side_by_side(pairs, settings)
+
+
+def _side_by_side(
+    pairs: Mapping[tuple[Arm, int], tuple[Evidence, Evidence]], settings: Settings
+) -> str:
+    """Return a table, in %: of each arm and seed, the published measures and those made again."""
+    families = settings.evaluation.corruptions
+    shown = shared_families(settings.training.arms, settings.editing.prompts, families)
+    rows = []
+    for (arm, seed), (published, again) in pairs.items():
+        row = {"Arm": title_of(arm), "Seed": str(seed)}
+        for measure, of in _shares(published, shown["left_out"]).items():
+            row[measure] = f"{of:.1f}, {_shares(again, shown['left_out'])[measure]:.1f}"
+        classes = published.probabilities.argmax(1), again.probabilities.argmax(1)
+        row["Same class"] = f"{100 * np.mean(classes[0] == classes[1]):.1f}"
+        rows.append(row)
+    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+
+
+def _shares(evidence: Evidence, left_out: Sequence[str]) -> dict[str, float]:
+    """Return the shares of answers that were right, in %."""
+    unshared = [family not in left_out for family in evidence.corruptions]
+    at_two = evidence.epsilons.index(2)
+    shares = {
+        "Clean": evidence.correct,
+        "Corrupted": evidence.corrupted,
+        "Corrupted, unshared": evidence.corrupted[unshared],
+        "FGSM 2/255": evidence.fgsm[at_two],
+    }
+    return {name: 100 * float(right.mean()) for name, right in shares.items()}
+
+
+def _experiment(name: str, data: Path, folder: Path) -> tuple[Settings, Stage]:
+    """Return an experiment's settings, and its images, ingested into `folder`."""
+    source = _taken(data, folder / "taken", IMAGES_TAKEN[name]) if name in IMAGES_TAKEN else data
+    settings = _settings(name, [f"source.path={source.resolve()}"])
+    return settings, without_copies(str(source), settings, folder)
+
+
+def _chosen(settings: Settings, seeds: Sequence[int], arms: Sequence[str] | None) -> list[Wanted]:
+    """Return the fits of an experiment that were asked for; `arms` None: of all of them."""
+    return [
+        wanted
+        for wanted in all_fits(settings)
+        if wanted.seed in seeds and (arms is None or wanted.arm in arms)
+    ]
+
+
+def _tasks(wanted: Sequence[Wanted], raw: Stage, settings: Settings, folder: Path) -> list[Task]:
+    """Return a task a fit, with edits where one needs them."""
+    stages = {"raw": raw}
+    if any(fit.arm in WITH_EDITS for fit in wanted):
+        stages = make_stages(raw, settings, folder, kept=folder)
+    return [Task(fit, stages, settings, "test", folder) for fit in wanted]
 
 
 def _settings(name: str, overrides: Sequence[str] = ()) -> Settings:
@@ -299,13 +361,18 @@ if __name__ == "__main__":
     parser.add_argument("--folder", type=Path, help="where everything is kept")
     parser.add_argument("--seeds", default="0,1,2", help="which of them")
     parser.add_argument("--arms", help="which of them; all")
+    parser.add_argument("--again", action="store_true", help="answer once more, and compare")
     options = parser.parse_args()
     if options.experiment:
         if not options.data or not options.folder:
             parser.error("an experiment needs --data and --folder")
         chosen = [int(seed) for seed in options.seeds.split(",")]
         arms = options.arms.split(",") if options.arms else None
-        produce(options.experiment, options.data, options.folder, chosen, arms)
+        asked = options.experiment, options.data, options.folder, chosen, arms
+        if options.again:
+            print(reproduce(*asked))
+        else:
+            produce(*asked)
     else:
         for text in tables(Path("outputs/results")):
             print(text)

@@ -580,7 +580,7 @@ def train(out: Path, images: Sequence[Path], seed: int) -> None:
     "location",
     default="bundled",
     show_default=True,
-    help="What to evaluate: bundled, a folder or a hub id (editing.editor).",
+    help="What to evaluate: bundled, a folder, a hub id or a Python file (editing.editor).",
 )
 @click.option("--revision", help="The commit of a hub id (editing.revision).")
 @click.option(

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import write_classes
 from scipy import stats
 
 from benchmarks import ablation, results
+from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.evaluation.evidence import Evidence
 from diffusemix_pipeline.evaluation.statistics import Estimate
 
@@ -92,6 +94,34 @@ def test_readings_of_the_same_test_images_are_counted_together():
     assert of["flowers12"] == of["flowers12_10"] != of["cifar10"]
     both = len(results._readings("flowers12")) + len(results._readings("flowers12_10"))
     assert reads[of["flowers12"]] == both
+
+
+@pytest.mark.slow
+def test_a_row_is_reproduced_beside_what_is_published(tmp_path, monkeypatch):
+    home, photos = tmp_path / "published", tmp_path / "photos"
+    home.mkdir()
+    for number, split in enumerate(["train", "val", "test"]):
+        write_classes(photos / split, ["cat", "dog"], 6, seed=number)
+    (home / "tiny.yaml").write_text(
+        "size: 32\ntraining: {model: test_resnet, arms: [vanilla, mixup], steps: 2, batch_size: 4}\n"
+        "evaluation: {corruptions: [contrast], severities: [3], fgsm_epsilons: [2], "
+        "attack_images: 2, autoattack_images: 1}\n"
+    )
+    monkeypatch.setattr(results, "HOME", home)
+    asked = "tiny", photos, tmp_path / "work", [0], ["mixup"]
+    results.produce(*asked)
+    before = {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
+    again = results.reproduce(*asked[:2], tmp_path / "again", *asked[3:])
+    assert {path: path.read_bytes() for path in home.rglob("*") if path.is_file()} == before
+    evidence = Evidence.load(results._answers("tiny", "mixup", 0))
+    clean = f"{100 * evidence.correct.mean():.1f}"
+    [row] = [line for line in again.splitlines() if line.startswith("| Mixup")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:3] == ["Mixup", "0", f"{clean}, {clean}"]
+    assert cells[-1] == "100.0"
+    write_classes(photos / "train", ["cat", "dog"], 6, seed=9)
+    with pytest.raises(UserError, match="does not hold the images that tiny is published on"):
+        results.reproduce(*asked)
 
 
 def test_the_mean_of_two_experiments_is_as_sure_as_both_are():

@@ -88,7 +88,8 @@ class StageWriter:
         def tell(images: int) -> None:
             nonlocal told
             told += images
-            progress(describe, told, total)
+            if images:  # a part may hold none, and the end is told once
+                progress(describe, told, total)
 
         maker = _Maker(make, self._layout.packed, self._labels, self._begun, self.folder)
         missing = self._missing(parts, tell)

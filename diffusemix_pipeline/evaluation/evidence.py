@@ -306,7 +306,8 @@ class _Ask:
                 survived = answers.cpu().numpy()
                 write_arrays(file, {_RIGHT: survived})
             found[places] = survived
-        progress("AutoAttack", len(test), len(test))
+        if len(test):
+            progress("AutoAttack", len(test), len(test))
         return found
 
     def _batches(self, test: LabelledImages) -> Iterator[tuple[slice, np.ndarray, Tensor]]:
