@@ -103,9 +103,10 @@ def test_a_row_is_reproduced_beside_what_is_published(tmp_path, monkeypatch):
     for number, split in enumerate(["train", "val", "test"]):
         write_classes(photos / split, ["cat", "dog"], 6, seed=number)
     (home / "tiny.yaml").write_text(
-        "size: 32\ntraining: {model: test_resnet, arms: [vanilla, mixup], steps: 2, batch_size: 4}\n"
-        "evaluation: {corruptions: [contrast], severities: [3], fgsm_epsilons: [2], "
-        "attack_images: 2, autoattack_images: 1}\n"
+        "size: 32\n"
+        "training: {model: test_resnet, arms: [vanilla, mixup], steps: 2, batch_size: 4}\n"
+        "evaluation: {corruptions: [contrast, gaussian_noise], severities: [3], "
+        "fgsm_epsilons: [2], attack_images: 2, autoattack_images: 1}\n"
     )
     monkeypatch.setattr(results, "HOME", home)
     asked = "tiny", photos, tmp_path / "work", [0], ["mixup"]
