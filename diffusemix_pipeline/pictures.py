@@ -63,7 +63,7 @@ DARK = Theme(
     ink="#e8eaed",
     muted="#a0a8b3",
     grid="#2d333b",
-    series=("#a0a8b3", "#56b4e9", "#e69f00", "#2fc79a", "#cc79a7", "#f0e442", "#0072b2"),
+    series=("#c9d1d9", "#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#0072b2"),
 )
 
 

@@ -1,8 +1,11 @@
 """Pictures: sizes and pixels of sheets, the same bytes twice, and hostile text."""
 
 import io
+import re
 import subprocess
 import sys
+from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,6 +21,70 @@ CURVE = pd.DataFrame(
 BINS = pd.DataFrame(
     {"confidence": [np.nan, 0.5, 0.9], "accuracy": [np.nan, 0.4, 0.95], "share": [0.0, 0.3, 0.7]}
 )
+
+# What a dichromat sees, in linear RGB: Machado, Oliveira and Fernandes 2009, severity 1.
+VISION = {
+    "full": np.eye(3),
+    "protanopia": np.array(
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+         [-0.003882, -0.048116, 1.051998]]
+    ),
+    "deuteranopia": np.array(
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+         [-0.011820, 0.042940, 0.968881]]
+    ),
+    "tritanopia": np.array(
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
+         [0.004733, 0.691367, 0.303900]]
+    ),
+}  # fmt: skip
+LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
+REPORT = Path(pictures.__file__).parent / "evaluation" / "report.html.jinja"
+
+
+def linear(colour: str) -> np.ndarray:
+    srgb = np.array([int(colour[at : at + 2], 16) for at in (1, 3, 5)]) / 255
+    return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+
+
+def lab(rgb: np.ndarray) -> np.ndarray:
+    """Return CIE L*a*b* of linear RGB."""
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], LUMINANCE, [0.0193, 0.1192, 0.9505]])
+    x, y, z = np.cbrt(to_xyz @ rgb.clip(0, 1) / to_xyz.sum(axis=1))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted(LUMINANCE @ linear(colour) + 0.05 for colour in (one, other))
+    return high / low
+
+
+@pytest.mark.parametrize("kind", VISION)
+@pytest.mark.parametrize("theme", [pictures.LIGHT, pictures.DARK], ids=["light", "dark"])
+def test_lines_differ_for_colour_blind_readers_too(theme, kind):
+    seen = [lab(VISION[kind] @ linear(colour)) for colour in theme.series]
+    nearest = min(np.linalg.norm(one - other) for one, other in combinations(seen, 2))
+    assert nearest > 15  # 2 is what a trained eye tells apart side by side
+
+
+@pytest.mark.parametrize("theme", [pictures.LIGHT, pictures.DARK], ids=["light", "dark"])
+def test_words_in_plots_stand_out(theme):
+    """WCAG 2.2, 1.4.3: 4.5 to 1."""
+    assert min(contrast(theme.paper, words) for words in (theme.ink, theme.muted)) > 4.5
+
+
+def test_words_in_the_report_stand_out_on_screen_and_on_paper():
+    pages = re.findall(r":root \{(.*?)\}", REPORT.read_text("utf-8"), flags=re.S)
+    assert len(pages) == 3
+    for page in pages:
+        colours = dict(re.findall(r"--(\w+): (#\w+)", page))
+        colours = {
+            name: colour if len(colour) == 7 else "#" + "".join(2 * c for c in colour[1:])
+            for name, colour in colours.items()
+        }
+        for words in ("ink", "muted", "accent", "better", "worse"):
+            for paper in ("paper", "raised"):
+                assert contrast(colours[paper], colours[words]) > 4.5, (paper, words)
 
 
 def pixels_of(png: bytes) -> np.ndarray:
