@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, PercentFormatter, ScalarFormatter
 from PIL import Image
 from scipy import stats
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ from diffusemix_pipeline.editing.store import EditStore
 from diffusemix_pipeline.evaluation.evidence import Evidence
 from diffusemix_pipeline.evaluation.statistics import mean_estimates
 from diffusemix_pipeline.layers import load_settings
+from diffusemix_pipeline.pictures import LIGHT
 from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.settings import Arm, Settings
 from diffusemix_pipeline.training.arms import Wanted
@@ -163,24 +165,39 @@ def measure(bench: Bench) -> pd.DataFrame:
 
 
 def plot(table: pd.DataFrame) -> Figure:
-    """Draw fidelity and downstream accuracy against UNet evaluations."""
+    """Draw fidelity and downstream accuracy against UNet evaluations, in the reports' palette."""
     panels = {
         "psnr_to_teacher": "PSNR to the teacher, dB",
-        "difference_to_100_steps_255": "difference to the 100-step edit, 1/255",
-        "clean": "accuracy, clean",
-        "corrupted": "accuracy, corrupted",
+        "difference_to_100_steps_255": "Difference to the 100-step edit, 1/255",
+        "clean": "Accuracy, clean",
+        "corrupted": "Accuracy, corrupted",
     }
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    colours = dict(zip(MARKERS, LIGHT.series[1:], strict=False))
+    figure = Figure(figsize=(11, 7), layout="constrained", facecolor=LIGHT.paper)
     drawn = table.dropna(subset=["unet_evaluations"])
     for axes, (column, title) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
         for part, marker in MARKERS.items():
             some = drawn[drawn.index.str.fullmatch(f"dpm.*guided {part}")]
-            axes.plot(some["unet_evaluations"], some[column], marker, label=f"guided {part}")
+            axes.plot(
+                some["unet_evaluations"], some[column], marker, ms=8, color=colours[part],
+                label=f"guided {part}",
+            )  # fmt: skip
         paper = drawn.loc[PAPER]
-        axes.plot(paper["unet_evaluations"], paper[column], "*", ms=12, label="the paper's")
+        axes.plot(
+            paper["unet_evaluations"], paper[column], "*", ms=14, color=LIGHT.ink,
+            label="the paper's",
+        )  # fmt: skip
         if column in ("clean", "corrupted"):
-            axes.axhline(table.loc["originals alone", column], ls=":", label="originals alone")
+            alone = table.loc["originals alone", column]
+            axes.axhline(alone, ls=":", color=LIGHT.muted, label="originals alone")
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set(xscale="log", xlabel="UNet evaluations an edit", title=title)
+        axes.set_xticks([10, 30, 100, 300])
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color=LIGHT.grid)
+        axes.set_axisbelow(True)
     axes.legend()
     return figure
 

@@ -1056,7 +1056,8 @@ def _what_to_know(outcome: "Outcome") -> Iterator[str]:
         yield f"Editing: {actual}; a pilot predicted {predicted}"
     if set_aside := raw["set_aside"].value:
         first = raw["first_set_aside"].value
-        yield f"{set_aside} files are set aside, named in data/raw/stage.json; first: {first}"
+        files = "1 file is" if set_aside == 1 else f"{set_aside} files are"
+        yield f"{files} set aside, named in data/raw/stage.json; first: {first}"
     yield f"DVC: {outcome.metadata['fractal_augmented_dataset']['dvc_push'].value}"
     champion = outcome.metadata["champion"]
     yield f"Champion: {champion['champion'].value}; challenger: {champion['challenger'].value}"

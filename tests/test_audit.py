@@ -1,9 +1,12 @@
 """Audit: a wrong answer leads to the training images that look like it to the classifier."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
 from conftest import quick_settings, write_classes, write_edits
+from PIL import Image
 
 from diffusemix_pipeline.datasets.ingest import ingest
 from diffusemix_pipeline.evaluation.audit import audit
@@ -45,6 +48,16 @@ def test_the_surest_wrong_answers_come_first_with_what_was_made_of_their_neighbo
             assert rows.loc[near["image"], "split"] == "train"
             assert rows.loc[near["image"], "label"] == near["label"]
             assert near["made"] == of_source[near["image"]]
+
+
+def test_the_picture_has_no_column_without_an_image(judged):
+    """One edit an image was made, so each neighbour takes two columns, not three."""
+    cell, gap = 64, 4
+    sheet = np.asarray(Image.open(io.BytesIO(audit(*judged, pictured=True, device="cpu").sheet)))
+    below_titles = sheet[-2 * (cell + gap) :]
+    for column in range(1, 8):  # from the right: test image, and three times two
+        end = sheet.shape[1] - gap - (column - 1) * (cell + gap)
+        assert (below_titles[:cell, end - cell : end] < 250).any(axis=2).mean() > 0.2
 
 
 def test_neighbours_are_nearest_by_the_cosine_of_the_last_features(judged):

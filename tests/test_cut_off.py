@@ -40,7 +40,7 @@ PHASES = {
     "hybrid": ["Mixing hybrid images"],
     "augmented": ["Making fractals", "Mixing augmented images", "Pinning data/ with DVC"],
     "training": ["Training vanilla", "Training diffusemix"],
-    "report": ["Evaluating test images", "AutoAttack"],
+    "report": ["Evaluating images", "AutoAttack"],
 }
 MADE = {
     "raw": ["data/raw"],

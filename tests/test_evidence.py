@@ -181,14 +181,14 @@ def test_batches_change_no_answer(ask):
 
 
 def test_progress_ends_at_its_total(ask):
-    told = {"Evaluating test images": [], "AutoAttack": []}
+    told = {"Evaluating images": [], "AutoAttack": []}
 
     def tell(description: str, done: int, total: int) -> None:
         told[description].append((done, total))
 
     ask(WITH_AUTOATTACK, progress=tell)
     passes = 120 * 7 + 30 * 20
-    assert told["Evaluating test images"][-1] == (passes, passes)
+    assert told["Evaluating images"][-1] == (passes, passes)
     assert told["AutoAttack"] == [(0, 8), (8, 8)]
     for steps in told.values():
         assert steps == sorted(steps)

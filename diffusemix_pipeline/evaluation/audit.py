@@ -163,14 +163,16 @@ def _sheet(
     read: Callable[[str, int], np.ndarray],
 ) -> bytes:
     blank = np.full((1, 1, 3), 255, np.uint8)
+    most = max(len(neighbour["made"]) for case in cases for neighbour in case["nearest"])
+    columns = min(most, _MADE_SHOWN)
     rows = []
     for case, image, places in zip(cases, images, near, strict=True):
         row = [image]
         for neighbour, pixels in zip(case["nearest"], train.images[places], strict=True):
-            shown = [read(made, len(image)) for made in neighbour["made"][:_MADE_SHOWN]]
-            row += [pixels, *shown, *[blank] * (_MADE_SHOWN - len(shown))]
+            shown = [read(made, len(image)) for made in neighbour["made"][:columns]]
+            row += [pixels, *shown, *[blank] * (columns - len(shown))]
         rows.append(row)
-    made = ["made of it"] * _MADE_SHOWN
+    made = ["made of it"] * columns
     titles = [title for n, _ in enumerate(near[0], 1) for title in (f"nearest {n}", *made)]
     return contact_sheet(
         rows,

@@ -356,7 +356,7 @@ def _counted(progress: Progress, total: int) -> Callable[[int], None]:
     def tell(more: int) -> None:
         nonlocal done
         done += more
-        progress("Evaluating test images", done, total)
+        progress("Evaluating images", done, total)
 
     return tell
 
