@@ -374,12 +374,12 @@ def _duration(seconds: float) -> str:
 def drop(image_ids: Sequence[str]) -> None:
     """Take images or single edits out of the dataset.
 
-    An image of data/raw goes with all that was made of it. The next run makes a new version of the
-    dataset, without a new edit.
+    An image of data/raw goes with all that was made of it; its name in the source folder will do.
+    The next run makes a new version of the dataset, without a new edit.
 
     \b
     Examples:
-      diffusemix drop train/cat/0421-1b2c3d4e5f607182
+      diffusemix drop train/cat/0421.jpg
       diffusemix drop cat/0007-5f6a7b8c9d0e1f2a.sunset.0.9d0e1f2a
     """
     from diffusemix_pipeline.datasets.dropped import drop as add

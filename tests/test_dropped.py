@@ -217,6 +217,7 @@ def test_tombstones_are_lines_that_a_person_can_read_and_delete(source, tmp_path
     assert line == f"source {row['source_sha256']} {row['image_id']}"
     assert read_dropped(file) == Dropped(frozenset({tombstone(row)}))
     assert drop(file, [row["image_id"]], [raw.folder]) == []  # once is enough
+    assert drop(file, [row["source_id"]], [raw.folder]) == []  # by its name in the source folder
     with pytest.raises(UserError, match="No stage in data/ has an image 'cat/no'"):
         drop(file, ["cat/no"], [raw.folder])
     file.write_text(f"# why: blurred\n\n{line}\nedit {'ab' * 16}\n")

@@ -49,27 +49,28 @@ def read_dropped(path: Path) -> Dropped:
 def drop(path: Path, image_ids: Iterable[str], stages: Iterable[Path]) -> list[str]:
     """Add a tombstone for each image of the stage folders; return the new lines.
 
-    An image of `raw` is a source, which goes with all that was made of it; any other is an edit.
-    UserError names an image that no stage has: nothing is written then.
+    An image of `raw` is a source, which goes with all that was made of it; any other is an edit. A
+    source may also be named by its `source_id`, as the report names it. UserError names an image
+    that no stage has: nothing is written then.
     """
     known = _lines(path)
-    tables = [
-        read_manifest(folder, ["image_id", "source_sha256", "edit_key"]).set_index("image_id")
-        for folder in stages
-        if (folder / STAGE).exists()
-    ]
+    columns = ["image_id", "source_id", "source_sha256", "edit_key"]
+    tables = [read_manifest(f, columns) for f in stages if (f / STAGE).exists()]
+    tables = [table.set_index("image_id", drop=False) for table in tables]
+    tables += [table[table["edit_key"].isna()].set_index("source_id") for table in tables]
     added: list[str] = []
-    for image_id in image_ids:
-        table = next((table for table in tables if image_id in table.index), None)
+    for name in image_ids:
+        table = next((table for table in tables if name in table.index), None)
         if table is None:
             raise UserError(
-                f"No stage in data/ has an image '{image_id}'. An image_id is a file's path below "
-                "its stage folder, without the suffix: it is in the stage's manifest.parquet."
+                f"No stage in data/ has an image '{name}'. An image_id is a file's path below "
+                "its stage folder, without the suffix: it is in the stage's manifest.parquet. "
+                "A source may be named by its file in the source folder, too."
             )
-        row = table.loc[image_id]
+        row = table.loc[name]
         is_edit = isinstance(row["edit_key"], str)
         kind, key = ("edit", row["edit_key"]) if is_edit else ("source", row["source_sha256"])
-        line = f"{kind} {key} {image_id}"
+        line = f"{kind} {key} {row['image_id']}"
         if line not in known and line not in added:
             added.append(line)
     if added:
