@@ -181,6 +181,15 @@ def test_what_is_unfair_or_leaks_is_named(tmp_path):
     assert "1 picture lies in two splits" in text
     for name in ("train/a/1.png", "test/a/9.png", "a/broken.png", "not an image"):
         assert name in text
+    assert "diffusemix drop with the first name of a pair takes that picture out." in text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_splits_stand_in_the_order_of_their_use(tmp_path):
+    counts = {split: dict.fromkeys("abcd", 30) for split in ("test", "train", "val")}
+    page = written(tmp_path, inputs(counts=counts)).html.read_text("utf-8")
+    rows = re.findall(r'<th scope="row">(train|val|test)</th>', page)
+    assert rows == ["train", "val", "test"]
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -22,6 +22,7 @@ import pandas as pd
 from PIL import Image
 
 from diffusemix_pipeline import pictures
+from diffusemix_pipeline.datasets.manifest import SPLITS
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.evaluation.attacks import autoattack_attacks
 from diffusemix_pipeline.evaluation.audit import Audit
@@ -184,7 +185,7 @@ def _document(inputs: ReportInputs) -> dict[str, Any]:
         "audit": [_rounded_case(case) for case in inputs.audit.cases] if inputs.audit else [],
         "data": {
             "classes": list(inputs.classes),
-            "counts": {split: dict(of_class) for split, of_class in inputs.counts.items()},
+            "counts": {s: dict(inputs.counts[s]) for s in SPLITS if s in inputs.counts},
             "copies_across_splits": [dict(copy) for copy in inputs.copies],
             "set_aside": [dict(image) for image in inputs.set_aside],
             "test_reads": inputs.test_reads,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     "a picture that lies in two splits is told.",
 )
 def raw_dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-    from diffusemix_pipeline.datasets.manifest import without_images
+    from diffusemix_pipeline.datasets.manifest import SPLITS, without_images
     from diffusemix_pipeline.pictures import class_histogram
     from diffusemix_pipeline.preflight import check_outputs, check_run
     from diffusemix_pipeline.tracking import open_tracking
@@ -49,7 +49,7 @@ def raw_dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
     for split, labels in missing.items():
         if labels:
             context.log.warning(f"No {split} image shows {', '.join(labels[:20])}")
-    histogram = class_histogram(by_split)
+    histogram = class_histogram({split: by_split[split] for split in SPLITS if split in by_split})
     return dg.MaterializeResult(
         data_version=dg.DataVersion(stage.version),
         metadata={
