@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,11 @@ from PIL import Image
 from diffusemix_pipeline.cli import main
 from diffusemix_pipeline.datasets.manifest import read_stage
 from diffusemix_pipeline.editing.store import EditStore
-from diffusemix_pipeline.layers import preset_names
+from diffusemix_pipeline.layers import load_settings, preset_names
 from diffusemix_pipeline.locks import using_edits
 from diffusemix_pipeline.project import Project
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +203,40 @@ def test_every_command_explains_itself(path, command, here):
         assert f"  diffusemix {' '.join(path)}" in result.output.partition("Example")[2]
     options = [option for option in command.params if isinstance(option, click.Option)]
     assert [option.name for option in options if not option.help] == []
+
+
+def parsed(group: click.Group, words: list[str], parent: click.Context | None = None):
+    """Return the context of what `words` ask for, not run; click's UsageError where it fails."""
+    name, command, rest = group.resolve_command(click.Context(group, parent), words)
+    if isinstance(command, click.Group):
+        return parsed(command, rest, click.Context(command, parent))
+    return command.make_context(name, rest, parent)
+
+
+def shell_lines(text: str) -> Iterator[str]:
+    """Give each line of a document's shell blocks or of a help's examples that calls us."""
+    for line in text.replace("\\\n", " ").splitlines():
+        if called := re.match(r"\s*(?:\$ )?(diffusemix .*)", line):
+            yield called[1]
+
+
+def documented() -> Iterator[str]:
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for block in re.findall(r"^```sh\n(.*?)^```", page.read_text("utf-8"), re.M | re.S):
+            yield from shell_lines(block)
+    for _, command in commands(main):
+        yield from shell_lines((command.help or "").partition("Example")[2])
+
+
+@pytest.mark.parametrize("line", sorted(set(documented())))
+def test_every_command_that_is_shown_is_understood(line, here, monkeypatch):
+    """Commands, options and settings exist; files that it names need not."""
+    monkeypatch.setattr(Path, "is_dir", lambda path: True)
+    line = line.replace("=COMMIT", f"={'a' * 40}")
+    _, *words = shlex.split(line, comments=True)
+    given = parsed(main, words).params
+    monkeypatch.undo()
+    load_settings(here, preset=given.get("preset"), overrides=given.get("overrides", ()))
 
 
 def test_the_list_of_commands_is_whole_sentences_and_says_where_to_start(here):
