@@ -397,7 +397,7 @@ def drop(image_ids: Sequence[str]) -> None:
     "--compare",
     nargs=2,
     metavar="RUN_A RUN_B",
-    help="Two reports: each a folder, a report.json, or the id of an MLflow run.",
+    help="Two reports: each a folder, a report.json, or the id of an MLflow run or its start.",
 )
 def report(compare: tuple[str, str] | None) -> None:
     """Print the last report, or compare two.
@@ -738,6 +738,7 @@ def data_history() -> None:
     """
     from diffusemix_pipeline.orchestration.data_versions import history
     from diffusemix_pipeline.terminal import print_table
+    from diffusemix_pipeline.tracking import SHORT_ID
     from diffusemix_pipeline.versioning import pinned_digest
 
     project = _project_here()
@@ -755,7 +756,7 @@ def data_history() -> None:
                 training.name,
                 training.model_version or "",
                 "" if accuracy is None else f"{100 * accuracy:.1f}",
-                training.run_id,
+                training.run_id[:SHORT_ID],
             ]
             rows.append(cells)
             cells = ["", ""]

@@ -55,6 +55,8 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 DEFAULT_PORT = 5000
+SHORT_ID = 8
+"""Letters of a run's id, by which it is known where there is little room."""
 _PROCESS = "diffusemix.process"
 _LONGEST_RUN_DAYS = 7  # as dagster.yaml has it
 _MODEL_NAME = "diffusemix.model_name"
@@ -224,9 +226,17 @@ class Tracker:
         self._client.log_artifacts(logged.run_id, str(folder), _REPORT)
 
     def report(self, run_id: str, folder: Path) -> Path:
-        """Bring a run's report into `folder`; UserError for a run that is not here or has none."""
+        """Bring a run's report into `folder`; UserError for a run that is not here or has none.
+
+        `run_id` may be the start of the id of one of `trainings`, SHORT_ID letters or more.
+        """
         from mlflow.exceptions import MlflowException
 
+        if len(run_id) >= SHORT_ID:
+            begun = [t.run_id for t in self.trainings() if t.run_id.startswith(run_id)]
+            if len(begun) > 1:
+                raise UserError(f"'{run_id}' begins several ids: {', '.join(begun)}.")
+            run_id = begun[0] if begun else run_id
         try:
             self._client.get_run(run_id)
         except MlflowException as error:

@@ -142,7 +142,7 @@ def test_a_champion_stays_until_a_model_is_no_worse(project, weights, tmp_path):
     aliases, tags = versions(project)
     assert (aliases["champion"], aliases["challenger"]) == ("1", "2")
     assert tags["2"]["promotion.promoted"] == "false"
-    assert "points lower" in tags["2"]["promotion.reason"]
+    assert "more than 1 point lower" in tags["2"]["promotion.reason"]
     assert worse.metadata["champion"]["reason"].value == tags["2"]["promotion.reason"]
     assert worse.metadata["champion"]["champion_val_clean"].value == pytest.approx(
         float(tags["1"]["promotion.val_clean"]), abs=1e-4

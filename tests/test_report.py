@@ -632,13 +632,13 @@ def test_two_reports_are_compared_by_numbers_settings_and_test_images(tmp_path):
     text = changes(read_document(before.folder), read_document(after.json))
     assert before.headline in text
     assert after.headline in text
-    [row] = [line for line in text.splitlines() if re.match(r"\| Vanilla +\| clean", line)]
+    [row] = [line for line in text.splitlines() if re.match(r"\| Vanilla +\| Clean", line)]
     assert [cell.strip() for cell in row.split("|")[3:5]] == ["80.0", "90.0"]
     assert "+10.0 (+" in row
     assert "no significant difference" not in row
-    [brier] = [line for line in text.splitlines() if re.match(r"\| Vanilla +\| brier", line)]
+    [brier] = [line for line in text.splitlines() if re.match(r"\| Vanilla +\| Brier", line)]
     assert re.search(r"0\.\d{3} .* −0\.\d{3} \(−0\.\d{3} to [−+]0\.\d{3}\)", brier)
-    [fgsm] = [line for line in text.splitlines() if re.match(r"\| Vanilla +\| fgsm, ", line)]
+    [fgsm] = [line for line in text.splitlines() if re.match(r"\| Vanilla +\| FGSM 2/255", line)]
     assert "+0.0 (" in fgsm
     assert "no significant difference" in fgsm
     assert "95 % intervals" in text
@@ -646,6 +646,7 @@ def test_two_reports_are_compared_by_numbers_settings_and_test_images(tmp_path):
     assert "The test images are not the same" in text
     assert r'\["a\|b"\]' in text
     assert "code" not in text.split("Versions that differ")[1]
+    assert re.search(r"\| test +\| a +\| b +\|", text)
     hostile = read_document(after.json)
     hostile["headline"] = "<img src=x onerror=alert(1)> \x1b[31m"
     hostile["arms"][1]["arm"] = "<b>|</b>"

@@ -16,8 +16,10 @@ from jsonschema.exceptions import best_match
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.evaluation.written_report import (
     DOCUMENT,
-    MEASURES,
+    LOSSES,
     SCHEMA_VERSION,
+    measure_titles,
+    more_titles,
     plain_markdown,
     title_of,
 )
@@ -28,16 +30,11 @@ _SHAPES_NUMBERS = (
 )  # fmt: skip
 """The settings that say on what, and by what, classifiers are judged."""
 _SCHEMA = Path(__file__).with_name("report.schema.json")
-_SHARES = (
-    *MEASURES, "corrupted_unshared", "overall", "published", "fgsm_attack", "pgd", "autoattack",
-    "mce_to_vanilla", "mce_to_vanilla_unshared",
-)  # fmt: skip
-_LOSSES = ("brier", "nll")
-
 _INTERVALS = (
-    "Shares in %, their changes in points; in brackets 95 % intervals, which take the reports to "
-    "be independent of each other and are not corrected for how many there are. By chance alone "
-    "some leave zero out; with one training seed more of them, as another seed gives other numbers."
+    "Shares in %, their changes in points (Brier score and NLL are none); in brackets 95 % "
+    "intervals, which take the reports to be independent of each other and are not corrected for "
+    "how many there are. By chance alone some leave zero out; with one training seed more of them, "
+    "as another seed gives other numbers."
 )
 
 
@@ -86,22 +83,21 @@ def _warnings(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[s
         if theirs.get(what) != ours.get(what):
             yield f"**{what} is not the same**: what depends on it does not compare."
     if first["shared_families"]["left_out"] != second["shared_families"]["left_out"]:
-        yield "**Other families of corruption are left out** of `corrupted_unshared`."
+        yield "**Other families of corruption are left out** of what is unshared."
     if first["fgsm_epsilon"] != second["fgsm_epsilon"]:
         yield "**The FGSM strengths are not the same**."
 
 
 def _measures(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     ours, theirs = ({arm["arm"]: arm for arm in document["arms"]} for document in (first, second))
+    titles = {**measure_titles(second), **more_titles(second)}
     rows = []
     for arm in theirs:
-        for measure in (*_SHARES, *_LOSSES):
+        for measure, title in titles.items():
             before, after = ours.get(arm, {}).get(measure), theirs[arm][measure]
             if before and after:
-                percent = measure in _SHARES
-                shown = _change(before, after, percent=percent)
-                name = plain_markdown(f"{measure}, %" if percent else measure)
-                rows.append([plain_markdown(title_of(arm)), name, *shown])
+                shown = _change(before, after, percent=measure not in LOSSES)
+                rows.append([plain_markdown(title_of(arm)), title, *shown])
     if not rows:
         return "No arm is in both reports."
     missing = [plain_markdown(title_of(arm)) for arm in sorted(ours.keys() ^ theirs.keys())]
@@ -132,12 +128,16 @@ def _change(before: Mapping[str, float], after: Mapping[str, float], *, percent:
 
 def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     rows = [
-        [plain_markdown(key), *(plain_markdown(json.dumps(v.get(key))) for v in (first, second))]
+        [plain_markdown(key), *(plain_markdown(_shown(v.get(key))) for v in (first, second))]
         for key in sorted(first.keys() | second.keys())
         if first.get(key) != second.get(key)
     ]
     table = pd.DataFrame(rows, columns=["what", "first", "second"])
     return table.to_markdown(index=False, disable_numparse=True) if rows else ""
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -64,10 +64,10 @@ def decide(challenger: ValScore, champion: ValScore | None, tolerance: float) ->
         if new < old - tolerance
     ]
     if fallen:
+        far = f"{100 * tolerance:g} point{'s' * (tolerance != 0.01)}"
+        are = "accuracy is" if len(fallen) == 1 else "accuracy are each"
         return Decision(
-            False,
-            f"Its {' and '.join(fallen)} accuracy is more than {100 * tolerance:g} points lower. "
-            f"{compared}",
+            False, f"Its {' and '.join(fallen)} {are} more than {far} lower. {compared}"
         )
     if challenger.mean < champion.mean:
         return Decision(False, f"The mean of its two accuracies is lower. {compared}")

@@ -21,6 +21,8 @@ PAGE = "index.html"
 MARKDOWN = "report.md"
 SCHEMA_VERSION = 7
 MEASURES = ("clean", "corrupted", "fgsm", "ece")
+LOSSES = {"brier": "Brier score", "nll": "NLL"}
+"""The measures that are no shares, and their titles."""
 _TITLES = {
     "vanilla": "Vanilla",
     "trivialaugment": "TrivialAugment",
@@ -103,6 +105,21 @@ def measure_titles(document: Mapping[str, Any]) -> dict[str, str]:
         "ece": "Calibration error",
     }
     return {name: title for name, title in titles.items() if document["arms"][0][name]}
+
+
+def more_titles(document: Mapping[str, Any]) -> dict[str, str]:
+    """Return the titles of an arm's other measures."""
+    at = of_255(document["attacks"]["epsilon"])
+    return {
+        "overall": "Overall",
+        "mce_to_vanilla": "mCE, normalised by vanilla",
+        "mce_to_vanilla_unshared": "mCE, normalised, unshared",
+        "published": "Published sets",
+        "fgsm_attack": f"FGSM {at}",
+        "pgd": f"PGD-20 {at}",
+        "autoattack": f"AutoAttack {at}",
+        **LOSSES,
+    }
 
 
 def title_of(arm: str) -> str:
