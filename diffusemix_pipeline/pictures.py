@@ -36,8 +36,9 @@ _LONGEST_LABEL = 28  # characters
 _LEGEND_LINES = 4  # what a figure has room for
 _LEGEND_LINE_INCHES = 0.18
 _TURNED_INCHES = 0.05  # that a character of a turned label takes below the cells
-_LARGE_NUMBERS = 8  # columns: more have no room for decimals
-_NUMBERED_PROMPTS = 12  # narrower cells have no room for a number
+_LARGEST_NUMBER = 9.0  # points, of the numbers in cells
+_SMALLEST_NUMBER = 5.0
+_LEAST_SHARE = 0.01  # of the images: bins with fewer say nothing of calibration
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,8 @@ def class_histogram(counts: Mapping[str, Mapping[str, int]], *, theme: Theme = L
 
     Classes keep their order; of more than 60, the bars stand by size and go without names.
     """
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
     classes = list(dict.fromkeys(name for split in counts.values() for name in split))
     named = len(classes) <= _NAMED_CLASSES
     if not named:
@@ -194,8 +197,11 @@ def class_histogram(counts: Mapping[str, Mapping[str, int]], *, theme: Theme = L
         axes.set_yticklabels([_named(name) for name in classes])
     else:
         axes.set_ylabel(f"{len(classes)} classes, by size", color=theme.muted)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlabel("images", color=theme.muted)
     _legend_above(figure, axes, theme)
     return _png(figure)
@@ -231,14 +237,18 @@ def accuracy_curves(
     label: str,
     theme: Theme = LIGHT,
 ) -> bytes:
-    """Return a PNG of each arm's accuracy (0 to 1) and its interval over an attack's strength."""
+    """Return a PNG of each arm's accuracy (0 to 1) and its interval over `strengths`.
+
+    These stand evenly spaced, so that none covers another, whatever their ratios.
+    """
     figure, axes = _figure(theme, height=3.4)
+    places = range(len(strengths))
     for index, (name, intervals) in enumerate(accuracies.items()):
         value, low, high = np.array(intervals).T
         line = _line_style(index, theme, marked=True)
-        axes.fill_between(strengths, low, high, color=line["color"], alpha=0.16, linewidth=0)
-        axes.plot(strengths, value, label=_named(name), **line)
-    axes.set_xticks(list(strengths), [f"{strength:g}" for strength in strengths])
+        axes.fill_between(places, low, high, color=line["color"], alpha=0.16, linewidth=0)
+        axes.plot(places, value, label=_named(name), **line)
+    axes.set_xticks(places, [f"{strength:g}" for strength in strengths])
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(_percent)
     axes.set_xlabel(label, color=theme.muted)
@@ -254,40 +264,36 @@ def heat_map(
     *,
     title: str,
     label: str,
+    row_label: str = "",
     reach: float | None = None,
+    better: np.ndarray | None = None,
     theme: Theme = LIGHT,
 ) -> bytes:
     """Return a PNG of `values` (rows, columns) as coloured cells, numbered in percent or points.
 
-    Values are 0 to 1; with `reach`, differences, coloured from -reach over a neutral 0 to reach.
+    Values are 0 to 1, the bluer the higher; with `reach`, differences, coloured from -reach, orange
+    for worse, over a neutral 0, which has no number, to reach, blue for better. `better` holds 1
+    where a higher value is better and -1 where it is worse; None: better everywhere.
     """
     rows, columns = values.shape
     longest = min(_LONGEST_LABEL, max(len(name) for name in column_labels))
     turned = longest > _LEVEL_LABEL
     below = _TURNED_INCHES * longest if turned else 0
     figure, axes = _figure(theme, height=0.95 + 0.36 * rows + below)
-    digits = 1 if columns <= _LARGE_NUMBERS else 0
-    size = 9 if columns <= _LARGE_NUMBERS else 6.5
-    colours, norm = _scale(reach, theme)
-    axes.imshow(values, cmap=colours, norm=norm, aspect="auto")
 
-    def numbered(value: float) -> str:
-        text = f"{100 * value:.0f}" if reach is None else f"{100 * value:+z.{digits}f}"
-        return text.replace("-", "−")
+    def numbered(value: float, digits: int) -> str:
+        if reach is None:
+            return f"{100 * value:.0f}"
+        return f"{100 * value:+z.{digits}f}".replace("-", "−") if value else ""
 
-    _number_cells(axes, values, numbered, lambda value: colours(norm(value)), size=size)
+    coloured = values if better is None else values * better
+    _cells(axes, values, coloured, row_labels, numbered, _scale(reach, theme), theme)
     how: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(
         range(columns), [_named(name) for name in column_labels], **(how if turned else {})
     )
-    axes.set_yticks(range(rows), [_named(name) for name in row_labels])
-    axes.set_xticks(np.arange(1, columns) - 0.5, minor=True)
-    axes.set_yticks(np.arange(1, rows) - 0.5, minor=True)
-    axes.grid(visible=False)
-    axes.grid(which="minor", color=theme.paper, linewidth=2)
-    axes.tick_params(which="both", length=0)
-    axes.spines[:].set_visible(False)
     axes.set_xlabel(label, color=theme.muted)
+    axes.set_ylabel(row_label, color=theme.muted)
     # Over the whole picture, as long names of rows leave little room over the cells.
     figure.suptitle(_escaped(title), color=theme.ink, size=10, weight="bold", x=0.01, ha="left")
     return _png(figure)
@@ -295,59 +301,86 @@ def heat_map(
 
 def _scale(reach: float | None, theme: Theme) -> "tuple[Colormap, Normalize]":
     """Return the colours of shares, 0 to 1, or of differences from -reach to reach."""
-    from matplotlib import colormaps
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
     if reach is None:
-        return colormaps["cividis"], Normalize(0, 1)
-    ends = ("#d55e00", theme.grid, "#0072b2")
-    return LinearSegmentedColormap.from_list("worse to better", ends), Normalize(-reach, reach)
+        ends = (theme.grid, theme.series[1])
+        return LinearSegmentedColormap.from_list("share", ends), Normalize(0, 1)
+    both = ("#d55e00", theme.grid, "#0072b2")
+    return LinearSegmentedColormap.from_list("worse to better", both), Normalize(-reach, reach)
 
 
-def _number_cells(
+def _cells(
     axes: "Axes",
     values: np.ndarray,
-    numbered: Callable[[float], str],
-    colour: Callable[[float], tuple[float, float, float, float]],
-    *,
-    size: float,
+    coloured: np.ndarray,
+    row_labels: Sequence[str],
+    numbered: Callable[[float, int], str],
+    scale: "tuple[Colormap, Normalize]",
+    theme: Theme,
 ) -> None:
-    """Write each finite value into its cell, in the ink that is read on the cell's colour."""
+    """Draw `values` (rows, columns) as cells with names of rows, coloured by `coloured`.
+
+    Each finite value is written into its cell by `numbered`, which takes it and how many decimals
+    there are, as large as the cells are wide; where they are too narrow, none is.
+    """
+    colours, norm = scale
+    axes.imshow(coloured, cmap=colours, norm=norm, aspect="auto")
+    rows, columns = values.shape
+    axes.set_yticks(range(rows), [_named(name) for name in row_labels])
+    beside = 0.075 * min(_LONGEST_LABEL, max(map(len, row_labels))) + 0.3  # inches; of 9 points
+    for digits in (1, 0):
+        texts = [numbered(value, digits) for value in values.flat if np.isfinite(value)]
+        letters = max(map(len, texts), default=1) or 1
+        size = min(_LARGEST_NUMBER, 0.9 * (_WIDTH - beside) / columns * 72 / (0.62 * letters))
+        if size >= 0.8 * _LARGEST_NUMBER:
+            break
     for (row, column), value in np.ndenumerate(values):
-        if not np.isfinite(value):
-            continue
-        red, green, blue, _ = colour(value)
-        ink = LIGHT.ink if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else DARK.ink
-        axes.text(column, row, numbered(value), color=ink, ha="center", va="center", size=size)
+        if np.isfinite(value) and size >= _SMALLEST_NUMBER:
+            ink = _ink_on(colours(norm(coloured[row, column]))[:3])
+            where = {"ha": "center", "va": "center", "size": size}
+            axes.text(column, row, numbered(value, digits), color=ink, **where)
+    axes.set_xticks(np.arange(1, columns) - 0.5, minor=True)
+    axes.set_yticks(np.arange(1, rows) - 0.5, minor=True)
+    axes.grid(visible=False)
+    axes.grid(which="minor", color=theme.paper, linewidth=2)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _ink_on(colour: Sequence[float]) -> str:
+    """Return black or white, whichever stands out more from sRGB in 0 to 1 (WCAG 2.2)."""
+    srgb = np.asarray(colour)
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    luminance = float(linear @ (0.2126, 0.7152, 0.0722))
+    return "black" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "white"
 
 
 def yield_map(table: "pd.DataFrame", *, theme: Theme = LIGHT) -> bytes:
     """Return a PNG of shares, 0 to 1, in percent: `table` has a row a class, a column a prompt.
 
     A cell without a share (NaN) stays empty. Of more than 60 classes, the 60 with the lowest mean
-    are drawn, lowest first; with more than 12 prompts, cells go without numbers.
+    are drawn, lowest first.
     """
     classes, prompts = table.shape
-    label = ""
+    label = "edits let through, %"
     if classes > _NAMED_CLASSES:
         lowest = table.mean(axis=1).sort_values(kind="stable").index[:_NAMED_CLASSES]
         table = table.loc[lowest]
-        label = f"the {_NAMED_CLASSES} lowest of {classes} classes"
+        label += f": the {_NAMED_CLASSES} lowest of {classes} classes"
     values = table.to_numpy(float)
     figure, axes = _figure(theme, height=1.6 + 0.24 * len(table))
-    colours, norm = _scale(None, theme)
-    axes.imshow(values, cmap=colours, norm=norm, aspect="auto")
-    if prompts <= _NUMBERED_PROMPTS:
-        _number_cells(axes, values, lambda value: f"{100 * value:.0f}", colours, size=8)
+    names = [str(name) for name in table.index]
+    _cells(
+        axes, values, values, names, lambda value, _: f"{100 * value:.0f}", _scale(None, theme),
+        theme,
+    )  # fmt: skip
     axes.xaxis.tick_top()
     axes.set_xticks(
         range(prompts), [_named(str(name)) for name in table.columns],
         rotation=45, ha="left", rotation_mode="anchor",
     )  # fmt: skip
-    axes.set_yticks(range(len(table)), [_named(str(name)) for name in table.index])
     axes.tick_params(labelsize=8)
-    axes.grid(visible=False)
-    axes.spines[:].set_visible(False)
     axes.set_xlabel(label, color=theme.muted)
     return _png(figure)
 
@@ -355,7 +388,8 @@ def yield_map(table: "pd.DataFrame", *, theme: Theme = LIGHT) -> bytes:
 def reliability_diagram(curves: "Mapping[str, pd.DataFrame]", *, theme: Theme = LIGHT) -> bytes:
     """Return a PNG of accuracy over confidence, and of how many images have which confidence.
 
-    A mark is larger where it stands for more images.
+    A mark is larger where it stands for more images, and bins with less than a hundredth of them
+    have none.
 
     `curves` is arm -> a row a bin, with columns confidence and accuracy (0 to 1, NaN in an empty
     bin) and share (of the images, 0 to 1).
@@ -367,7 +401,7 @@ def reliability_diagram(curves: "Mapping[str, pd.DataFrame]", *, theme: Theme = 
     _style(bottom, theme)
     top.plot([0, 1], [0, 1], color=theme.muted, linewidth=1, linestyle=(0, (2, 3)))
     for index, (name, curve) in enumerate(curves.items()):
-        known = curve.dropna()
+        known = curve[curve["share"] >= _LEAST_SHARE].dropna()
         line = _line_style(index, theme, marked=False)
         marker, sizes = _MARKERS[index % len(_MARKERS)], 8 + 90 * known["share"]
         top.plot(known["confidence"], known["accuracy"], label=_named(name), **line)
@@ -377,7 +411,7 @@ def reliability_diagram(curves: "Mapping[str, pd.DataFrame]", *, theme: Theme = 
         edges = np.linspace(0, 1, len(curve) + 1)
         bottom.stairs(curve["share"], edges, color=line["color"], linestyle=line["linestyle"])
     top.set_ylabel("accuracy", color=theme.muted)
-    bottom.set_ylabel("images", color=theme.muted)
+    bottom.set_ylabel("share of\nimages", color=theme.muted)
     bottom.set_xlabel("confidence of the prediction", color=theme.muted)
     for axis in (top.yaxis, bottom.yaxis, bottom.xaxis):
         axis.set_major_formatter(_percent)
@@ -498,8 +532,9 @@ def _named(text: str) -> str:
 
 
 def shortened(name: str) -> str:
-    """Cut a name to what a plot has room for."""
-    return name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}…"
+    """Cut a name in its middle to what a plot has room for: names differ at either end."""
+    half = (_LONGEST_LABEL - 1) // 2
+    return name if len(name) <= _LONGEST_LABEL else f"{name[:half]}…{name[-half:]}"
 
 
 def _png(figure: "Figure") -> bytes:

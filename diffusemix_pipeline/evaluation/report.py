@@ -295,8 +295,8 @@ def _setting_rows(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[s
 
 
 def _setting(value: Any) -> str:
+    if value in (None, "", []):
+        return "none"
     if isinstance(value, list):
         return ", ".join(map(_setting, value))
-    if value is None or value == "":
-        return "–"
     return value if isinstance(value, str) else json.dumps(value).removesuffix(".0")

@@ -52,7 +52,10 @@ def draw_plots(
     if document["few_images"]:
         plots["few_images"] = _few_images_plot(document["few_images"], theme)
     if curves:
-        plots["learning_curves"] = _learning_plot(curves, theme)
+        names = [arm["arm"] for arm in drawn]
+        plots["learning_curves"] = _learning_plot(
+            {key: curve for key, curve in curves.items() if key[0] in names}, theme
+        )
     counts = document["data"]["counts"]
     plots["class_counts"] = Plot(
         pictures.class_histogram(counts, theme=theme),
@@ -85,7 +88,7 @@ def _differences_plot(document: Mapping[str, Any], theme: pictures.Theme) -> Plo
         for arm in compared
         if arm["difference"][measure]["significant"]
     }
-    label = "accuracy against vanilla, points\n(filled: a significant difference)"
+    label = "← worse than vanilla, points, better →\n(filled: a significant difference)"
     alt = "Differences in accuracy to vanilla with 95 % intervals. " + "; ".join(
         f"{name}, {arm}: {in_points(value)} ({in_points(low)} to {in_points(high)})"
         for name, of_arm in intervals.items()
@@ -193,7 +196,8 @@ def _confusion_plot(confusion: Mapping[str, Any], theme: pictures.Theme) -> Plot
     most = [words for size, words in sorted(moves, reverse=True)[:6] if size]
     png = pictures.heat_map(
         change, names, names,
-        title=title, label="called", reach=max(0.1, float(np.abs(change).max())), theme=theme,
+        title=title, label="answer", row_label="true class",
+        reach=max(0.1, float(np.abs(change).max())), better=2 * np.eye(len(names)) - 1, theme=theme,
     )  # fmt: skip
     return Plot(png, f"{title}: rows are true classes, columns answers. {'; '.join(most)}")
 
