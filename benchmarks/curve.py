@@ -31,7 +31,7 @@ from diffusemix_pipeline.bundled_editor.evaluation import (
     train_prompt_judge,
     train_subject_judge,
 )
-from diffusemix_pipeline.bundled_editor.sources import read_digits, read_image_folder, to_tensor
+from diffusemix_pipeline.bundled_editor.sources import read_digits, read_image_folder
 from diffusemix_pipeline.bundled_editor.teachers import PROMPTS
 from diffusemix_pipeline.datasets.images import read_square
 from diffusemix_pipeline.datasets.ingest import ingest
@@ -49,6 +49,7 @@ from diffusemix_pipeline.pictures import LIGHT
 from diffusemix_pipeline.progress import silent
 from diffusemix_pipeline.settings import Arm, Settings
 from diffusemix_pipeline.training.arms import Wanted
+from diffusemix_pipeline.training.classifier import to_tensor
 
 PAPER = "euler_ancestral, 100 steps, guided 1"
 BEST = "dpmsolver++, 100 steps, guided 1"

@@ -5,5 +5,3 @@ The packages, from the top down; imports run one way and `tests/test_architectur
 -> training -> mixing -> editing -> datasets -> settings`, and at the bottom the small
 modules that know nothing of the pipeline.
 """
-
-__version__ = "0.1.0"

@@ -60,7 +60,7 @@ def augment_folder(
     if settings.storage.format == "auto":  # an ImageFolder is what was asked for
         files = settings.storage.model_copy(update={"format": "files"})
         settings = settings.model_copy(update={"storage": files})
-    work = project.state / "augment" / digest(str(out.resolve()))
+    work = project.augment / digest(str(out.resolve()))
     parts = work / "aside"
     raw = ingest(
         str(train_dir.resolve()),  # a folder called cifar10 is no published dataset

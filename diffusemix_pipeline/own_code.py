@@ -16,6 +16,7 @@ from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.identity import digest
 
 _THE_PIPELINES = ("data", "outputs", ".diffusemix")
+_OF_A_PROJECT = ("diffusemix.yaml", "data.dvc", ".diffusemix")
 _one_at_a_time = threading.Lock()
 
 
@@ -33,7 +34,7 @@ def own_code(setting: str, name: str, wanted: str) -> Any:
     path = Path(name).expanduser().resolve()
     if not path.is_file():
         raise UserError(f"{setting}: there is no file {name}. Name one that defines {wanted}.")
-    if any(path.is_relative_to(Path(folder).resolve()) for folder in _THE_PIPELINES):
+    if any(map(_is_the_pipelines, path.parents)):
         raise UserError(
             f"{setting}: {name} lies where only the pipeline writes, and may have come from "
             "elsewhere. Read it, and move it to a folder of your own."
@@ -49,6 +50,14 @@ def own_code(setting: str, name: str, wanted: str) -> Any:
     if found is None:
         raise UserError(f"{setting}: {name} defines no {wanted}. See docs/extending.md.")
     return found
+
+
+def _is_the_pipelines(folder: Path) -> bool:
+    """Tell whether only the pipeline writes there, in this project or another one."""
+    if folder.name not in _THE_PIPELINES:
+        return False
+    here = folder.parent == Path.cwd().resolve()
+    return here or any((folder.parent / mark).exists() for mark in _OF_A_PROJECT)
 
 
 def _run(path: Path) -> ModuleType:

@@ -356,7 +356,7 @@ def _ink_on(colour: Sequence[float]) -> str:
     return "black" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "white"
 
 
-def yield_map(table: "pd.DataFrame", *, theme: Theme = LIGHT) -> bytes:
+def yield_map(table: "pd.DataFrame") -> bytes:
     """Return a PNG of shares, 0 to 1, in percent: `table` has a row a class, a column a prompt.
 
     A cell without a share (NaN) stays empty. Of more than 60 classes, the 60 with the lowest mean
@@ -369,11 +369,11 @@ def yield_map(table: "pd.DataFrame", *, theme: Theme = LIGHT) -> bytes:
         table = table.loc[lowest]
         label += f": the {_NAMED_CLASSES} lowest of {classes} classes"
     values = table.to_numpy(float)
-    figure, axes = _figure(theme, height=1.6 + 0.24 * len(table))
+    figure, axes = _figure(LIGHT, height=1.6 + 0.24 * len(table))
     names = [str(name) for name in table.index]
     _cells(
-        axes, values, values, names, lambda value, _: f"{100 * value:.0f}", _scale(None, theme),
-        theme,
+        axes, values, values, names, lambda value, _: f"{100 * value:.0f}", _scale(None, LIGHT),
+        LIGHT,
     )  # fmt: skip
     axes.xaxis.tick_top()
     axes.set_xticks(
@@ -381,7 +381,7 @@ def yield_map(table: "pd.DataFrame", *, theme: Theme = LIGHT) -> bytes:
         rotation=45, ha="left", rotation_mode="anchor",
     )  # fmt: skip
     axes.tick_params(labelsize=8)
-    axes.set_xlabel(label, color=theme.muted)
+    axes.set_xlabel(label, color=LIGHT.muted)
     return _png(figure)
 
 

@@ -51,8 +51,8 @@ def check_run(project: Project, settings: Settings) -> None:
 
 def check_databases(project: Project) -> None:
     """Raise UserError where what Dagster or MLflow keeps here is no whole SQLite database."""
-    of_dagster = (project.state / "dagster" / "storage").rglob("*.db")
-    for path in (project.state / "mlflow.db", *of_dagster):
+    of_dagster = (project.dagster / "storage").rglob("*.db")
+    for path in (project.mlflow_database, *of_dagster):
         if not path.exists():
             continue
         try:

@@ -49,6 +49,20 @@ class Project:
         return self.root / ".diffusemix"
 
     @property
+    def augment(self) -> Path:
+        """What `augment_folder` made of others' folders: a folder each."""
+        return self.state / "augment"
+
+    @property
+    def dagster(self) -> Path:
+        """Dagster's home here: its databases, logs, and the values that steps tell each other."""
+        return self.state / "dagster"
+
+    @property
+    def mlflow_database(self) -> Path:
+        return self.state / "mlflow.db"
+
+    @property
     def run_lock(self) -> Path:
         """Locked by the run that is at work, whose name it holds: see `note_holder`."""
         return self.state / "run.lock"

@@ -58,7 +58,7 @@ DEFAULT_PORT = 5000
 SHORT_ID = 8
 """Letters of a run's id, by which it is known where there is little room."""
 _PROCESS = "diffusemix.process"
-_LONGEST_RUN_DAYS = 7  # as dagster.yaml has it
+_LONGEST_RUN_DAYS = 7  # max_runtime_seconds in dagster.yaml
 _MODEL_NAME = "diffusemix.model_name"
 _MODEL_ID = "diffusemix.model_id"
 _MODEL_VERSION = "diffusemix.model_version"
@@ -476,7 +476,7 @@ def mlflow_ui_command(
 
 
 def _database(project: Project) -> str:
-    return f"sqlite:///{(project.state / 'mlflow.db').resolve()}"
+    return f"sqlite:///{project.mlflow_database.resolve()}"
 
 
 def _files(project: Project) -> str:
@@ -488,7 +488,7 @@ def _make_database(project: Project) -> None:
 
     It is done on a copy that then takes its place: MLflow cannot go on with a half-made one.
     """
-    database, aside = project.state / "mlflow.db", project.state / "mlflow.partial.db"
+    database, aside = project.mlflow_database, project.state / "mlflow.partial.db"
     made_by, installed = project.state / "mlflow.version", version("mlflow")
     if database.exists() and made_by.exists() and made_by.read_text() == installed:
         return

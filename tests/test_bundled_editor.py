@@ -13,6 +13,7 @@ from diffusemix_pipeline.bundled_editor import evaluation, sources, teachers, tr
 from diffusemix_pipeline.editing.editor import BUNDLED_WEIGHTS, load_editor
 from diffusemix_pipeline.errors import UserError
 from diffusemix_pipeline.settings import PAPER_PROMPTS, Editing
+from diffusemix_pipeline.training.classifier import to_tensor
 
 TINY = training.EditorRecipe(
     steps=4, small_batch=4, large_batch=2, made_pictures=6, channels=(16, 16, 16, 32), save_every=1
@@ -37,7 +38,7 @@ def _edits(folder: Path, images: np.ndarray, prompt: str) -> torch.Tensor:
     editor = load_editor(folder, editing, "cpu")
     instructions = [editing.template.format(prompt=prompt)] * len(images)
     edited = (editor.edit(images, instructions, [seed] * len(images)) for seed in (0, 1))
-    return torch.stack([sources.to_tensor(each) for each in edited])
+    return torch.stack([to_tensor(each) for each in edited])
 
 
 @settings(max_examples=20, deadline=None)
@@ -195,7 +196,7 @@ def test_bundled_folder_is_small_and_holds_no_code():
 
 def test_bundled_editor_edits_a_digit():
     digit = sources.read_digits(32, "test")[0][:1]
-    images = sources.to_tensor(digit)
+    images = to_tensor(digit)
     first, second = _edits(BUNDLED_WEIGHTS, digit, "sunset")
     assert first.shape == images.shape
     assert (first - images).abs().mean() > 8 / 255

@@ -31,7 +31,6 @@ def test_the_curve_by_hand():
     known = curve.dropna()
     assert known["confidence"].tolist() == pytest.approx([0.6, 0.9])
     assert known["accuracy"].tolist() == [1.0, 0.5]
-    assert known["share"].tolist() == [0.5, 0.5]
     assert curve["images"].sum() == 4
 
 

@@ -144,8 +144,8 @@ def draw_everything(text: list[str], theme: pictures.Theme = pictures.LIGHT) -> 
         ),
         pictures.heat_map(np.eye(3), some, some, title=text[0], label="severity", theme=theme),
         pictures.heat_map(-np.eye(3), some, some, title="t", label="l", reach=1, theme=theme),
-        pictures.yield_map(shares, theme=theme),
-        pictures.yield_map(pd.DataFrame(np.eye(200, 40)), theme=theme),
+        pictures.yield_map(shares),
+        pictures.yield_map(pd.DataFrame(np.eye(200, 40))),
         pictures.reliability_diagram(dict.fromkeys(some, BINS), theme=theme),
         pictures.differences(
             {name: {"arm": interval} for name in some}, {(some[0], "arm")}, label="l", theme=theme

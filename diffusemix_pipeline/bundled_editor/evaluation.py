@@ -30,7 +30,6 @@ from diffusemix_pipeline.bundled_editor.sources import (
     make_pictures,
     read_digits,
     read_image_folder,
-    to_tensor,
 )
 from diffusemix_pipeline.bundled_editor.teachers import PROMPTS, apply_teacher, apply_teachers
 from diffusemix_pipeline.devices import is_fast_at_bfloat16
@@ -41,6 +40,7 @@ from diffusemix_pipeline.identity import seed_from
 from diffusemix_pipeline.pictures import contact_sheet
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Editing
+from diffusemix_pipeline.training.classifier import to_tensor
 
 _DRAWS = 16
 _SIZES = (32, 64)  # px

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from diffusemix_pipeline.datasets.images import MAX_PIXELS, UnreadableImageError, read_rgb
 from diffusemix_pipeline.errors import UserError
+from diffusemix_pipeline.training.classifier import to_tensor
 
 Images = NDArray[np.uint8]
 _SIZES = (32, 64)
@@ -58,7 +59,8 @@ def _read_square(path: Path, size: int) -> Images:
 def read_digits(size: int, split: str) -> tuple[Images, list[str]]:
     """scikit-learn's handwritten digits, white on black: uint8 [N, size, size, 3] and N names.
 
-    `split` is "test" for every fifth of the 1,797 digits, or "train" for the rest.
+    `split` is "test" for every fifth of the 1,797 digits, or "train" for the rest. Their greys are
+    rounded down, as the shipped weights learnt them; the pipeline's own are not.
     """
     digits = load_digits()
     held_out = np.arange(len(digits.target)) % 5 == 0
@@ -124,11 +126,6 @@ def _gradient(size: int, rng: np.random.Generator) -> Images:
 
 def _as_uint8(picture: NDArray[np.float64]) -> Images:
     return (np.clip(picture, 0, 1) * 255).round().astype(np.uint8)
-
-
-def to_tensor(images: Images) -> Tensor:
-    """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
 
 
 class SourceBank:

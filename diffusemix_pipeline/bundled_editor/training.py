@@ -38,8 +38,9 @@ from diffusemix_pipeline.editing.editor import INDEX as EDITOR_INDEX
 from diffusemix_pipeline.files import check_replaceable, replaced_folder, write_bytes
 from diffusemix_pipeline.identity import digest, seed_from
 from diffusemix_pipeline.progress import Progress, silent
+from diffusemix_pipeline.settings import Editing
 
-TEMPLATE = "A transformed version of image into {prompt}"
+TEMPLATE = Editing().template
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def binned_gaps(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def reliability_curve(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
-    """Return a row a bin: confidence and accuracy (NaN where empty), images and their share."""
+    """Return a row a bin: confidence and accuracy (NaN where empty), and how many images."""
     confidence, correct, bins = _binned(probabilities, labels)
     images = np.bincount(bins, minlength=BINS)
     with np.errstate(invalid="ignore"):
@@ -70,7 +70,6 @@ def reliability_curve(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataF
                 "confidence": np.bincount(bins, confidence, BINS) / images,
                 "accuracy": np.bincount(bins, correct, BINS) / images,
                 "images": images,
-                "share": images / len(labels),
             }
         )
 

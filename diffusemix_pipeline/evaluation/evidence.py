@@ -127,7 +127,8 @@ def evaluate(
         raise UserError("There are no test images to evaluate on: see source.test_fraction.")
     for model in models.values():
         model.to(device).eval()
-    epsilons = tuple(sorted({*evaluation.fgsm_epsilons, evaluation.attack_epsilon}))
+    strengths = evaluation.fgsm_epsilons
+    epsilons = tuple(sorted({*strengths, evaluation.attack_epsilon})) if strengths else ()
     families: tuple[Corruption, ...] = tuple(dict.fromkeys(evaluation.corruptions))
     severities = tuple(sorted(set(evaluation.severities)))
     chosen = _chosen(test.ids, evaluation.attack_images, seed)
@@ -270,7 +271,11 @@ class _Ask:
         probabilities, found = [], np.zeros((len(epsilons), len(test)), bool)
         for batch, pixels, labels in self._batches(test):
             clean = to_tensor(pixels, self.device)
-            slope, logits = gradient(model, clean, labels)  # one pass for clean and all strengths
+            if epsilons:
+                slope, logits = gradient(model, clean, labels)  # one pass, whatever the strengths
+            else:
+                with torch.no_grad():
+                    logits = model(clean)
             probabilities.append(logits.float().softmax(dim=1).cpu().numpy())
             for row, epsilon in enumerate(epsilons):
                 found[row, batch] = _right(model, fgsm(clean, slope, epsilon / 255), labels)

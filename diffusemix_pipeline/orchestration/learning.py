@@ -331,7 +331,10 @@ def test_evidence(project: Project, fit: Fit, raw: Stage, settings: Settings) ->
 
 
 def without_attacks(settings: Settings, *, corruptions: bool) -> Settings:
-    """Return settings under which classifiers are asked about clean images, or corrupted too."""
+    """Return settings under which classifiers are asked about clean images, or corrupted too.
+
+    No user may ask for so little: no strength of FGSM, and perhaps no corruption.
+    """
     none: dict[str, Any] = {"fgsm_epsilons": [], "corrupted_sets": ""}
     none |= {"attack_epsilon": 1, "attack_images": 0, "autoattack_images": 0}
     none |= {} if corruptions else {"corruptions": [], "severities": [1]}

@@ -42,7 +42,7 @@ def unused_edits(project: Project, *, remove: bool) -> UnusedEdits:
     from diffusemix_pipeline.editing.store import EditStore
 
     store = EditStore(project.edits)
-    stages = [project.generated, *(project.state / "augment").glob("*/generated")]
+    stages = [project.generated, *project.augment.glob("*/generated")]
     present = [stage for stage in stages if (stage / MANIFEST).exists()]
     if not present:
         raise UserError(
@@ -123,7 +123,7 @@ def maintenance_job(project: Project, settings: Settings) -> dg.JobDefinition:
         if context.op_config["remove"]:
             for run in runs:
                 context.instance.delete_run(run.run_id)
-            _remove_files(project.state / "dagster", {run.run_id for run in runs})
+            _remove_files(project.dagster, {run.run_id for run in runs})
         _say(context, len(runs), "Dagster runs")
 
     @_tidying_op("MLflow's runs that failed or were killed long ago; dead processes' are ended.")

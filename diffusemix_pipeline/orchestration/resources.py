@@ -88,7 +88,7 @@ class JsonValues(dg.IOManager):
 def values_resource(project: Project) -> dg.IOManagerDefinition:
     """Return what carries small values from step to step."""
     return dg.IOManagerDefinition.hardcoded_io_manager(
-        JsonValues(project.state / "dagster" / "values"), "What one step tells another, as JSON."
+        JsonValues(project.dagster / "values"), "What one step tells another, as JSON."
     )
 
 

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from diffusemix_pipeline.datasets.columns import rows_digest
-from diffusemix_pipeline.datasets.manifest import Stage, class_names
+from diffusemix_pipeline.datasets.manifest import Stage, class_names, read_manifest
 from diffusemix_pipeline.files import BEGUN, replaced_folder, undamaged, write_json
 from diffusemix_pipeline.identity import digest, seed_from
 from diffusemix_pipeline.mixing.fractals import fractals_version, load_fractals
@@ -100,7 +100,9 @@ def fit_fingerprint(wanted: Wanted, stages: Mapping[str, Stage], settings: Setti
     """
     arm, seed, per_class = wanted
     added = _ADDED_STAGE.get(arm)
-    versions = [_version_of_seen(stages["raw"]), stages[added].version if added else None]
+    raw = stages["raw"]
+    seen = _version_of_seen(raw.folder, raw.version, tuple(class_names(raw.counts)))
+    versions = [seen, stages[added].version if added else None]
     drawn: list[Any] = [augmentations.VERSIONS[arm]] if arm in augmentations.VERSIONS else []
     if is_own(arm):
         drawn.append(augmentations.own_version(arm))
@@ -114,10 +116,14 @@ def fit_fingerprint(wanted: Wanted, stages: Mapping[str, Stage], settings: Setti
     return digest("fit", CODE_VERSION, arm, seed, per_class, versions, *of_run)
 
 
-def _version_of_seen(raw: Stage) -> str:
-    """Identify the train and val images by content, split and label."""
-    rows = raw.manifest(["split", "label", "sha256"]).query("split != 'test'")
-    return digest(class_names(raw.counts), rows_digest(rows))
+@lru_cache(maxsize=4)
+def _version_of_seen(raw: Path, version: str, classes: tuple[str, ...]) -> str:
+    """Identify the train and val images of a raw stage's version by content, split and label.
+
+    A run asks for every arm and seed, and of a million images each answer takes half a minute.
+    """
+    rows = read_manifest(raw, ["split", "label", "sha256"]).query("split != 'test'")
+    return digest(classes, rows_digest(rows))
 
 
 def finished_fit(checkpoints: Path, fingerprint: str) -> Fit | None:

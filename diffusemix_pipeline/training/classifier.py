@@ -214,7 +214,9 @@ def broken_weights(folder: Path) -> list[str]:
     return [name for name, values in weights.items() if not torch.isfinite(values).all()]
 
 
-def to_tensor(images: np.ndarray | torch.Tensor, device: torch.device | str) -> torch.Tensor:
+def to_tensor(
+    images: np.ndarray | torch.Tensor, device: torch.device | str = "cpu"
+) -> torch.Tensor:
     """Turn uint8 (N, H, W, 3) into float (N, 3, H, W) in [0, 1] on a device."""
     on_device = torch.as_tensor(images).to(device, non_blocking=True)
     return on_device.permute(0, 3, 1, 2).float() / 255
