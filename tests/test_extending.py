@@ -101,6 +101,18 @@ def test_what_came_with_data_is_not_run(folder, tmp_path, monkeypatch):
     assert not (tmp_path / "was run").exists()
 
 
+def test_what_came_with_another_projects_data_is_not_run_either(tmp_path, monkeypatch):
+    theirs = tmp_path / "theirs"
+    (theirs / "data" / "raw").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (file := theirs / "data" / "raw" / "own.py").write_text("NUMBER = 1")
+    assert own_code("editing.editor", str(file), "NUMBER") == 1  # a folder that is called data
+    (theirs / "data.dvc").touch()
+    with pytest.raises(UserError, match="lies where only the pipeline writes"):
+        own_code("editing.editor", str(file), "NUMBER")
+
+
 @pytest.mark.parametrize("name", ["filters", "autoaugment"])
 def test_a_changed_file_is_another_thing(name, own):
     def identity() -> str:
