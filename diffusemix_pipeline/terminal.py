@@ -17,6 +17,7 @@ from rich.table import Table
 
 from diffusemix_pipeline.progress import Progress
 
+_NAME_WIDTH = 20
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -49,8 +50,10 @@ def progress_bars() -> Iterator[Progress]:
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
     """Print a table; text is shown as it is, never read as markup."""
     table = Table(title=title or None, title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    for number, column in enumerate(columns):
+        # What a row is called stays whole where the terminal is narrow, if it is a word or two.
+        longest = max((len(row[0]) for row in rows), default=0) if number == 0 else 0
+        table.add_column(column, overflow="fold", min_width=min(longest, _NAME_WIDTH))
     for row in rows:
         table.add_row(*(_plain(cell) for cell in row))
     console.print(table)

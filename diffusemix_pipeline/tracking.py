@@ -359,8 +359,9 @@ class Tracker:
         uri = f"models:/{self.model_name}/{version}"
         told = f"ersion {version} of {self.model_name} at {self.uri}"
         repair = "Give the alias to another version, or take it away."
+        mlflow.set_tracking_uri(self.uri)  # a registered model is looked for nowhere else
         with tempfile.TemporaryDirectory() as folder:
-            there = mlflow.artifacts.download_artifacts(uri, dst_path=folder, tracking_uri=self.uri)
+            there = mlflow.artifacts.download_artifacts(uri, dst_path=folder)
             found = list(Path(there).rglob(DESCRIPTION))
             if len(found) != 1:
                 raise UserError(
