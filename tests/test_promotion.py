@@ -1,5 +1,6 @@
 """Promises: the champion changes only by the rule, on val; the reason is noted either way."""
 
+import os
 import subprocess
 import sys
 from contextlib import chdir
@@ -165,9 +166,10 @@ def test_a_champion_stays_until_a_model_is_no_worse(project, weights, tmp_path):
 
 
 def of_another_process(*words: str) -> subprocess.CompletedProcess[str]:
-    """Run a command as a person does: this process has set MLflow's address while it trained."""
+    """Run a command as a person does: this process, which trained, told MLflow its address."""
     command = [sys.executable, "-m", "diffusemix_pipeline.cli", *words]
-    return subprocess.run(command, capture_output=True, text=True)
+    theirs = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    return subprocess.run(command, capture_output=True, text=True, env=theirs)
 
 
 @pytest.mark.slow
