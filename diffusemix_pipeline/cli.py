@@ -745,7 +745,7 @@ def data_history() -> None:
     here = pinned_digest(project.root)
     rows = []
     for version in history(project, load_settings(project.root)):
-        mark = " *" if version.digest == here else ""
+        mark = "*" if version.digest == here else ""
         cells = [version.digest[:8] + mark, " ".join(version.commits)]
         if not version.trainings:
             rows.append([*cells, "", "", "", "", ""])
@@ -753,15 +753,17 @@ def data_history() -> None:
             accuracy = training.metrics.get("test_clean")
             cells += [
                 f"{training.started:%Y-%m-%d %H:%M}",
-                training.name,
+                training.name.replace(",", ""),
                 training.model_version or "",
                 "" if accuracy is None else f"{100 * accuracy:.1f}",
                 training.run_id[:SHORT_ID],
             ]
             rows.append(cells)
             cells = ["", ""]
-    columns = ["data", "commits", "trained (UTC)", "arm", "model", "test %", "report of run"]
-    print_table(columns, rows, "Versions of data/; * is pinned now")
+    columns = ["data", "commits", "trained", "arm", "model", "test", "run"]
+    print_table(
+        columns, rows, "Versions of data/: * is pinned now; times in UTC, accuracy on test in %"
+    )
 
 
 @data.command("checkout")

@@ -55,7 +55,7 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 DEFAULT_PORT = 5000
-SHORT_ID = 8
+SHORT_ID = 7
 """Letters of a run's id, by which it is known where there is little room."""
 _PROCESS = "diffusemix.process"
 _LONGEST_RUN_DAYS = 7  # max_runtime_seconds in dagster.yaml

@@ -73,7 +73,7 @@ def test_an_older_version_comes_back_with_its_figures(project, weights, source):
     assert {one.digest for one in known(project)} == {version, pinned_digest(project.root)}
     table = call(project, "data", "history").output
     assert version[:8] in table
-    assert f"{pinned_digest(project.root)[:8]} *" in table
+    assert f"{pinned_digest(project.root)[:8]}*" in table
 
     back = call(project, "data", "checkout", version[:6])
     assert back.exit_code == 0, back.output

@@ -132,7 +132,7 @@ def test_the_reports_of_two_runs_are_compared_by_their_ids(done, monkeypatch):
     project, _ = done
     monkeypatch.chdir(project.root)
     first, second = mlflow_runs(project)["run_id"]
-    told = CliRunner().invoke(main, ["report", "--compare", first, second[:8]])
+    told = CliRunner().invoke(main, ["report", "--compare", first, second[:7]])
     assert told.exit_code == 0, told.output
     assert "Settings: no difference." in told.output
     assert CliRunner().invoke(main, ["report"]).output.startswith("**Against vanilla")
