@@ -64,7 +64,7 @@ from diffusemix_pipeline.identity import seed_from
 from diffusemix_pipeline.settings import Arm, Settings
 from diffusemix_pipeline.training.arms import BASELINE, SUBJECTS
 
-CODE_VERSION = "11"
+CODE_VERSION = "12"
 _CLASSES_SHOWN = 30
 
 
