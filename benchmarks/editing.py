@@ -1,8 +1,8 @@
 """How fast editing is, beside a plain loop that does what the authors' script does.
 
 `python -m benchmarks.editing` edits the same images under the same schedule both ways, by turns in
-one run, and prints ratios; then it measures mixing (`mixing.py`). `--curve` measures what fewer
-UNet evaluations cost in quality (`curve.py`). Whatever else runs disturbs both sides alike.
+one run, and prints ratios; then it measures mixing (`mixing.py`). Whatever else runs disturbs both
+sides alike.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks import curve, mixing
+from benchmarks import mixing
 from diffusemix_pipeline.bundled_editor.sources import make_pictures, read_image_folder
 from diffusemix_pipeline.datasets.images import read_square
 from diffusemix_pipeline.datasets.storage import StoredFiles
@@ -51,7 +51,6 @@ def main() -> None:
         default=True,
         help="beside the authors' loop, which takes most of the time",
     )
-    parser.add_argument("--curve", type=Path, help="a folder for accuracy against evaluations")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet")
     parser.add_argument("--quick", action="store_true", help="a few minutes, fewer rounds")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
@@ -60,10 +59,6 @@ def main() -> None:
     if options.reference:
         figures |= measure_tiers(options)
     figures |= mixing.measure(quick=options.quick)
-    if options.curve:
-        table = curve.measure(curve.Bench(options.curve, choose_device(options.device), None))
-        named = table.reset_index(names="schedule").astype(object)
-        figures["curve"] = named.where(named.notna(), None).to_dict("records")
     for name, value in figures.items():
         print(f"{name}: {value}", file=sys.stderr if options.json else sys.stdout)
     if options.json:

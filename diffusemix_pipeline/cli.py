@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _LOOPBACK = "127.0.0.1"
 _REPORT_ASSET = "robustness_report"
-_FOLDER = click.Path(path_type=Path)
+_PATH = click.Path(path_type=Path)
 _THINNED = "{} training images are left out by source.train_per_class"
 
 
@@ -88,7 +88,7 @@ def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="One setting, e.g. editing.steps=20; may be repeated. `diffusemix settings` "
             "lists them.",
         ),
-        click.option("--config", type=_FOLDER, help="A YAML file of settings, over the preset's."),
+        click.option("--config", type=_PATH, help="A YAML file of settings, over the preset's."),
         click.option(
             "--preset",
             help="A set of settings. demo: the digits, in minutes. paper, official: as the paper "
@@ -197,10 +197,10 @@ def run(
 
 @main.command()
 @_settings_options
-@click.option("--train-dir", "--train_dir", type=_FOLDER, required=True, help="Class folders.")
-@click.option("--out", type=_FOLDER, required=True, help="Where the ImageFolder is written.")
+@click.option("--train-dir", "--train_dir", type=_PATH, required=True, help="Class folders.")
+@click.option("--out", type=_PATH, required=True, help="Where the ImageFolder is written.")
 @click.option("--prompts", help='Comma-separated, e.g. "sunset, autumn" (editing.prompts).')
-@click.option("--fractal-dir", "--fractal_dir", type=_FOLDER, help="Fractals (mixing.fractal_dir).")
+@click.option("--fractal-dir", "--fractal_dir", type=_PATH, help="Fractals (mixing.fractal_dir).")
 def augment(
     preset: str | None,
     config: Path | None,
@@ -251,7 +251,7 @@ def augment(
 )
 @click.option(
     "--out",
-    type=_FOLDER,
+    type=_PATH,
     default=Path("preview.png"),
     show_default=True,
     help="The picture to write, as PNG.",
@@ -551,8 +551,8 @@ def list_editors() -> None:
 
 
 @editor.command()
-@click.option("--out", type=_FOLDER, required=True, help="Where the pipeline folder is written.")
-@click.option("--images", type=_FOLDER, multiple=True, help="A folder of images to train on too.")
+@click.option("--out", type=_PATH, required=True, help="Where the pipeline folder is written.")
+@click.option("--images", type=_PATH, multiple=True, help="A folder of images to train on too.")
 @click.option("--seed", default=0, show_default=True, help="What every random draw follows from.")
 def train(out: Path, images: Sequence[Path], seed: int) -> None:
     """Train an editor like the bundled one from nothing.
@@ -598,7 +598,7 @@ def train(out: Path, images: Sequence[Path], seed: int) -> None:
 )
 @click.option(
     "--sheet",
-    type=_FOLDER,
+    type=_PATH,
     default=Path("editor.png"),
     show_default=True,
     help="The picture of images and edits to write, as PNG.",
@@ -899,7 +899,7 @@ def prune(yes: bool) -> None:
 
 
 @main.command()
-@click.argument("images", nargs=-1, required=True, type=_FOLDER)
+@click.argument("images", nargs=-1, required=True, type=_PATH)
 @click.option(
     "--alias",
     default="champion",
@@ -969,7 +969,7 @@ def predict(images: Sequence[Path], alias: str) -> None:
     help="A setting for this run, over the server's own, e.g. seed=1; may be repeated.",
 )
 @click.option("--wait", is_flag=True, help="Follow the run; the exit code is how it ended.")
-@click.option("--report", type=_FOLDER, help="Where to write the run's report as Markdown.")
+@click.option("--report", type=_PATH, help="Where to write the run's report as Markdown.")
 def trigger(
     url: str,
     job: str,

@@ -1,7 +1,7 @@
 """Identity: content hashes, fingerprints, and the seeds and draws that follow from them.
 
 Nothing random in the pipeline depends on order, time or the number of workers: every seed and every
-draw is a function of what the thing is (DESIGN, promise 2).
+draw is a function of what the thing is, so the same inputs and settings give the same bytes.
 """
 
 import hashlib

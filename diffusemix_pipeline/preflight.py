@@ -7,7 +7,7 @@ from pathlib import Path
 
 from diffusemix_pipeline.datasets.manifest import STAGE
 from diffusemix_pipeline.datasets.published import PUBLISHED, check_at_hand
-from diffusemix_pipeline.datasets.sources import DIGITS, IMAGES, what_to_name
+from diffusemix_pipeline.datasets.sources import DIGITS, IMAGES, check_is_there
 from diffusemix_pipeline.devices import choose_device, count_gpus
 from diffusemix_pipeline.editing.editor import BUNDLED, check_honoured, locate_editor, locate_lora
 from diffusemix_pipeline.editing.shared_edits import SharedEdits
@@ -114,9 +114,8 @@ def _checked_archives(project: Project, chosen: str) -> Path:
 
 
 def _check_source(source: Path, project: Project) -> None:
+    check_is_there(source)
     folder = source.expanduser().resolve()
-    if not folder.is_dir():
-        raise UserError(f"source.path: the folder {source} does not exist. {what_to_name(source)}")
     if any(folder.is_relative_to(own.resolve()) for own in (project.data, project.state)):
         raise UserError(
             f"source.path: {source} lies where only the pipeline writes ({project.data}). "

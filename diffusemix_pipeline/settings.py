@@ -146,8 +146,12 @@ class Source(Section):
         lt=1,
         description="Share of the images held out where no test folder is; a val folder stays.",
     )
+    # The default is datasets/images.py's MAX_PIXELS, which stands above and loads PIL and numpy.
     max_pixels: int = Field(
-        64_000_000, gt=0, description="A larger image is set aside unread (decompression bombs)."
+        64_000_000,
+        gt=0,
+        description="A larger image is set aside unread (decompression bombs). `predict` and "
+        "mixing.fractal_dir keep the default.",
     )
 
 
@@ -392,6 +396,7 @@ class Training(Section):
     )
     crop_padding: int = Field(4, ge=0, description="Random crop after reflecting so many px.")
     flip: bool = Field(True, description="Mirror half of the training images.")
+    validations: int = Field(10, gt=0, description="How often val is read; the best weights stay.")
 
     @property
     def pretrained_at(self) -> str | None:
@@ -420,8 +425,6 @@ class Training(Section):
         if twice:
             raise ValueError(f"named twice: {', '.join(twice)}")
         return values
-
-    validations: int = Field(10, gt=0, description="How often val is read; the best weights stay.")
 
     @model_validator(mode="after")
     def _parts_of_a_batch_are_equal(self) -> Self:
@@ -561,7 +564,10 @@ class Settings(Section):
 
 
 PLACE_OR_SPEED = ("editor", "revision", "lora", "batch_size", "shards", "dtype", "compile")
-"""Settings below `editing` that say where an editor is and how fast: an edit is the same edit."""
+"""Settings below `editing` that say where an editor is and how fast.
+
+What they shape is known otherwise: weights by their digest, the rest by the numeric profile.
+"""
 
 
 _OF_RUNNING = {

@@ -1,4 +1,4 @@
-"""Versions of `data/`: the only code that knows DVC.
+"""Versions of `data/`: the only code that asks DVC, by its command line.
 
 What belongs here: making the project a DVC repository, pinning `data/` in `data.dvc`, and bringing
 back what is pinned. What does not: git commits (a person's or CI's business), and which data a run
@@ -6,7 +6,7 @@ needs.
 
 DVC runs as a process of its own, not through `dvc.repo.Repo`: the command line is the face that DVC
 keeps stable, and importing DVC would put handlers on stdout, wrap `sys.stdout` and draw spinners.
-It costs about a second a command.
+It costs about a second a command. That process is `dvc_process.py`, which guards `Tree.load`.
 """
 
 import hashlib

@@ -172,7 +172,7 @@ def test_the_same_bytes_again_ask_for_no_run(project, source, settings):
 def test_a_folder_that_is_gone_fails_the_tick_by_name(project, source, settings):
     sensor = Sensor(build_definitions(project, settings), "new_images")
     source.rename(source.with_name("elsewhere"))
-    with pytest.raises(UserError, match=f"The image folder {source} does not exist"):
+    with pytest.raises(UserError, match=f"source.path: the folder {source} does not exist"):
         sensor.tick()
 
 

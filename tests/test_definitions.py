@@ -1,4 +1,4 @@
-"""Promise: Dagster holds six documented assets, one job, one schedule, one typed resource."""
+"""Promise: Dagster holds documented assets in a row, jobs, schedules, and settings with types."""
 
 from itertools import pairwise
 from pathlib import Path

@@ -136,8 +136,7 @@ def _on_disk(source: str) -> "tuple[Path, Iterator[_Found]]":
 
 
 def _folder(root: Path) -> "Iterator[_Found]":
-    if not root.is_dir():
-        raise UserError(f"The image folder {root} does not exist. {what_to_name(root)}")
+    check_is_there(root)
     holds_classes = False
     for found in _found(root):
         holds_classes |= bool(found.label)
@@ -149,13 +148,18 @@ def _folder(root: Path) -> "Iterator[_Found]":
         )
 
 
-def what_to_name(source: Path) -> str:
-    """Say what may be named as a source instead of a folder that is not there."""
+def check_is_there(folder: Path) -> None:
+    """Raise UserError, which says what may be named instead, for a source that is no folder."""
+    if folder.expanduser().is_dir():
+        return
     plain = {name.replace("_", ""): name for name in NAMES}
-    meant = "".join(filter(str.isalnum, source.name.lower()))
+    meant = "".join(filter(str.isalnum, folder.name.lower()))
     near = difflib.get_close_matches(meant, plain, n=1, cutoff=0.8)
-    choices = f"Name a folder of class folders, or one of {', '.join(NAMES)}."
-    return f"Did you mean {plain[near[0]]}? {choices}" if near else choices
+    guess = f"Did you mean {plain[near[0]]}? " if near else ""
+    raise UserError(
+        f"source.path: the folder {folder} does not exist. {guess}Name a folder of class folders, "
+        f"or one of {', '.join(NAMES)}."
+    )
 
 
 class _Found(NamedTuple):

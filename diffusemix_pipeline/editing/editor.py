@@ -56,7 +56,10 @@ class Editor(Protocol):
         """Raise UserError for an instruction that the text encoder would cut off."""
 
     def profile(self) -> dict[str, Any]:
-        """Return what the bytes of an edit depend on beside key and batch (DESIGN, promise 2)."""
+        """Return what the bytes of an edit depend on beside key and batch.
+
+        Within one profile, the same key gives the same bytes.
+        """
 
 
 @dataclass(frozen=True)

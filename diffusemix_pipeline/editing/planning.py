@@ -1,6 +1,8 @@
 """Which edits a dataset wants: prompt, copy and seed of each, and the key that identifies it.
 
-What belongs here: what follows from rows and settings alone. What does not: pixels.
+What belongs here: what follows from rows, settings and the editor's weights. To know these by their
+bytes, `plan_edits` finds the editor, and downloads it where it is not here. What does not: making
+edits. Pixels are read only where somebody asks a `SourceImage` for them.
 """
 
 import sys

@@ -63,10 +63,11 @@ def fit(
     """Train `classifier` in place for `training.steps` steps and keep its best weights on val.
 
     Returns the curve: a row a validation, with step, train_loss, val_loss, val_accuracy and
-    learning_rate. Val decides, test is never seen (DESIGN, promise 7). Everything random follows
-    from `seed`. What was learnt goes to `checkpoint` at each validation and every two minutes:
-    another call goes on from there. Of the processes of a `group`, each takes its share of every
-    batch; the first alone validates, keeps the best weights and returns a curve.
+    learning_rate. Val decides, test is never seen: it is read once a model, when nothing is left
+    to be chosen. Everything random follows from `seed`. What was learnt goes to `checkpoint` at
+    each validation and every two minutes: another call goes on from there. Of the processes of a
+    `group`, each takes its share of every batch; the first alone validates, keeps the best weights
+    and returns a curve.
     """
     model = classifier.model.to(device).to(memory_format=torch.channels_last)
     recipe = recipe_of(training)
