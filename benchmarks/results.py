@@ -110,18 +110,19 @@ def reproduce(
     if raw.version != _facts(name)["raw"]:
         raise UserError(f"{data} does not hold the images that {name} is published on.")
     wanted = _chosen(settings, seeds, arms)
+    published = [Evidence.load(_answers(name, fit.arm, fit.seed)) for fit in wanted]
+    if not published:
+        raise UserError(f"{name} has none of these arms and seeds.")
     tasks = _tasks(wanted, raw, settings, folder)
     fit_all(tasks)
     pairs = {
-        (fit.arm, fit.seed): (Evidence.load(_answers(name, fit.arm, fit.seed)), again)
-        for fit, again in zip(wanted, ask_all(tasks), strict=True)
+        (fit.arm, fit.seed): both
+        for fit, *both in zip(wanted, published, ask_all(tasks), strict=True)
     }
     return _side_by_side(pairs, settings)
 
 
-def _side_by_side(
-    pairs: Mapping[tuple[Arm, int], tuple[Evidence, Evidence]], settings: Settings
-) -> str:
+def _side_by_side(pairs: Mapping[tuple[Arm, int], Sequence[Evidence]], settings: Settings) -> str:
     """Return a table, in %: of each arm and seed, the published measures and those made again."""
     families = settings.evaluation.corruptions
     shown = shared_families(settings.training.arms, settings.editing.prompts, families)
@@ -369,10 +370,10 @@ if __name__ == "__main__":
         chosen = [int(seed) for seed in options.seeds.split(",")]
         arms = options.arms.split(",") if options.arms else None
         asked = options.experiment, options.data, options.folder, chosen, arms
-        if options.again:
-            print(reproduce(*asked))
-        else:
-            produce(*asked)
+        try:
+            print(reproduce(*asked)) if options.again else produce(*asked)
+        except UserError as error:
+            parser.error(str(error))
     else:
         for text in tables(Path("outputs/results")):
             print(text)

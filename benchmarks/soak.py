@@ -782,7 +782,7 @@ def step_hangs(bench: Bench) -> Iterator[Struck]:
 
 
 _LEARNING = ("Pinning data/ with DVC: 2", "Training vanilla, seed 0", "Training diffusemix, seed 0")
-_JUDGING = ("Reading test images", "Evaluating test images, seed 0", "Tracing wrong answers")
+_JUDGING = ("Reading test images", "Evaluating images, seed 0", "Tracing wrong answers")
 KINDS: dict[str, Kind] = {
     "worker killed": worker_killed,
     "everything killed": everything_killed,

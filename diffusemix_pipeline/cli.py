@@ -397,7 +397,8 @@ def drop(image_ids: Sequence[str]) -> None:
     "--compare",
     nargs=2,
     metavar="RUN_A RUN_B",
-    help="Two reports: each a folder, a report.json, or the id of an MLflow run or its start.",
+    help="Two reports: each a folder, a report.json, or the id of an MLflow run or its first "
+    "seven letters.",
 )
 def report(compare: tuple[str, str] | None) -> None:
     """Print the last report, or compare two.

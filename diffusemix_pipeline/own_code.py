@@ -31,10 +31,13 @@ def own_code(setting: str, name: str, wanted: str) -> Any:
     UserError, with the setting, for a file that is not there, lies where only the pipeline writes,
     fails, or defines no such thing.
     """
-    path = Path(name).expanduser().resolve()
+    named = Path(name).expanduser().absolute()
+    path = named.resolve()
     if not path.is_file():
         raise UserError(f"{setting}: there is no file {name}. Name one that defines {wanted}.")
-    if any(map(_is_the_pipelines, path.parents)):
+    here = (Path(folder).resolve() for folder in _THE_PIPELINES)  # which may be links
+    elsewhere = map(_is_the_pipelines, (*path.parents, *named.parents))
+    if any(map(path.is_relative_to, here)) or any(elsewhere):
         raise UserError(
             f"{setting}: {name} lies where only the pipeline writes, and may have come from "
             "elsewhere. Read it, and move it to a folder of your own."
@@ -53,11 +56,9 @@ def own_code(setting: str, name: str, wanted: str) -> Any:
 
 
 def _is_the_pipelines(folder: Path) -> bool:
-    """Tell whether only the pipeline writes there, in this project or another one."""
-    if folder.name not in _THE_PIPELINES:
-        return False
-    here = folder.parent == Path.cwd().resolve()
-    return here or any((folder.parent / mark).exists() for mark in _OF_A_PROJECT)
+    """Tell whether only the pipeline writes there, in whichever project."""
+    marks = (folder.parent / mark for mark in _OF_A_PROJECT)
+    return folder.name in _THE_PIPELINES and any(mark.exists() for mark in marks)
 
 
 def _run(path: Path) -> ModuleType:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from diffusemix_pipeline.progress import Progress
 
-_WORD_WIDTH = 20
+_LONGEST_NAME = 20
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -51,10 +51,9 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
     """Print a table; text is shown as it is, never read as markup."""
     table = Table(title=title or None, title_justify="left")
     for number, column in enumerate(columns):
-        # Where the terminal is narrow, cells break between their words as long as there is room.
-        words = [word for row in rows for word in row[number].split()]
-        longest = min(_WORD_WIDTH, max(map(len, words), default=0))
-        table.add_column(column, overflow="fold", min_width=longest)
+        # Where the terminal is narrow, names stay whole and other columns give way.
+        named = all(len(row[number]) <= _LONGEST_NAME and " " not in row[number] for row in rows)
+        table.add_column(column, overflow="fold", no_wrap=named)
     for row in rows:
         table.add_row(*(_plain(cell) for cell in row))
     console.print(table)

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from conftest import QUICK, tiny_editor, write_classes
 from PIL import Image
 
+from diffusemix_pipeline import terminal
 from diffusemix_pipeline.cli import main
 from diffusemix_pipeline.datasets.manifest import read_stage
 from diffusemix_pipeline.editing.store import EditStore
@@ -375,3 +376,14 @@ def test_a_preview_shows_every_prompt_and_its_edits_are_the_run_s(here, weights)
     )
     assert every.exit_code == 0
     assert "10 edits" in call("store", "status").output  # of 5 images, 3 of which were previewed
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_tables_fit_a_narrow_terminal_with_names_whole(width, monkeypatch, capsys):
+    monkeypatch.setattr(terminal.console, "width", width)
+    cells = ["91.7 (87.3 to 94.3)"] * 4
+    rows = [[arm, *cells] for arm in ("vanilla", "trivialaugment", "diffusemix_online")]
+    terminal.print_table(["Arm", "Clean", "Corrupted", "Corrupted, unshared", "FGSM"], rows)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= width
+    assert "diffusemix_online" in shown

@@ -101,6 +101,21 @@ def test_what_came_with_data_is_not_run(folder, tmp_path, monkeypatch):
     assert not (tmp_path / "was run").exists()
 
 
+def test_what_came_with_data_is_not_run_where_that_is_a_link(tmp_path, monkeypatch):
+    (tmp_path / "disk" / "pool").mkdir(parents=True)
+    (tmp_path / "disk" / "pool" / "own.py").write_text("NUMBER = 1")
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "data.dvc").touch()
+    (tmp_path / "project" / "data").symlink_to(tmp_path / "disk" / "pool")
+    monkeypatch.chdir(tmp_path / "project")
+    for name in ("data/own.py", "../disk/pool/own.py"):
+        with pytest.raises(UserError, match="lies where only the pipeline writes"):
+            own_code("editing.editor", name, "NUMBER")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="lies where only the pipeline writes"):
+        own_code("editing.editor", "project/data/own.py", "NUMBER")
+
+
 def test_what_came_with_another_projects_data_is_not_run_either(tmp_path, monkeypatch):
     theirs = tmp_path / "theirs"
     (theirs / "data" / "raw").mkdir(parents=True)

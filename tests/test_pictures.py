@@ -73,6 +73,35 @@ def test_words_in_plots_stand_out(theme):
     assert min(contrast(theme.paper, words) for words in (theme.ink, theme.muted)) > 4.5
 
 
+@pytest.mark.parametrize("theme", [pictures.LIGHT, pictures.DARK], ids=["light", "dark"])
+@pytest.mark.parametrize("reach", [None, 0.3])
+def test_numbers_stand_out_on_every_colour_of_a_map(theme, reach):
+    colours, norm = pictures._scale(reach, theme)
+    inks = {"black": "#000000", "white": "#ffffff"}
+    for value in np.linspace(norm.vmin, norm.vmax, 200):
+        red, green, blue = (round(255 * part) for part in colours(norm(value))[:3])
+        ink = inks[pictures._ink_on((red / 255, green / 255, blue / 255))]
+        assert contrast(f"#{red:02x}{green:02x}{blue:02x}", ink) > 4.5
+
+
+@pytest.mark.parametrize(("better", "colour"), [(1, "#0072b2"), (-1, "#d55e00"), (None, "#0072b2")])
+def test_what_is_better_is_blue_and_what_is_worse_orange(better, colour):
+    values = np.full((1, 1), 0.3)
+    how = None if better is None else np.full((1, 1), better)
+    png = pictures.heat_map(values, ["a"], ["b"], title="", label="", reach=0.3, better=how)
+    shown = [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
+    assert (pixels_of(png) == shown).all(axis=2).mean() > 0.1
+
+
+def test_strengths_stand_evenly_whatever_their_ratios():
+    def drawn(strengths: list[float]) -> np.ndarray:
+        curve = {"arm": [(0.5, 0.4, 0.6)] * len(strengths)}
+        picture = pixels_of(pictures.accuracy_curves(strengths, curve, label="strength"))
+        return picture[: picture.shape[0] // 2]  # above the numbers of the axis
+
+    assert (drawn([1, 2, 3]) == drawn([1, 2, 9])).all()
+
+
 def test_words_in_the_report_stand_out_on_screen_and_on_paper():
     pages = re.findall(r":root \{(.*?)\}", REPORT.read_text("utf-8"), flags=re.S)
     assert len(pages) == 3

@@ -110,7 +110,7 @@ def measure_titles(document: Mapping[str, Any]) -> dict[str, str]:
 def more_titles(document: Mapping[str, Any]) -> dict[str, str]:
     """Return the titles of an arm's other measures."""
     at = of_255(document["attacks"]["epsilon"])
-    return {
+    titles = {
         "overall": "Overall",
         "mce_to_vanilla": "mCE, normalised by vanilla",
         "mce_to_vanilla_unshared": "mCE, normalised, unshared",
@@ -120,6 +120,9 @@ def more_titles(document: Mapping[str, Any]) -> dict[str, str]:
         "autoattack": f"AutoAttack {at}",
         **LOSSES,
     }
+    if document["attacks"]["epsilon"] == document["fgsm_epsilon"]:
+        del titles["fgsm_attack"]  # which is `fgsm` then
+    return titles
 
 
 def title_of(arm: str) -> str:
