@@ -35,7 +35,7 @@ def champion(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
     progress = context.resources.progress(context.log)
     made = promote(context.resources.project, context.resources.settings, progress)
     context.log.info(made.decision.reason)
-    before = made.champion_score
+    scores = {"val": made.score, "champion_val": made.champion_score}
     return dg.MaterializeResult(
         data_version=dg.DataVersion(made.champion),
         metadata={
@@ -43,14 +43,9 @@ def champion(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
             "challenger": f"version {made.version}: {made.model}",
             "champion": f"version {made.champion}",
             "reason": made.decision.reason,
-            "val_clean": made.score.clean,
-            "val_corrupted": made.score.corrupted,
-            **(
-                {"champion_val_clean": before.clean, "champion_val_corrupted": before.corrupted}
-                if before
-                else {}
-            ),
-            **{f"test_{name}": value for name, value in made.test.items()},
+            **{f"{of}_clean": round(score.clean, 4) for of, score in scores.items() if score},
+            **{f"{of}_corrupted": round(s.corrupted, 4) for of, s in scores.items() if s},
+            **{f"test_{name}": round(value, 4) for name, value in made.test.items()},
             "test_reads": made.test_reads,
         },
         check_results=[
