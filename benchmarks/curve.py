@@ -191,7 +191,7 @@ def plot(table: pd.DataFrame) -> Figure:
         if column in ("clean", "corrupted"):
             alone = table.loc["originals alone", column]
             axes.axhline(alone, ls=":", color=LIGHT.muted, label="originals alone")
-            axes.yaxis.set_major_formatter(PercentFormatter(1))
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
         axes.set(xscale="log", xlabel="UNet evaluations an edit", title=title)
         axes.set_xticks([10, 30, 100, 300])
         axes.xaxis.set_major_formatter(ScalarFormatter())
