@@ -184,7 +184,8 @@ def test_a_new_test_image_asks_for_no_training(raw, tmp_path):
 
     def without(split: str) -> str:
         rows.drop(of_split[split]).to_parquet(tmp_path / "raw" / "manifest.parquet")
-        stages = {"raw": replace(raw, folder=tmp_path / "raw")}
+        # A version follows from every row, so other rows are another version.
+        stages = {"raw": replace(raw, folder=tmp_path / "raw", version=f"without {split}")}
         return fit_fingerprint(Wanted("vanilla", 0), stages, quick_settings())
 
     assert without("test") == before
