@@ -108,11 +108,14 @@ def reproduce(
     """Answer once more, into `folder` alone; return Markdown: what is published, and this."""
     settings, raw = _experiment(name, data, folder)
     if raw.version != _facts(name)["raw"]:
-        raise UserError(f"{data} does not hold the images that {name} is published on.")
+        raise UserError(
+            f"{data} does not hold the images that {name} is published on: docs/results.md says "
+            "which these are."
+        )
     wanted = _chosen(settings, seeds, arms)
     published = [Evidence.load(_answers(name, fit.arm, fit.seed)) for fit in wanted]
     if not published:
-        raise UserError(f"{name} has none of these arms and seeds.")
+        raise UserError(f"{name} has no such arm and seed: {HOME / name}.yaml names them.")
     tasks = _tasks(wanted, raw, settings, folder)
     fit_all(tasks)
     pairs = {
@@ -129,8 +132,8 @@ def _side_by_side(pairs: Mapping[tuple[Arm, int], Sequence[Evidence]], settings:
     rows = []
     for (arm, seed), (published, again) in pairs.items():
         row = {"Arm": title_of(arm), "Seed": str(seed)}
-        for measure, of in _shares(published, shown["left_out"]).items():
-            row[measure] = f"{of:.1f}, {_shares(again, shown['left_out'])[measure]:.1f}"
+        before, after = (_shares(one, shown["left_out"]) for one in (published, again))
+        row |= {name: f"{share:.1f}, {after[name]:.1f}" for name, share in before.items()}
         classes = published.probabilities.argmax(1), again.probabilities.argmax(1)
         row["Same class"] = f"{100 * np.mean(classes[0] == classes[1]):.1f}"
         rows.append(row)
@@ -371,7 +374,10 @@ if __name__ == "__main__":
         arms = options.arms.split(",") if options.arms else None
         asked = options.experiment, options.data, options.folder, chosen, arms
         try:
-            print(reproduce(*asked)) if options.again else produce(*asked)
+            if options.again:
+                print(reproduce(*asked))
+            else:
+                produce(*asked)
         except UserError as error:
             parser.error(str(error))
     else:

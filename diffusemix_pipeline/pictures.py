@@ -11,6 +11,7 @@ whose figures are global.
 import io
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -133,10 +134,16 @@ def _fitted(image: "Image.Image", cell: int) -> "Image.Image":
 
 
 def _label_font(size: int) -> "FreeTypeFont":
-    from matplotlib import get_data_path
     from PIL import ImageFont
 
-    return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
+    return ImageFont.truetype(_font_file(), size)
+
+
+def _font_file() -> str:
+    """Return matplotlib's own font, which plots are drawn with, too."""
+    from matplotlib import get_data_path
+
+    return f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf"
 
 
 def _text_size(text: str, font: "FreeTypeFont") -> tuple[int, int]:
@@ -164,8 +171,29 @@ def _wrapped(text: str, font: "FreeTypeFont", width: int) -> str:
 
 
 def _plain(text: str) -> str:
-    """Replace what cannot be drawn on one line: control characters, halves of surrogate pairs."""
-    return "".join(character if character.isprintable() else "\ufffd" for character in text)
+    """Replace what cannot be drawn on one line.
+
+    Characters that the font lacks, as those of Chinese, are transliterated, whatever other fonts a
+    machine has; control characters and halves of surrogate pairs have no other form.
+    """
+    from anyascii import anyascii
+
+    known = _characters()
+
+    def drawn(character: str) -> str:
+        if not character.isprintable():
+            return "\ufffd"
+        return character if ord(character) in known else anyascii(character) or "\ufffd"
+
+    return "".join(map(drawn, text))
+
+
+@cache
+def _characters() -> frozenset[int]:
+    """Return the code points that the font of all labels has."""
+    from matplotlib.ft2font import FT2Font
+
+    return frozenset(FT2Font(_font_file()).get_charmap())
 
 
 # Plots
@@ -528,7 +556,7 @@ def _escaped(text: str) -> str:
 
 
 def _named(text: str) -> str:
-    return _escaped(shortened(text))
+    return _escaped(shortened(_plain(text)))
 
 
 def shortened(name: str) -> str:

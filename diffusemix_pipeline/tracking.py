@@ -232,21 +232,26 @@ class Tracker:
         """
         from mlflow.exceptions import MlflowException
 
-        if len(run_id) >= SHORT_ID:
-            begun = [t.run_id for t in self.trainings() if t.run_id.startswith(run_id)]
-            if len(begun) > 1:
-                raise UserError(f"'{run_id}' begins several ids: {', '.join(begun)}.")
-            run_id = begun[0] if begun else run_id
         try:
             self._client.get_run(run_id)
         except MlflowException as error:
             if error.error_code not in _UNKNOWN:
                 raise
-            raise UserError(
-                f"'{run_id}' is neither a folder, nor a report.json, nor the id of an MLflow run. "
-                "`diffusemix data history` lists the ids."
-            ) from None
+            run_id = self._whole_id(run_id)
         return self._download(run_id, f"{_REPORT}/report.json", folder)
+
+    def _whole_id(self, start: str) -> str:
+        """Return the id of a training that begins so; UserError where not just one does."""
+        if len(start) >= SHORT_ID:
+            begun = [t.run_id for t in self.trainings() if t.run_id.startswith(start)]
+            if len(begun) == 1:
+                return begun[0]
+            if begun:
+                raise UserError(f"'{start}' begins {', '.join(begun)}: write more of the id.")
+        raise UserError(
+            f"'{start}' is neither a folder, nor a report.json, nor the id of an MLflow run. "
+            "`diffusemix data history` lists the ids."
+        )
 
     def _download(self, run_id: str, name: str, folder: Path) -> Path:
         from mlflow.exceptions import MlflowException

@@ -93,6 +93,22 @@ def test_what_is_better_is_blue_and_what_is_worse_orange(better, colour):
     assert (pixels_of(png) == shown).all(axis=2).mean() > 0.1
 
 
+@pytest.mark.parametrize(("name", "drawn"), [("猫", "Mao"), ("किताब", "kitab"), ("🍕", ":pizza:")])
+@pytest.mark.filterwarnings("error:Glyph")
+def test_what_the_font_lacks_is_transliterated(name, drawn):
+    grey = np.full((8, 8, 3), 99, np.uint8)
+    for draw in (
+        lambda text: pictures.class_histogram({"train": {text: 3}}),
+        lambda text: pictures.contact_sheet([[grey]], row_labels=[text]),
+    ):
+        assert draw(name) == draw(drawn)
+
+
+@pytest.mark.filterwarnings("error:Glyph")
+def test_what_the_font_has_is_drawn_as_it_is():
+    assert pictures._plain("Übung, кошка, γάτα, قطة") == "Übung, кошка, γάτα, قطة"
+
+
 def test_strengths_stand_evenly_whatever_their_ratios():
     def drawn(strengths: list[float]) -> np.ndarray:
         curve = {"arm": [(0.5, 0.4, 0.6)] * len(strengths)}

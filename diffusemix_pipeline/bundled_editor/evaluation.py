@@ -41,6 +41,7 @@ from diffusemix_pipeline.pictures import contact_sheet
 from diffusemix_pipeline.progress import Progress, silent
 from diffusemix_pipeline.settings import Editing
 from diffusemix_pipeline.training.classifier import to_tensor
+from diffusemix_pipeline.training.fold_teachers import tone
 
 _DRAWS = 16
 _SIZES = (32, 64)  # px
@@ -284,8 +285,7 @@ def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
     down, right = torch.randint(0, 7, (2,), generator=generator).tolist()
     moved = functional.pad(images, (3, 3, 3, 3), mode="reflect")
     moved = moved[..., down : down + side, right : right + side]
-    contrast = uniform(0.4, 1.1) * uniform(0.8, 1.2, 3)
-    toned = (moved - 0.5) * contrast + 0.5 + uniform(-0.15, 0.15) + uniform(-0.15, 0.15, 3)
+    toned = tone(moved, uniform)
     noise = torch.randn(images.shape, generator=generator)
     noisy = toned + uniform(-0.08, 0.08).clamp(min=0) * noise
     place = torch.arange(side) / side

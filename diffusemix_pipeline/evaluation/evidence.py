@@ -54,7 +54,7 @@ class Evidence:
     fgsm: np.ndarray
     """bool (E, N): whether the answer was right on the attacked image."""
     attack_epsilon: float
-    """The strength of PGD and AutoAttack, in units of 1/255; one of `epsilons`."""
+    """The strength of PGD and AutoAttack, in units of 1/255; of `epsilons`, if there are any."""
     attacked: np.ndarray
     """int64 (M,): which images PGD attacked; AutoAttack attacked the first A of them."""
     pgd: np.ndarray

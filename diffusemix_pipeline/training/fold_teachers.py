@@ -5,7 +5,7 @@ know it by heart. What a teacher's probabilities mean for an edit is decided in 
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -273,10 +273,18 @@ def _tone(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, tor
         drawn = torch.rand(len(images), channels, 1, 1, device=images.device)
         return low + (high - low) * drawn
 
-    contrast = uniform(0.4, 1.1) * uniform(0.8, 1.2, 3)
-    toned = (images - 0.5) * contrast + 0.5 + uniform(-0.15, 0.15) + uniform(-0.15, 0.15, 3)
+    toned = tone(images, uniform)
     noise = uniform(0, 0.08) * torch.randn_like(images)
     return (toned + noise).clamp(0, 1), labels
+
+
+def tone(images: torch.Tensor, uniform: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """Change contrast, brightness and colour cast by draws of `uniform(low, high, channels=1)`.
+
+    Takes float (N, 3, H, W); a draw is (N, channels, 1, 1). The result may leave [0, 1].
+    """
+    contrast = uniform(0.4, 1.1) * uniform(0.8, 1.2, 3)
+    return (images - 0.5) * contrast + 0.5 + uniform(-0.15, 0.15) + uniform(-0.15, 0.15, 3)
 
 
 def _fingerprint(train: LabelledImages, classes: Sequence[str], settings: Settings) -> str:
